@@ -1,0 +1,55 @@
+"""The errors a user may see: one sentence each, one exit code each.
+
+A `SupraError` means that the user, their files or their machine must change something; its text says what was got, what was
+expected and what to do. A programmer's mistake raises ValueError or TypeError instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SupraError(Exception):
+    """Failed at run time: a damaged file, a full disk, a non-finite loss."""
+
+    exit_code = 1
+
+
+class UsageError(SupraError):
+    """The command line or the recipe asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class NotFoundError(SupraError):
+    """A model, a data source or a task that is not there, or not reachable offline."""
+
+    exit_code = 3
+
+
+class NotAuthorisedError(SupraError):
+    """A gated or private repository without the right token."""
+
+    exit_code = 4
+
+
+class ResourceError(SupraError):
+    """Out of memory, or hardware that cannot do this."""
+
+    exit_code = 5
+
+
+class Stopped(SupraError):
+    """Stopped by a signal after everything was saved; `--resume` goes on."""
+
+    exit_code = 75
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """The words to append to "unknown name": `; did you mean 'supra'?`, or the known names when nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""
