@@ -1,0 +1,34 @@
+# make demo: the whole path on the bundled teacher, offline. make test: what CI runs.
+VENV   := .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+DEMO   := runs/demo
+
+# Everything below runs from what is installed; nothing may ask a hub.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test lint gpu clean
+
+$(BIN)/supra: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(BIN)/supra
+	$(OFFLINE) $(BIN)/supra convert tiny --output $(DEMO)/converted --overwrite
+	$(OFFLINE) $(BIN)/supra uptrain --recipe recipes/demo.toml --model $(DEMO)/converted --output $(DEMO)/uptrained --overwrite
+	$(OFFLINE) $(BIN)/supra eval $(DEMO)/uptrained/last --tasks stdlib_cloze,stdlib_ppl
+	$(OFFLINE) $(BIN)/supra generate tiny -p 'def read(self, size=-1):' --max-new-tokens 48
+	$(OFFLINE) $(BIN)/supra generate $(DEMO)/uptrained/last -p 'def read(self, size=-1):' --max-new-tokens 48
+
+lint: $(BIN)/supra
+	$(BIN)/ruff check .
+
+test: lint
+	$(OFFLINE) $(BIN)/python -m pytest
+
+gpu: $(BIN)/supra
+	$(OFFLINE) $(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
