@@ -1,0 +1,211 @@
+"""The command line: the Typer app, filled from `commands/`, and the one error boundary. No logic."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+import inspect
+import logging
+import os
+import pkgutil
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+import supra_cli.commands
+from supra_cli.core.errors import ResourceError, SupraError
+
+# The order of `supra --help`: the path a model takes, then everything else by name.
+_PATH = ("convert", "uptrain", "eval", "generate")
+
+# Operating-system refusals that the user, not the program, has to mend.
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full; what was complete before is untouched, so free some space and run again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run again",
+    errno.EACCES: "permission denied; choose a place you may write to",
+    errno.EPERM: "operation not permitted",
+    errno.EROFS: "the file system is read-only; choose another place with -o",
+    errno.ENOTDIR: "a file stands where a directory is needed",
+    errno.EISDIR: "a directory stands where a file is needed",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "the disk reported an input/output error",
+}
+
+
+def build() -> typer.Typer:
+    """The app with one command, or group of commands, for each module in `supra_cli.commands` that offers one."""
+    app = typer.Typer(
+        name="supra",
+        help="Turn a pretrained transformer into a recurrent model with a fixed-size state, and prove what that cost.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 not found or offline, 4 not authorised, "
+        "5 out of memory or unsupported hardware, 75 stopped after a clean save, 130 interrupted.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, module in _verbs():
+        if isinstance(group := getattr(module, "app", None), typer.Typer):
+            for command in group.registered_commands:
+                command.callback = _with_common_options(command.callback)
+            app.add_typer(group, name=name, no_args_is_help=True)
+        else:
+            app.command(name, no_args_is_help=False)(_with_common_options(module.run))
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `supra` with `arguments` (the process's own when None) and return its exit code, the error already told."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows `?` instead of crashing
+            stream.reconfigure(errors="replace")
+    _show_log(debug=False, quiet=False)
+    try:
+        code = build()(arguments, prog_name="supra", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
+        return 1
+    except KeyboardInterrupt:
+        return _tell("interrupted", 130)
+    except Exception as error:  # the one place: everything ends as a sentence and an exit code
+        if logging.getLogger("supra_cli").isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        return _tell(*_verdict(error, arguments))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(metadata.version("supra"))
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _verbs() -> Iterator[tuple[str, ModuleType]]:
+    """(name, module) of every verb: a module of `commands` with a function `run` or a group `app`."""
+    names = {module.name for module in pkgutil.iter_modules(supra_cli.commands.__path__)}
+    for name in [*(verb for verb in _PATH if verb in names), *sorted(names.difference(_PATH))]:
+        module = importlib.import_module(f"supra_cli.commands.{name}")
+        if hasattr(module, "run") or hasattr(module, "app"):
+            yield name, module
+
+
+def _with_common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with `--debug` and `--quiet` added, which set the level of the log on stderr."""
+    signature = inspect.signature(command, eval_str=True)
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+        for name, option in (
+            ("quiet", typer.Option("--quiet", "-q", help="Only the result and errors.")),
+            ("debug", typer.Option("--debug", help="Log everything; show the traceback of an error.")),
+        )
+    ]
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, quiet: bool, debug: bool, **kwargs: Any) -> None:
+        _show_log(debug=debug, quiet=quiet)
+        command(*args, **kwargs)
+
+    parameters = [*signature.parameters.values(), *common]
+    wrapped.__signature__ = signature.replace(parameters=parameters)
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+def _show_log(*, debug: bool, quiet: bool) -> None:
+    """Log our own messages to stderr as plain lines."""
+    log = logging.getLogger("supra_cli")
+    log.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+
+
+def _verdict(error: Exception, arguments: list[str]) -> tuple[str, int]:
+    """(the sentence, the exit code) for anything that a command raised."""
+    if isinstance(error, SupraError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):
+        return _usage(error), error.exit_code
+    if isinstance(error, typer.Abort):
+        return "interrupted", 130
+    if _is_out_of_memory(error):
+        return (
+            f"out of memory ({str(error).strip().splitlines()[0] if str(error) else 'on this machine'}); "
+            "use a smaller batch, a shorter sequence, a smaller --dtype or a larger device",
+            ResourceError.exit_code,
+        )
+    if "No space left on device" in str(error):  # also how safetensors and tokenizers word it
+        return f"{_REFUSALS[errno.ENOSPC]} ({error})", SupraError.exit_code
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        where = f"{error.filename}: " if error.filename else ""
+        return where + _REFUSALS[error.errno], SupraError.exit_code
+    return _internal(error, arguments), SupraError.exit_code
+
+
+def _usage(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    message = error.format_message().strip()
+    if context is None or not message:
+        return message
+    return f"{message.rstrip('.')}; see `{context.command_path} --help`"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, by the types and words of Python, PyTorch on CUDA, MPS and CPU."""
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError, torch.OutOfMemoryError) if torch is not None else (MemoryError,)
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
+    )
+
+
+def _internal(error: Exception, arguments: list[str]) -> str:
+    """Write what is needed to mend `error` to a log file; the sentence that names it."""
+    report = "\n".join(
+        [
+            f"supra {arguments}",
+            f"Python {platform.python_version()} on {platform.platform()}",
+            *(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "safetensors")),
+            "".join(traceback.format_exception(error)),
+        ]
+    )
+    what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+    try:
+        path = os.path.join(tempfile.gettempdir(), f"supra-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(report)
+    except OSError:
+        sys.stderr.write(report)
+        return f"internal error ({what}); this is a bug in supra, please report it with the text above"
+    return f"internal error ({what}); this is a bug in supra, please report it with {path}"
+
+
+def _tell(message: str, code: int) -> int:
+    if message:  # `supra` alone has shown its help instead
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
