@@ -1,0 +1,266 @@
+"""A model's name → its directory: one that exists, an alias's, or that of `org/name` on the hub. Never guessed.
+
+Plans need no weights: the `config.json` of every aliased base is bundled, so that `--dry-run` works without a network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, near_miss
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+BUNDLED = {"tiny": _ASSETS / "tiny"}
+"""Aliases of the models that lie in the package, weights and all."""
+
+ALIASES = {
+    "llama-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "pythia-160m": "EleutherAI/pythia-160m",
+    "pythia-410m": "EleutherAI/pythia-410m",
+    "pythia-1b": "EleutherAI/pythia-1b",
+    "pythia-2.8b": "EleutherAI/pythia-2.8b",
+    "pythia-6.9b": "EleutherAI/pythia-6.9b",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+}
+"""Short names of hub models; `assets/configs/<org>/<name>.json` holds the configuration of each."""
+
+# Pickled weights are never read; sub-folders (`original/`) and `consolidated*` repeat the weights in another layout.
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_UNWANTED = ("*/*", "consolidated*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_CONNECT_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, as told from its name alone."""
+
+    kind: Literal["directory", "alias", "hub"]
+    name: str
+    """What the user wrote."""
+    repo: str | None = None
+    """`org/name` on the hub; None for what lies on this machine."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; the newest when None."""
+    path: Path | None = None
+    """The directory, where it lies on this machine already."""
+
+    def __str__(self) -> str:
+        if self.kind == "directory":
+            return f"directory {self.path}"
+        place = f"bundled with supra, {self.path}" if self.repo is None else f"{self.repo} on the hub"
+        revision = f" at {self.revision}" if self.revision else ""
+        return f"alias {self.name}: {place}" if self.kind == "alias" else f"{place}{revision}"
+
+
+def resolve(name: str) -> Source:
+    """The source that `name` stands for; touches no network.
+
+    A run directory stands for its `last` model; `org/name@revision` pins a commit. NotFoundError for anything else.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        last = path / "last"
+        return Source("directory", name, path=last if _is_model(last) and not _is_model(path) else path)
+    if path.exists():
+        raise NotFoundError(f"'{name}' is a file; a model is a directory with a config.json")
+    if name in BUNDLED:
+        return Source("alias", name, path=BUNDLED[name])
+    if name in ALIASES:
+        return Source("alias", name, repo=ALIASES[name])
+    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+        repo, _, revision = name.partition("@")
+        return Source("hub", name, repo=repo, revision=revision or None)
+    if "/" in name or "\\" in name:
+        raise NotFoundError(f"there is no directory '{name}'")
+    hint = near_miss(name, [*BUNDLED, *ALIASES])
+    raise NotFoundError(f"no model '{name}': it is no directory, no alias and not of the hub's form org/name{hint}")
+
+
+def fetch(source: Source) -> Path:
+    """The model's directory on this machine, downloaded to the hub's cache first where it must be.
+
+    Raises NotFoundError (no such model, offline and not in the cache, no safetensors) or NotAuthorisedError (gated).
+    """
+    if source.repo is not None:
+        return _complete(_snapshot(source), source)
+    if not _is_model(source.path):
+        raise NotFoundError(f"{source.path} is no model: it holds no config.json")
+    return _complete(source.path, source)
+
+
+def base_config(source: Source) -> PretrainedConfig:
+    """The Hugging Face configuration, without weights; from the package for the aliased bases, so without a network."""
+    from transformers import AutoConfig
+
+    if source.repo is None:
+        if not _is_model(source.path):
+            raise NotFoundError(f"{source.path} is no model: it holds no config.json")
+        folder = source.path
+    elif (bundled := _ASSETS / "configs" / f"{source.repo}.json").is_file() and source.revision is None:
+        values = json.loads(bundled.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    else:
+        folder = _snapshot(source, only=("config.json",))
+        if not _is_model(folder):
+            raise NotFoundError(f"{source.repo} is no model: it holds no config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SupraError(f"{folder}/config.json cannot be read as a model's configuration: {reason}") from error
+
+
+def commit_of(path: Path) -> str | None:
+    """The hub commit of a model directory that lies in the hub's cache (`.../snapshots/<commit>`)."""
+    path = Path(path).absolute()
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def newest_output(runs: Path = Path("runs")) -> Path:
+    """The newest finished model under `runs`: `<run>/last` of an uptraining, or a converted directory itself.
+
+    NotFoundError when there is none.
+    """
+    models = [folder / "last" if _is_model(folder / "last") else folder for folder in _folders(runs)]
+    finished = [model for model in models if _is_model(model)]
+    if not finished:
+        raise NotFoundError(f"no MODEL given and no finished output under {runs}/; name a model or run `supra convert`")
+    return max(finished, key=lambda model: ((model / "config.json").stat().st_mtime, str(model)))
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """The directories in `root`, one level of grouping (`runs/demo/converted`) included."""
+    for folder in _visible(root):
+        yield folder
+        if not _is_model(folder) and not (folder / "metrics.jsonl").exists():
+            yield from _visible(folder)
+
+
+def _visible(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _complete(folder: Path, source: Source) -> Path:
+    """`folder` if every shard that its index names is there."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise SupraError(f"{index} is damaged; copy or download the model again") from error
+    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        raise SupraError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(shards)} shards); fetch it again")
+    if not shards and not (folder / "model.safetensors").is_file():
+        raise NotFoundError(f"{source.repo or folder} holds no safetensors weights; supra reads no other format")
+    return folder
+
+
+def _snapshot(source: Source, only: tuple[str, ...] = _WANTED) -> Path:
+    """The hub cache's directory with the wanted files of `source`."""
+    from huggingface_hub import snapshot_download
+
+    online = _online()
+    with _translated(source):
+        return Path(
+            snapshot_download(
+                source.repo,
+                revision=source.revision,
+                allow_patterns=list(only),
+                ignore_patterns=list(_UNWANTED),
+                local_files_only=not online,
+            )
+        )
+
+
+@contextmanager
+def _translated(source: Source) -> Iterator[None]:
+    """The hub's exceptions in this project's words and exit codes."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise NotAuthorisedError(
+            f"{source.repo} is gated: accept its terms on its hub page, then run `hf auth login` or set HF_TOKEN"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise NotFoundError(
+            f"'{source.name}' is neither a directory here nor a model on the hub that you may see; "
+            "check the spelling, or log in with `hf auth login` if it is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise NotFoundError(f"{source.repo} has no revision '{source.revision}'") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        why = "HF_HUB_OFFLINE is set" if _offline_by_choice() else "the hub cannot be reached"
+        raise NotFoundError(
+            f"{source.repo} is not on this machine and {why}; "
+            "download it on a connected machine and give its directory, or plan with --dry-run"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        if status in (401, 403):
+            raise NotAuthorisedError(f"the hub refuses {source.repo} ({status}); check HF_TOKEN") from error
+        raise NotFoundError(f"the hub did not deliver {source.repo} ({status}); try again later") from error
+    except (errors.HTTPError, errors.FileMetadataError, ConnectionError, TimeoutError) as error:
+        raise NotFoundError(
+            f"the connection to the hub broke off while fetching {source.repo}; run again and it goes on from there"
+        ) from error
+
+
+def _offline_by_choice() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _online() -> bool:
+    """Whether the hub takes a connection within a few seconds: a closed network must not mean minutes of retries."""
+    if _offline_by_choice():
+        return False
+    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if endpoint.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(endpoint.netloc):
+        return True  # only the proxy knows
+    connected: list[bool] = []
+
+    def connect() -> None:
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        try:
+            socket.create_connection((endpoint.hostname, port), timeout=_CONNECT_SECONDS).close()
+        except OSError:
+            return
+        connected.append(True)
+
+    attempt = threading.Thread(target=connect, daemon=True)  # in a thread because name look-up heeds no timeout
+    attempt.start()
+    attempt.join(_CONNECT_SECONDS + 1)
+    return bool(connected)
