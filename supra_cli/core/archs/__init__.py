@@ -1,0 +1,44 @@
+"""Architectures are data: one record per attention layout says where a base keeps its attention and how to call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from supra_cli.core.layout import HeadSpec
+from supra_cli.core.registry import Registry
+
+Rope = tuple[Tensor, Tensor] | None
+"""The tables (cos, sin), [B, T, rotated dims] each, that a base hands to its attention; None with learned positions."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """How one attention layout is read: one record for each Hugging Face `model_type` of that layout.
+
+    The law that ties the fields: `out(attention, softmax(rotate(q) rotate(k)ᵀ · spec.scale) v)` is what the base's own attention
+    returns. `qkv` and `out` call the base's submodules and never read their weights, so that adapters, quantised linears and
+    sharding go on working.
+    """
+
+    layers: Callable[[nn.Module], Sequence[nn.Module]]
+    """model -> its decoder blocks, in order."""
+    slot: str
+    """Name of the attention submodule in a block."""
+    spec: Callable[[nn.Module], HeadSpec]
+    """attention -> its shape."""
+    qkv: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """(attention, x [B,T,D]) -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]: projected and normed, not rotated, not repeated."""
+    rotate: Callable[[nn.Module, Tensor, Rope], Tensor]
+    """(attention, x [B,T,·,K], tables) -> x with this base's positions in it."""
+    out: Callable[[nn.Module, Tensor], Tensor]
+    """(attention, o [B,T,H·V]) -> [B,T,D]."""
+    head: Callable[[nn.Module, Tensor], Tensor]
+    """(model, hidden [...,D]) -> logits, soft-capping and multipliers included."""
+    cache: str
+    """Keyword under which a block hands the cache to its attention."""
+
+
+archs: Registry[Arch] = Registry("base architecture", package="supra_cli.core.archs", group="supra.archs")

@@ -1,0 +1,48 @@
+"""The GPT-NeoX layout: one projection with q, k, v interleaved head by head, rotary positions over a part of the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from supra_cli.core.archs import Arch, Rope, archs
+from supra_cli.core.archs.llama import rotate
+from supra_cli.core.layout import HeadSpec
+
+
+def spec(attention: nn.Module) -> HeadSpec:
+    config = attention.config
+    return HeadSpec(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_dim=attention.head_size,
+        v_dim=attention.head_size,
+        model_dim=config.hidden_size,
+        layer=attention.layer_idx,
+        scale=attention.scaling,
+    )
+
+
+def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    heads = attention.query_key_value(x).view(*x.shape[:-1], -1, 3 * attention.head_size)
+    q, k, v = heads.chunk(3, dim=-1)
+    return q, k, v
+
+
+def rotate_part(attention: nn.Module, x: Tensor, tables: Rope) -> Tensor:
+    rotated, rest = x.split((attention.rotary_ndims, attention.head_size - attention.rotary_ndims), dim=-1)
+    return torch.cat((rotate(attention, rotated, tables), rest), dim=-1)
+
+
+GPT_NEOX = Arch(
+    layers=lambda model: model.base_model.layers,
+    slot="attention",
+    spec=spec,
+    qkv=qkv,
+    rotate=rotate_part,
+    out=lambda attention, o: attention.dense(o),
+    head=lambda model, hidden: model.lm_head(hidden),
+    cache="layer_past",
+)
+
+archs.register("gpt_neox")(GPT_NEOX)

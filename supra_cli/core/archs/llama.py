@@ -1,0 +1,58 @@
+"""The Llama layout: separate projections, rotary positions over the whole head, grouped queries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from supra_cli.core.archs import Arch, Rope, archs
+from supra_cli.core.layout import HeadSpec
+
+
+def spec(attention: nn.Module) -> HeadSpec:
+    config = attention.config
+    return HeadSpec(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        v_dim=attention.head_dim,
+        model_dim=config.hidden_size,
+        layer=attention.layer_idx,
+        scale=attention.scaling,
+        # Qwen keeps it on the attention, as only some layers have one; Mistral in the config, for all.
+        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
+    )
+
+
+def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    heads = (*x.shape[:-1], -1, attention.head_dim)
+    return attention.q_proj(x).view(heads), attention.k_proj(x).view(heads), attention.v_proj(x).view(heads)
+
+
+def normed_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv(attention, x)
+    return attention.q_norm(q), attention.k_norm(k), v
+
+
+def rotate(attention: nn.Module, x: Tensor, tables: Rope) -> Tensor:
+    """x cos + (-x₂, x₁) sin, with x₁ and x₂ the halves of a head."""
+    cos, sin = (table.unsqueeze(-2) for table in tables)
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+LLAMA = Arch(
+    layers=lambda model: model.base_model.layers,
+    slot="self_attn",
+    spec=spec,
+    qkv=qkv,
+    rotate=rotate,
+    out=lambda attention, o: attention.o_proj(o),
+    head=lambda model, hidden: model.lm_head(hidden),
+    cache="past_key_values",
+)
+
+archs.register("llama", "mistral", "qwen2")(LLAMA)
+archs.register("qwen3")(replace(LLAMA, qkv=normed_qkv))

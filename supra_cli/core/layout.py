@@ -1,0 +1,82 @@
+"""The words that architectures and mixers share: the shape of one attention layer, and where documents lie in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The static shape of one attention layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    """Width K of a query or key head."""
+    v_dim: int
+    """Width V of a value head."""
+    model_dim: int
+    layer: int
+    scale: float
+    """Factor of q·k in the base's softmax."""
+    softcap: float | None = None
+    window: int | None = None
+    """Tokens that the base's own attention sees, itself included; None is all."""
+
+
+class Layout(NamedTuple):
+    """Where documents and padding lie in a batch; None in its place means one unpadded document a row.
+
+    The real tokens of a row are contiguous. Rows that continue a cached document go on with their first segment.
+    """
+
+    segment: Tensor
+    """[B, T] int: number of the document in its row, non-decreasing over real tokens; -1 on padding."""
+    position: Tensor
+    """[B, T] int: restarts with each document; 0 on padding."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds more than one document."""
+        return bool((self.segment > 0).any())
+
+
+def derive(mask: Tensor | None, position: Tensor | None, batch: int, tokens: int) -> tuple[Layout | None, Tensor | None]:
+    """The layout of a batch's last `tokens` columns, and the positions to give the base (None: let it count columns).
+
+    `mask` [B, past + T] is non-zero on real tokens (None: all are real); `position` [B or 1, T] is 0 where a document starts
+    (None: counted along the mask). The layout is None when every row holds one document and no padding.
+    """
+    if mask is not None and bool(mask.all()):
+        mask = None
+    if mask is None and (position is None or tokens == 1):
+        return None, position
+    if position is None:
+        position = (mask.bool().long().cumsum(-1) - 1).clamp_(min=0)[:, -tokens:]
+    real = torch.ones((batch, tokens), dtype=torch.bool, device=position.device)
+    if mask is not None:
+        real = mask[:, -tokens:].bool()
+    starts = (real & (position == 0)).long().cumsum(-1)
+    # A row's first document is number 0, whether it starts here or goes on from the cache.
+    first = starts.gather(1, real.long().argmax(-1, keepdim=True))
+    segment = (starts - first).masked_fill(~real, -1)
+    if not segment.any():
+        return None, position
+    return Layout(segment, position.expand(batch, tokens).masked_fill(~real, 0)), position
+
+
+def softmax_mask(layout: Layout, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """[B, 1, T, T], added to the scores: 0 where j ≤ i lie in one document (and i - j < window), the dtype's minimum elsewhere.
+
+    Padding sees padding, so no row is empty and every output is finite.
+    """
+    tokens = layout.segment.shape[1]
+    index = torch.arange(tokens, device=layout.segment.device)
+    distance = index[:, None] - index[None, :]
+    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    seen = seen & (layout.segment[:, :, None] == layout.segment[:, None, :])
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,82 @@
+"""Mixers replace softmax attention: one class a file, one contract, every law of tests/laws kept by each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from supra_cli.core.errors import UsageError, near_miss
+from supra_cli.core.layout import HeadSpec, Layout
+from supra_cli.core.registry import Registry
+
+Rotate = Callable[[Tensor], Tensor]
+"""x [B,T,·,K] -> x with the base's positions in it; the identity for a base with learned positions."""
+
+
+class Mixer(nn.Module):
+    """Causal and stateful: calling it on [x₁, x₂] equals calling it on x₁, then with the state that returns on x₂.
+
+    A mixer owns parameters only, no buffers and no tensor attributes: constants are Python numbers, turned into fp32 in `forward`
+    (a model is built on the meta device and filled from a file, and a buffer that is in no file comes back empty).
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """The keys of `[mixer]` in a recipe besides `name`."""
+
+    def __init__(self, spec: HeadSpec, options: Options):
+        super().__init__()
+        self.spec = spec
+        self.options = options
+
+    def init_state(self, batch: int, device: torch.device | str) -> NamedTuple:
+        """The state before the first token: a NamedTuple of tensors, batch first; works on the meta device."""
+        raise NotImplementedError
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: NamedTuple | None, layout: Layout | None
+    ) -> tuple[Tensor, NamedTuple]:
+        """q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] unrotated and unrepeated, x [B,T,D] the layer's input, state None at the start
+        -> o [B,T,H,V] and the state at each row's last real token."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters; called once, when a model is converted or begun from scratch."""
+
+    def target(self, o: Tensor) -> Tensor:
+        """What this mixer's heads can be asked to equal, given the teacher's heads o [B,T,H,V]: o itself, or o normalised as they are."""
+        return o
+
+
+mixers: Registry[type[Mixer]] = Registry("mixer", package="supra_cli.core.mixers", group="supra.mixers")
+
+
+def parse_options(name: str, given: Mapping[str, Any]) -> Mixer.Options:
+    """The options of the mixer `name` from plain values; an unknown key or a wrong value is a UsageError that names it."""
+    kind = mixers.get(name).Options
+    hints = get_type_hints(kind)
+    known = [field.name for field in fields(kind)]
+    for key, value in given.items():
+        if key not in known:
+            raise UsageError(f"mixer '{name}' has no option '{key}'{near_miss(key, known)}")
+        if not _fits(value, hints[key]):
+            raise UsageError(f"mixer.{key} of '{name}' is {value!r}, expected {_describe(hints[key])}")
+    return kind(**given)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    return f"a value of type {hint.__name__}"

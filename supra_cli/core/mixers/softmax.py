@@ -1,0 +1,34 @@
+"""Softmax attention itself: the identity swap, and the teacher of every other mixer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from supra_cli.core.layout import Layout, softmax_mask
+from supra_cli.core.mixers import Mixer, Rotate, mixers
+
+
+@mixers.register("softmax")
+class Softmax(Mixer):
+    """o_i = Σ_{j≤i} softmax_j(q_i·k_j · scale) v_j over rotated q and k.
+
+    A layer of this kind keeps the base's own attention, bit for bit, so this class runs only where a swapped layer is compared
+    with what it replaced. It has no state of fixed size, so it takes none.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: NamedTuple | None, layout: Layout | None
+    ) -> tuple[Tensor, None]:
+        q, k, v = (heads.transpose(1, 2) for heads in (rope(q), rope(k), v))
+        mask = None
+        if layout is not None or self.spec.window is not None:
+            layout = layout or Layout(torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), None)
+            mask = softmax_mask(layout, q.dtype, self.spec.window)
+        o = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.spec.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return o.transpose(1, 2), None
