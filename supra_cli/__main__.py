@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(metadata.version("supra"))
+        typer.echo(supra_cli.__version__)
         raise typer.Exit
 
 
@@ -184,7 +184,7 @@ def _internal(error: Exception, arguments: list[str]) -> str:
     """Write what is needed to mend `error` to a log file; the sentence that names it."""
     report = "\n".join(
         [
-            f"supra {arguments}",
+            f"supra {supra_cli.__version__} {arguments}",
             f"Python {platform.python_version()} on {platform.platform()}",
             *(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "safetensors")),
             "".join(traceback.format_exception(error)),

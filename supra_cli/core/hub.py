@@ -159,7 +159,7 @@ def _folders(root: Path) -> Iterator[Path]:
     """The directories in `root`, one level of grouping (`runs/demo/converted`) included."""
     for folder in _visible(root):
         yield folder
-        if not _is_model(folder) and not (folder / "metrics.jsonl").exists():
+        if not _is_model(folder) and not (folder / "recipe.toml").exists():
             yield from _visible(folder)
 
 
