@@ -1,0 +1,240 @@
+"""The recurrence in chunks: matrix products inside a chunk, a state between chunks. What trains on a CPU.
+
+Forward, for a chunk of C tokens with incoming state S and b_i the sum of its log decays up to and including token i:
+    o_i = scale · ( Σ_{j≤i} exp(b_i - b_j) (q_i·k_j) v_j + exp(b_i) q_i^T S )
+    S'  = exp(b_C) S + Σ_j exp(b_C - b_j) k_j v_j^T
+Backward, dS' being the gradient of S', W_ij = scale · exp(b_i - b_j) [j≤i], P = W∘(q k^T), D = W∘(do v^T):
+    dq_i = Σ_j D_ij k_j + scale · exp(b_i) S do_i
+    dk_j = Σ_i D_ij q_i + exp(b_C - b_j) dS' v_j
+    dv_j = Σ_i P_ij do_i + exp(b_C - b_j) dS'^T k_j
+    dS   = exp(b_C) dS' + scale · Σ_i exp(b_i) q_i do_i^T
+    dg_t = Σ_{j<t≤i} P_ij (do_i·v_j) + Σ_{i≥t} scale · exp(b_i) q_i^T S do_i
+         + Σ_{j<t} exp(b_C - b_j) k_j^T dS' v_j + exp(b_C) <S, dS'>
+Derived in docs/numerics.md. Every exponent is a sum of log decays over a stretch of tokens, so ≤ 0: nothing overflows.
+
+Tokens are worked through in blocks of a few chunks, chunk first: [M,B,heads,C,·]. The forward pass keeps the state at
+each block's start, the backward pass recomputes the rest; time and memory are linear in T. Under GQA the query heads of
+a kv head are rows of one product, so k and v are never repeated.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from supra_kernels.boundaries import compute_dtype, documents, log_decay
+from supra_kernels.weights import Weights, block_weights, fixed_weights
+
+CHUNK = 64
+BLOCK_ELEMENTS = 1 << 17
+"""Elements of q in one block: a block and its products stay in a core's cache."""
+
+
+def chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    segment: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `linear_attention`; the gradient is written by hand and is itself not differentiable."""
+    layout = None if segment is None else documents(segment)
+    g = log_decay(g, None if layout is None else layout.real, compute_dtype(q, k, v))
+    return _Chunk.apply(q, k, v, g, state, layout, scale)
+
+
+class _Block(NamedTuple):
+    start: int
+    chunks: int
+    length: int
+
+    def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B,T,heads,·] -> [M,B,heads,C,·] of this block, contiguous, in the compute dtype."""
+        return self._window(x).to(dtype).contiguous()
+
+    def store(self, x: Tensor, value: Tensor) -> None:
+        self._window(x).copy_(value)
+
+    def _window(self, x: Tensor) -> Tensor:
+        x = x.narrow(1, self.start, self.chunks * self.length)
+        return x.unflatten(1, (self.chunks, self.length)).permute(1, 0, 3, 2, 4)
+
+
+def _blocks(length: int, elements_per_token: int) -> list[_Block]:
+    most = max(1, BLOCK_ELEMENTS // (CHUNK * elements_per_token))
+    whole = length // CHUNK
+    blocks = [_Block(first * CHUNK, min(most, whole - first), CHUNK) for first in range(0, whole, most)]
+    if length % CHUNK:
+        blocks.append(_Block(whole * CHUNK, 1, length % CHUNK))
+    return blocks
+
+
+class _Plan:
+    """The blocks of one call and the decay weights of each; weights of a fixed decay are made once per chunk length."""
+
+    def __init__(self, q: Tensor, v: Tensor, g: Tensor | None, layout, scale: float, dtype: torch.dtype):
+        self.g, self.layout, self.scale, self.dtype = g, layout, scale, dtype
+        self.heads, self.device = q.shape[2], q.device
+        self.blocks = _blocks(q.shape[1], q.shape[0] * q.shape[2] * max(q.shape[3], v.shape[3]))
+        self._fixed: dict[int, Weights] = {}
+
+    def weights(self, block: _Block) -> Weights:
+        if self.g is not None and self.g.dim() == 3:
+            fixed = None
+        else:
+            if block.length not in self._fixed:
+                self._fixed[block.length] = fixed_weights(self.g, block.length, self.scale, self.dtype, self.device)
+            fixed = self._fixed[block.length]
+            if self.layout is None:
+                return fixed
+        return block_weights(fixed, self.g, self.layout, block, self.scale)
+
+
+def _group(x: Tensor, kv_heads: int) -> Tensor:
+    """[M,B,H,C,·] -> [M·B·G, (H/G)·C, ·]: the query heads of one kv head as rows."""
+    chunks, batch, heads, length, width = x.shape
+    return x.view(chunks * batch * kv_heads, heads // kv_heads * length, width)
+
+
+def _per_head(x: Tensor, kv_heads: int) -> Tensor:
+    """[m,b,h,C] -> [m,b,G or 1,C,H/G or 1,1], to weigh what belongs to a kv head's tokens per query head."""
+    if x.shape[2] == 1:
+        return x[..., None, None]
+    return x.unflatten(2, (kv_heads, -1)).transpose(3, 4).unsqueeze(-1)
+
+
+def _states(k: Tensor, v: Tensor, weights: Weights, start: Tensor) -> tuple[Tensor, Tensor]:
+    """-> S before each chunk and after the last [M+1,B,H,K,V]; k weighted to the chunk's end [M·B·G, C, (H/G)·K]."""
+    chunks, batch, kv_heads, length, key_dim = k.shape
+    heads, v_dim = start.shape[1], v.shape[-1]
+    group = heads // kv_heads
+    weighted = k.unsqueeze(4) * _per_head(weights.to_end, kv_heads)
+    weighted = weighted.expand(chunks, batch, kv_heads, length, group, key_dim).reshape(-1, length, group * key_dim)
+    states = start.new_empty(chunks + 1, batch, heads, key_dim, v_dim)
+    states[0] = start
+    torch.bmm(weighted.mT, v.flatten(0, 2), out=states[1:].view(-1, group * key_dim, v_dim))
+    through = weights.through.unsqueeze(-1).unsqueeze(-1)
+    for m in range(chunks):
+        states[m + 1].addcmul_(states[m], through[m % len(through)])
+    return states, weighted
+
+
+def _forward_block(q: Tensor, k: Tensor, v: Tensor, weights: Weights, start: Tensor) -> tuple[Tensor, Tensor]:
+    kv_heads = k.shape[2]
+    shape = (*q.shape[:-1], v.shape[-1])
+    scores = torch.bmm(_group(q, kv_heads), k.flatten(0, 2).mT).view(*q.shape[:-1], q.shape[3])
+    scores.mul_(weights.within)
+    o = torch.bmm(_group(scores, kv_heads), v.flatten(0, 2)).view(-1, *shape[-2:])
+    states, _ = _states(k, v, weights, start)
+    from_start = q * weights.from_start.unsqueeze(-1)
+    o.baddbmm_(from_start.flatten(0, 2), states[:-1].flatten(0, 2))
+    return o.view(shape), states[-1]
+
+
+class _Gradients(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    state: Tensor
+
+
+def _backward_block(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, weights: Weights, start: Tensor, d_end: Tensor, decays: bool
+) -> _Gradients:
+    """Letters as in the module's formulas; d_end is dS' of the block's last chunk. dg is [M,B,H,C]."""
+    kv_heads, (chunks, batch, heads, length, key_dim), v_dim = k.shape[2], q.shape, v.shape[-1]
+    group = heads // kv_heads
+    square = (chunks, batch, heads, length, length)
+    q_rows, do_rows, k_flat, v_flat = _group(q, kv_heads), _group(do, kv_heads), k.flatten(0, 2), v.flatten(0, 2)
+    states, weighted = _states(k, v, weights, start)
+
+    P = torch.bmm(q_rows, k_flat.mT).view(square).mul_(weights.within)
+    D = torch.bmm(do_rows, v_flat.mT).view(square)
+    pairs = P * D if decays else None
+    D.mul_(weights.within)
+    dq = torch.bmm(_group(D, kv_heads), k_flat)
+    dk = torch.bmm(_group(D, kv_heads).mT, q_rows)
+    dv = torch.bmm(_group(P, kv_heads).mT, do_rows)
+
+    do_start = (do * weights.from_start.unsqueeze(-1)).flatten(0, 2)
+    from_state = torch.bmm(do_start, states[:-1].flatten(0, 2).mT).view(q.shape)
+    dq = dq.view(q.shape).add_(from_state)
+
+    d_states = torch.empty_like(states)
+    d_states[-1] = d_end
+    torch.bmm(q.flatten(0, 2).mT, do_start, out=d_states[:-1].view(-1, key_dim, v_dim))
+    through = weights.through.unsqueeze(-1).unsqueeze(-1)
+    for m in reversed(range(chunks)):
+        d_states[m].addcmul_(d_states[m + 1], through[m % len(through)])
+
+    d_out = d_states[1:].view(-1, group * key_dim, v_dim)
+    to_state = torch.bmm(v_flat, d_out.mT).view(chunks, batch, kv_heads, length, group, key_dim)
+    to_state.mul_(_per_head(weights.to_end, kv_heads))
+    dk = dk.view(k.shape).add_(to_state.squeeze(4) if group == 1 else to_state.sum(4))
+    dv = dv.baddbmm_(weighted, d_out).view(v.shape)
+
+    dg = None
+    if decays:
+        pairs.diagonal(dim1=-2, dim2=-1).zero_()
+        later = pairs.sum(-1).sub_(pairs.sum(-2)).add_(from_state.mul_(q).sum(-1))
+        earlier = to_state.mul_(k.unsqueeze(4)).sum(-1).transpose(3, 4).reshape(later.shape)
+        carried = weights.through * (states[:-1] * d_states[1:]).sum((-2, -1))
+        before = torch.nn.functional.pad(earlier[..., :-1], (1, 0)).cumsum(-1)
+        dg = later.flip(-1).cumsum(-1).flip(-1) + before + carried.unsqueeze(-1)
+    return _Gradients(dq, dk, dv, dg, d_states[0])
+
+
+class _Chunk(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, state, layout, scale):
+        dtype = compute_dtype(q, k, v)
+        plan = _Plan(q, v, g, layout, scale, dtype)
+        batch, length, heads, key_dim = q.shape
+        S = q.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
+        o = v.new_empty(batch, length, heads, v.shape[-1])
+        starts = []
+        for block in plan.blocks:
+            starts.append(S)
+            part, S = _forward_block(*(block.load(x, dtype) for x in (q, k, v)), plan.weights(block), S)
+            block.store(o, part)
+        ctx.save_for_backward(q, k, v, g, *starts)
+        ctx.layout, ctx.scale, ctx.state_dtype = layout, scale, None if state is None else state.dtype
+        return o, S.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dS):
+        q, k, v, g, *starts = ctx.saved_tensors
+        dtype = compute_dtype(q, k, v)
+        plan = _Plan(q, v, g, ctx.layout, ctx.scale, dtype)
+        decays = ctx.needs_input_grad[3]
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dg = q.new_empty(*q.shape[:3], dtype=dtype) if decays and g.dim() == 3 else None
+        d_fixed = torch.zeros_like(g) if decays and g.dim() == 1 else None
+        for block, start in zip(reversed(plan.blocks), reversed(starts), strict=True):
+            inputs = (block.load(x, dtype) for x in (q, k, v, do))
+            grads = _backward_block(*inputs, plan.weights(block), start, dS, decays)
+            dS = grads.state
+            for whole, part in ((dq, grads.q), (dk, grads.k), (dv, grads.v)):
+                block.store(whole, part)
+            if decays:
+                _collect_decay(grads.g, block, ctx.layout, dg, d_fixed)
+        dS = dS.to(ctx.state_dtype) if ctx.state_dtype is not None else None
+        return dq, dk, dv, dg if dg is not None else d_fixed, dS, None, None
+
+
+def _collect_decay(part: Tensor, block: _Block, layout, dg: Tensor | None, d_fixed: Tensor | None) -> None:
+    """Where a document starts, and on padding, the decay acts on nothing: its gradient is 0."""
+    if layout is not None:
+        part = part * block._window(layout.continues[:, :, None, None])[..., 0]
+    if dg is not None:
+        block.store(dg.unsqueeze(-1), part.unsqueeze(-1))
+    else:
+        d_fixed += part.sum((0, 1, 3))

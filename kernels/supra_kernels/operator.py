@@ -1,0 +1,62 @@
+"""The one entry point: checks shapes, settles dtypes, hands over to a form."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from supra_kernels.chunk import chunk
+from supra_kernels.naive import naive
+from supra_kernels.step import step
+
+FORMS = {"naive": naive, "chunk": chunk, "step": step}
+STEP_LENGTH = 4
+"""Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    segment: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale · q_t^T S_t.
+
+    q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]; query head h reads kv head h // (H/G).
+    g is a log decay ≤ 0: None, [H] or [B,T,H].
+    state [B,H,K,V] is S_0 (None: zeros) and belongs to the document of the row's first real token.
+    segment [B,T] numbers the documents of a row, non-decreasing over real tokens, -1 on padding. S is zeroed where a
+    document starts; a padding token changes nothing, and the output there is finite and meaningless.
+    Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
+    Without gradients the step form overwrites `state` and returns it.
+    Raises ValueError for shapes that do not fit and for an unknown form.
+    """
+    _check(q, k, v, g, state, segment)
+    if form is None:
+        form = "step" if q.shape[1] <= STEP_LENGTH and segment is None else "chunk"
+    if form not in FORMS:
+        raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
+    return FORMS[form](q, k, v, g, scale=scale, state=state, segment=segment)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, segment: Tensor | None) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k, v are [B, T, heads, dim], got {[tuple(x.shape) for x in (q, k, v)]}")
+    batch, length, heads, key_dim = q.shape
+    kv_heads, v_dim = v.shape[2:]
+    if length == 0:
+        raise ValueError("a sequence has at least one token, got T = 0")
+    if k.shape != (batch, length, kv_heads, key_dim) or v.shape[:2] != (batch, length) or heads % kv_heads:
+        raise ValueError(
+            f"q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with H a multiple of G, got {[tuple(x.shape) for x in (q, k, v)]}"
+        )
+    if g is not None and g.shape != (heads,) and g.shape != (batch, length, heads):
+        raise ValueError(f"g is None, [{heads}] or [{batch}, {length}, {heads}], got {tuple(g.shape)}")
+    if state is not None and state.shape != (batch, heads, key_dim, v_dim):
+        raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {v_dim}], got {tuple(state.shape)}")
+    if segment is not None and segment.shape != (batch, length):
+        raise ValueError(f"segment is [{batch}, {length}], got {tuple(segment.shape)}")
