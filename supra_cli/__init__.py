@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 __version__ = "0.1.0"
+"""The one place that holds it; pyproject.toml reads it from here."""
 
 _AUTO = "transformers.models.auto.modeling_auto"
 
