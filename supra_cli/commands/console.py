@@ -14,8 +14,13 @@ from typing import Any
 
 def note(message: str) -> None:
     """One line on stderr for the person watching; nothing under `--quiet`."""
-    if logging.getLogger("supra_cli").isEnabledFor(logging.INFO):
+    if not is_quiet():
         print(message, file=sys.stderr)
+
+
+def is_quiet() -> bool:
+    """Whether `--quiet` was given."""
+    return not logging.getLogger("supra_cli").isEnabledFor(logging.INFO)
 
 
 def result(text: str) -> None:

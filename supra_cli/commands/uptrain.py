@@ -1,0 +1,194 @@
+"""`supra uptrain`: run a recipe."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from supra_cli.commands import console
+
+_LINES_IN_A_STAGE = 20
+
+
+def run(
+    recipe: Annotated[Path, typer.Option("--recipe", "-r", help="Recipe to run, a TOML file.")],
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="Converted model to start from, instead of converting the base."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run directory.", show_default="runs/<recipe's name>")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the recipe: --set stages.0.lr=1e-4.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run directory.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what is in the run directory first.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="What is computed in: auto, float32 or bfloat16; masters stay float32.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Uptrain a converted model: the stages of a recipe, with checkpoints that --resume goes on from."""
+    from supra_cli.core import device as devices
+    from supra_cli.core import recipe as recipes
+    from supra_cli.core.errors import UsageError
+    from supra_cli.core.lookup import lookup
+
+    if resume and overwrite:
+        raise UsageError("--resume goes on with what --overwrite would delete; give one of them")
+    parsed = recipes.load(recipe, overrides or (), lookup=lookup)
+    output = output or Path("runs") / recipe.stem
+    if dry_run:
+        _show_plan(parsed, json)
+        return
+
+    from supra_cli.core.train import loop
+
+    target = devices.resolve(device)
+    with _stop_on_signals() as stop:
+        events = loop.uptrain(
+            parsed,
+            output,
+            model=model,
+            resume=resume,
+            overwrite=overwrite,
+            device=target,
+            dtype=devices.dtype(dtype, target),
+            stop=stop,
+        )
+        finished = _follow(events)
+    if json:
+        console.document(finished)
+    elif finished:
+        console.result(finished["path"])
+
+
+def _show_plan(recipe: Any, json: bool) -> None:
+    from supra_cli.commands import plan
+
+    plan.show(recipe, json)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """SIGINT, SIGTERM and SIGUSR1 ask the loop to finish its step and save; a second SIGINT interrupts at once."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.note(f"{signal.Signals(number).name}: finishing the step and saving")
+
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in asked}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _follow(events: Iterator[Any]) -> dict[str, Any]:
+    """Show events as they come; what the last one said, for --json."""
+    from supra_cli.core.train.events import Finished
+
+    show = _Bar() if sys.stderr.isatty() and not console.is_quiet() else _Lines()
+    with show:
+        for event in events:
+            show(event)
+            if isinstance(event, Finished):
+                return {
+                    "path": str(event.path),
+                    "loss": event.loss,
+                    "teacher_loss": event.teacher,
+                    "tokens": event.tokens,
+                    "seconds": round(event.seconds, 1),
+                }
+    return {}
+
+
+class _Lines:
+    """One plain line for everything but steps; of those, about twenty a stage."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __call__(self, event: Any) -> None:
+        if type(event).__name__ == "StageStarted":
+            self._steps = event.steps
+        if type(event).__name__ == "Step" and event.stage_step % max(1, self._steps // _LINES_IN_A_STAGE):
+            return
+        self._say(_sentence(event, self._steps))
+
+    def _say(self, text: str) -> None:
+        console.note(text)
+
+
+class _Bar(_Lines):
+    """A bar for the stage, with loss, tokens a second and the time left; lines above it for the rest."""
+
+    def __enter__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
+        self._progress.start()
+        self._task = None
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Any) -> None:
+        if type(event).__name__ == "StageStarted":
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(event.kind, total=event.steps, figures="")
+        if type(event).__name__ == "Step":
+            figures = f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s"
+            self._progress.update(self._task, completed=event.stage_step, figures=figures)
+        else:
+            super().__call__(event)
+
+    def _say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+
+def _sentence(event: Any, steps: int) -> str:
+    match type(event).__name__:
+        case "Note":
+            return event.text
+        case "StageStarted":
+            trained = f"{console.number(event.trainable)} of {console.number(event.total)} parameters move"
+            return f"stage {event.index} ({event.kind}): {event.steps} steps, {trained}"
+        case "Step":
+            left = (steps - event.stage_step) * event.seconds
+            return (
+                f"step {event.stage_step}/{steps}  loss {event.loss:.4f}  gradient {event.grad_norm:.2f}  lr {event.lr:.2e}  "
+                f"{event.tokens_per_second:,.0f} tokens/s  {console.duration(left)} left"
+            )
+        case "Validated":
+            teacher = f", teacher {event.teacher:.4f}" if event.teacher is not None else ""
+            return f"held out, step {event.step}: {event.loss:.4f} nats per token{teacher}"
+        case "Saved":
+            return f"saved {event.path}"
+        case "Finished":
+            return f"finished: {console.number(event.tokens)} tokens in {console.duration(event.seconds)}, model in {event.path}"
+    raise TypeError(f"no sentence for {event}")

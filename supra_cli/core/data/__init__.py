@@ -1,0 +1,1 @@
+"""Text → documents (`sources`) → token files (`tokens`) → packed rows with a position that can be saved (`rows`)."""

@@ -1,0 +1,233 @@
+"""Rows of `seq_len` tokens, mixed from several sources, in an order that depends on the seed alone.
+
+The position in the data is a handful of integers (`Mixture.state`): restoring them yields exactly the rows that would have come.
+A row is filled from one source; documents are cut where the row ends and go on in that source's next row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supra_cli.core.data import sources
+from supra_cli.core.data.tokens import Tokens, tokenised
+from supra_cli.core.errors import SupraError
+from supra_cli.core.recipe import Data
+
+IGNORED = -100
+
+
+class Batch(NamedTuple):
+    """Rows for one forward pass, on one device."""
+
+    input_ids: Tensor
+    """[B,T] int64."""
+    position_ids: Tensor
+    """[B,T] int64, restarting at 0 with each document."""
+    labels: Tensor
+    """[B,T] int64: the next token of the same document, or -100 where there is none."""
+
+    @property
+    def targets(self) -> int:
+        """How many positions have a next token to predict."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Stream(Protocol):
+    """One source of rows; `state` is what `restore` needs to go on from here."""
+
+    digest: str
+    state: dict[str, int]
+
+    def row(self, length: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Documents:
+    """The documents of a token file, reshuffled each epoch (or in their own order, for validation)."""
+
+    def __init__(self, tokens: Tokens, seed: tuple[int, ...] | None, joined: bool = False):
+        self._tokens = tokens
+        self._seed = seed
+        self._joined = joined
+        self._order: np.ndarray | None = None
+        self._order_epoch = -1
+        self.digest = tokens.digest
+        self.state = {"epoch": 0, "document": 0, "offset": 0}
+
+    def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [length], positions [length])."""
+        ids, positions = np.empty(length, np.int64), np.arange(length, dtype=np.int64)
+        filled = 0
+        while filled < length:
+            piece = self._piece(length - filled)
+            ids[filled : filled + len(piece)] = piece
+            if not self._joined:
+                positions[filled : filled + len(piece)] = np.arange(len(piece))
+            filled += len(piece)
+        return ids, positions
+
+    def _piece(self, most: int) -> np.ndarray:
+        """The next at most `most` tokens of the current document."""
+        state, ends = self.state, self._tokens.ends
+        document = self._epoch_order()[state["document"]]
+        start = (int(ends[document - 1]) if document else 0) + state["offset"]
+        piece = self._tokens.ids[start : min(start + most, int(ends[document]))]
+        state["offset"] += len(piece)
+        if start + len(piece) == ends[document]:
+            state["document"], state["offset"] = state["document"] + 1, 0
+            if state["document"] == len(ends):
+                state["epoch"], state["document"] = state["epoch"] + 1, 0
+        return piece
+
+    def _epoch_order(self) -> np.ndarray:
+        epoch = self.state["epoch"]
+        if self._order_epoch != epoch:
+            count = len(self._tokens.ends)
+            self._order = np.arange(count) if self._seed is None else _random(*self._seed, epoch).permutation(count)
+            self._order_epoch = epoch
+        return self._order
+
+
+class Copies:
+    """Synthetic rows for learning to recall: a passage of random tokens, some other tokens, the passage again.
+
+    Lengths are drawn between 8 and 128 for the passage and 0 and 64 for what stands between; all tokens are uniform over the
+    vocabulary without the special ones, so nothing but copying can predict the second passage.
+    """
+
+    def __init__(self, ordinary_ids: np.ndarray, seed: tuple[int, ...], joined: bool = False):
+        self._ids = ordinary_ids
+        self._seed = seed
+        self._joined = joined
+        self.digest = "copy"
+        self.state = {"row": 0}
+
+    def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        random = _random(*self._seed, self.state["row"])
+        self.state["row"] += 1
+        ids, positions = np.empty(length, np.int64), np.arange(length, dtype=np.int64)
+        filled = 0
+        while filled < length:
+            passage = random.choice(self._ids, int(random.integers(8, 129)))
+            between = random.choice(self._ids, int(random.integers(0, 65)))
+            piece = np.concatenate([passage, between, passage])[: length - filled]
+            ids[filled : filled + len(piece)] = piece
+            if not self._joined:
+                positions[filled : filled + len(piece)] = np.arange(len(piece))
+            filled += len(piece)
+        return ids, positions
+
+
+class Mixture:
+    """Rows from several streams. The next row comes from the stream that is furthest behind its weight's share."""
+
+    def __init__(self, streams: list[Stream], weights: list[float], names: list[str]):
+        self._streams = streams
+        self._weights = np.asarray(weights) / sum(weights)
+        self.names = names
+        self._rows = [0] * len(streams)
+
+    def batch(self, rows: int, length: int) -> Batch:
+        pairs = [self._next().row(length) for _ in range(rows)]
+        return collate([ids for ids, _ in pairs], [positions for _, positions in pairs])
+
+    def _next(self) -> Stream:
+        behind = self._weights * (sum(self._rows) + 1) - self._rows
+        chosen = int(behind.argmax())
+        self._rows[chosen] += 1
+        return self._streams[chosen]
+
+    def rows_by_source(self) -> dict[str, int]:
+        return dict(zip(self.names, self._rows, strict=True))
+
+    def digests(self) -> dict[str, str]:
+        return {name: stream.digest for name, stream in zip(self.names, self._streams, strict=True)}
+
+    def state(self) -> dict:
+        return {
+            "rows": list(self._rows),
+            "streams": [dict(stream.state) for stream in self._streams],
+            "digests": self.digests(),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from `state`. SupraError when the text or the tokenizer is no longer what it was saved with."""
+        if state["digests"] != self.digests():
+            changed = [name for name, digest in self.digests().items() if state["digests"].get(name) != digest]
+            raise SupraError(
+                f"the data changed since the checkpoint was written ({', '.join(changed) or 'other sources'}); "
+                "put back the same files and tokenizer, or start a new run"
+            )
+        self._rows = list(state["rows"])
+        for stream, saved in zip(self._streams, state["streams"], strict=True):
+            stream.state = dict(saved)
+
+
+def collate(ids: list[np.ndarray], positions: list[np.ndarray]) -> Batch:
+    """Rows as tensors, with the next token of the same document as label."""
+    input_ids = torch.from_numpy(np.stack(ids))
+    position_ids = torch.from_numpy(np.stack(positions))
+    labels = torch.full_like(input_ids, IGNORED)
+    same = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    labels[:, :-1] = torch.where(same, input_ids[:, 1:], IGNORED)
+    return Batch(input_ids, position_ids, labels)
+
+
+def training(data: Data, tokenizer, seed: int) -> Mixture:
+    """The training rows of a recipe."""
+    joined = data.documents == "joined"
+    streams: list[Stream] = []
+    for number, source in enumerate(data.sources):
+        if source.path == sources.COPY:
+            streams.append(Copies(_ordinary_ids(tokenizer), (seed, number), joined))
+            continue
+        tokens = tokenised(source, tokenizer, "train", data.skip_share)
+        if len(tokens.ids) < data.seq_len:
+            raise SupraError(
+                f"{source.path} has only {len(tokens.ids)} tokens, fewer than one row of {data.seq_len}; "
+                "add text or lower data.seq_len"
+            )
+        streams.append(Documents(tokens, (seed, number), joined))
+    return Mixture(streams, [source.weight for source in data.sources], _names(data.sources))
+
+
+def held_out(data: Data, tokenizer, rows_at_once: int = 8) -> list[Batch]:
+    """The validation rows of a recipe, in the documents' own order: the same ones at every call."""
+    batches = []
+    for source in data.validation:
+        tokens = tokenised(source, tokenizer, "validation", data.skip_share)
+        stream = Documents(tokens, None, data.documents == "joined")
+        rows = min(data.validation_tokens // len(data.validation), len(tokens.ids)) // data.seq_len
+        if rows == 0:
+            raise SupraError(
+                f"{source.path} has {len(tokens.ids)} tokens for validation, fewer than one row of {data.seq_len}"
+            )
+        pairs = [stream.row(data.seq_len) for _ in range(rows)]
+        for start in range(0, rows, rows_at_once):
+            some = pairs[start : start + rows_at_once]
+            batches.append(collate([ids for ids, _ in some], [positions for _, positions in some]))
+    return batches
+
+
+def _ordinary_ids(tokenizer) -> np.ndarray:
+    return np.setdiff1d(np.arange(len(tokenizer)), np.asarray(tokenizer.all_special_ids))
+
+
+def _names(group) -> list[str]:
+    """One name a source: its path, numbered where two share it."""
+    names: list[str] = []
+    for source in group:
+        name = source.path
+        count = sum(1 for other in names if other == name or other.startswith(f"{name}#"))
+        names.append(f"{name}#{count + 1}" if count else name)
+    return names
+
+
+def _random(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(list(seed))

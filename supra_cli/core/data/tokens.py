@@ -1,0 +1,106 @@
+"""Tokenise a source once: a flat file of token ids and the offsets at which documents end, kept in a cache.
+
+The cache key is a hash of the tokenizer, of the settings and of the text itself, so a changed file or tokenizer is never
+served stale tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from supra_cli.core.data import sources
+from supra_cli.core.errors import SupraError
+from supra_cli.core.recipe import Source
+
+_FORMAT = 1
+_TEXTS_AT_ONCE = 256
+
+
+class Tokens(NamedTuple):
+    """`ids[ends[i-1]:ends[i]]` is document i, with the tokens that open and close it. `digest` names text and tokenizer."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+    digest: str
+
+
+def cache_folder() -> Path:
+    """`$SUPRA_CACHE`, or `supra` in the user's cache folder."""
+    root = os.environ.get("SUPRA_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supra"
+
+
+def tokenised(source: Source, tokenizer, split: str, skip_share: float) -> Tokens:
+    """The tokens of a local source, from the cache or into it. SupraError when there is no token at all."""
+    settings = {
+        "format": _FORMAT,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "text": sources.fingerprint(source, split),
+        "field": source.text,
+        "skip_share": skip_share,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = cache_folder() / "tokens" / digest[:32]
+    if not (folder / "ends.npy").exists():
+        _write(folder, encode(sources.texts(source, split, skip_share), tokenizer), len(tokenizer))
+    ids = np.load(folder / "ids.npy", mmap_mode="r")
+    ends = np.load(folder / "ends.npy")
+    if not len(ids):
+        raise SupraError(f"no text in {source.path}: not one token came out of it")
+    return Tokens(ids, ends, digest)
+
+
+def encode(texts: Iterable[str], tokenizer) -> Iterable[list[int]]:
+    """Each text as the tokenizer opens it (with the base's own begin token, if any), closed by the end token."""
+    end = tokenizer.eos_token_id
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+            yield ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def tokenizer_digest(tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{state}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def _write(folder: Path, documents: Iterable[list[int]], vocabulary: int) -> None:
+    """Write beside and rename into place: a cache folder is whole or absent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    kind = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
+    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        ends = [0]
+        with (beside / "ids.bin").open("wb") as stream:
+            for ids in documents:
+                stream.write(np.asarray(ids, dtype=kind).tobytes())
+                ends.append(ends[-1] + len(ids))
+        _as_npy(beside / "ids.bin", beside / "ids.npy", kind, ends[-1])
+        np.save(beside / "ends.npy", np.asarray(ends[1:], dtype=np.int64))
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not (folder / "ends.npy").exists():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _as_npy(raw: Path, target: Path, kind: np.dtype, length: int) -> None:
+    """Put the .npy header in front of a raw stream, without holding the stream in memory."""
+    with target.open("wb") as out, raw.open("rb") as stream:
+        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        shutil.copyfileobj(stream, out, 1 << 20)
+    raw.unlink()

@@ -1,0 +1,10 @@
+"""What a training stage does: one loss, and the set of parameters that move. One file a stage, found by itself."""
+
+from __future__ import annotations
+
+from supra_cli.core.registry import Registry
+from supra_cli.core.stages.base import Loss, Stage
+
+stages: Registry[type[Stage]] = Registry("stage", package="supra_cli.core.stages", group="supra.stages")
+
+__all__ = ["Loss", "Stage", "stages"]

@@ -1,0 +1,30 @@
+"""Logit distillation: the student's next-token distribution is drawn to the teacher's."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from supra_cli.core.data.rows import Batch
+from supra_cli.core.stages import chunked, stages
+from supra_cli.core.stages.base import Loss, Stage
+
+
+@stages.register("distill")
+class Distill(Stage):
+    """Σ_t KL(p_teacher(· | x_{≤t}) ‖ p_student(· | x_{≤t})) over the full vocabulary, temperature 1.
+
+    The teacher sees the same document boundaries. Source: as in RADLADS, arXiv:2505.03005, step 2.
+    """
+
+    teacher = "separate"
+
+    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Loss:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        with torch.no_grad():
+            target, target_head = teacher(**inputs, objective=lambda hidden, head: (hidden, head))
+        total, nll = student(
+            **inputs,
+            objective=lambda hidden, head: chunked.divergence(hidden, head, target, target_head, batch.labels),
+        )
+        return Loss(total, {"nll": nll})

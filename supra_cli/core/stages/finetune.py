@@ -1,0 +1,29 @@
+"""Next-token training: what SUPRA uptrains with, and what a model from scratch is trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from supra_cli.core.data.rows import Batch
+from supra_cli.core.stages import chunked, stages
+from supra_cli.core.stages.base import Loss, Stage
+
+
+@stages.register("finetune")
+class Finetune(Stage):
+    """Σ_t −log p(x_{t+1} | x_{≤t}) + z_loss · (log Z_t)².  Source: SUPRA, arXiv:2405.06640 (z_loss 1e-4)."""
+
+    @dataclass(frozen=True)
+    class Options:
+        z_loss: float = 0.0
+
+    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Loss:
+        total, nll = student(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            objective=lambda hidden, head: chunked.cross_entropy(hidden, head, batch.labels, self.options.z_loss),
+        )
+        return Loss(total, {"nll": nll})

@@ -1,0 +1,87 @@
+"""Attention transfer: each mixer learns, layer by layer, to reproduce the attention it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from supra_cli.core.data.rows import Batch
+from supra_cli.core.layout import Layout
+from supra_cli.core.stages import stages
+from supra_cli.core.stages.base import Loss, Stage
+from supra_cli.core.swap import SwappedAttention
+
+
+@stages.register("transfer")
+class Transfer(Stage):
+    """Σ_layers Σ_t ‖o_t − ô_t‖² / mean_t ‖ô_t‖², with o the mixer's heads and ô what they can be asked to equal.
+
+    Both run on the teacher's own layer input, and the teacher's output is what goes on to the next layer, so the layers learn
+    independently and no gradient crosses them. ô is `Mixer.target` of the softmax heads: a mixer that normalises its heads is
+    compared with the teacher's normalised in the same way, before the output projection (its scale is out of its reach).
+    Logged beside the loss: `layer.N`, its parts, and `output`, the mean over layers of the relative squared error after the
+    output projection. Only mixers move: the projections are shared with the teacher, which must not.
+    Source: as in LoLCATs, arXiv:2410.10254, and RADLADS, arXiv:2505.03005, step 1.
+    """
+
+    teacher = "shared"
+
+    def trains(self, name: str) -> bool:
+        return ".mixer." in name
+
+    def scored(self, batch: Batch) -> int:
+        return batch.input_ids.numel()
+
+    @contextmanager
+    def attached(self, student: nn.Module) -> Iterator[None]:
+        """Every swapped layer answers with the teacher's output and puts its own error aside."""
+        self._errors: list[tuple[Tensor, Tensor]] = []
+        layers = [layer for _, layer in student.swapped_layers()]
+        for layer in layers:
+            layer.forward = partial(self._compare, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Loss:
+        self._errors.clear()
+        with torch.no_grad():
+            student(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                objective=lambda hidden, head: None,
+            )
+        tokens = self.scored(batch)
+        heads = [error for error, _ in self._errors]
+        metrics = {f"layer.{number}": error.detach() * tokens for number, error in enumerate(heads)}
+        metrics["output"] = torch.stack([error for _, error in self._errors]).mean() * tokens
+        return Loss(torch.stack(heads).sum() * tokens, metrics)
+
+    def _compare(
+        self,
+        layer: SwappedAttention,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        layout: Layout | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
+        taught = layer.softmax_heads(hidden_states, position_embeddings, layout)
+        answer = layer.arch.out(layer, taught.flatten(-2))
+        with torch.enable_grad():
+            o, _ = layer.heads(hidden_states, position_embeddings, layout)
+            error = relative_error(o, layer.mixer.target(taught))
+        self._errors.append((error, relative_error(layer.arch.out(layer, o.flatten(-2)), answer)))
+        return answer, None
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
+    """Σ (got − wanted)² / Σ wanted², in fp32: 0 is perfect, 1 is what answering zero gives."""
+    got, wanted = got.float(), wanted.float()
+    return (got - wanted).square().sum() / wanted.square().sum()

@@ -1,0 +1,1 @@
+"""Uptraining: the loop, what it optimises with, and a run directory that survives being killed."""

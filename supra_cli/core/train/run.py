@@ -1,0 +1,159 @@
+"""A run directory: what is in it, which checkpoint is the newest complete one, and who may write.
+
+recipe.toml  env.json  metrics.jsonl
+converted/                 the student before the first step (for a pretrained base)
+step-000500/               a loadable model directory + training/ + COMPLETE
+last -> step-..., best -> step-...
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from supra_cli.core.errors import UsageError
+
+MARKER = "COMPLETE"
+
+
+class RunDirectory:
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def exists(self) -> bool:
+        return self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory against a second run; the lock goes with the process, however it ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(
+                    f"another run is writing to {self.path}; wait for it or choose another --output"
+                ) from None
+            yield
+
+    def step_path(self, step: int) -> Path:
+        return self.path / f"step-{step:06d}"
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path.parent for path in self.path.glob(f"step-*/{MARKER}"))
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Path]:
+        """A folder to write a checkpoint into; it becomes `step-N`, marked complete and durable, when the block ends well."""
+        self.sweep()
+        beside, target = self.path / f".writing-{step:06d}", self.step_path(step)
+        beside.mkdir()
+        yield beside
+        (beside / MARKER).touch()
+        _sync_tree(beside)
+        if target.exists():
+            shutil.rmtree(target)
+        beside.rename(target)
+        _sync(self.path)
+
+    def clear(self) -> None:
+        """Remove everything that a run writes, and nothing else."""
+        self.sweep()
+        for folder in [*self.path.glob("step-*"), *(self.path / name for name in ("converted", "tokenizer", "eval"))]:
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in ("recipe.toml", "env.json", "metrics.jsonl", "last", "best"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what a killed save left behind."""
+        for left in self.path.glob(".writing-*"):
+            shutil.rmtree(left)
+
+    def link(self, name: str, target: Path) -> None:
+        """Point `name` at a checkpoint, atomically."""
+        beside = self.path / f".{name}.link"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(target.name)
+        beside.replace(self.path / name)
+
+    def prune(self, keep_last: int) -> None:
+        """Remove old checkpoints: never the newest complete one, nor what `best` points at."""
+        best = self.path / "best"
+        spared = {best.resolve()} if best.exists() else set()
+        for path in self.complete()[:-keep_last]:
+            if path.resolve() not in spared:
+                (path / MARKER).unlink()
+                shutil.rmtree(path)
+
+    def trim_metrics(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which will be run again, and a last line cut short by a kill."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("step", 0) <= step:
+                kept.append(line + "\n")
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(path)
+
+    def log(self, record: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and hardware, for whoever wants to know later what a number was measured with."""
+    import safetensors
+    import tokenizers
+    import torch
+    import transformers
+
+    import supra_cli
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "supra": supra_cli.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "safetensors": safetensors.__version__,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "device": device,
+        "command": sys.argv,
+    }
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync(path)

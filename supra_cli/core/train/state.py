@@ -1,0 +1,112 @@
+"""The part of a checkpoint that only training needs: optimizer moments, fp32 masters, random state and counters.
+
+Tensors are stored as safetensors and counters as JSON; nothing is pickled, so nothing foreign is ever executed on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from supra_cli.core.errors import SupraError
+
+
+@dataclasses.dataclass
+class Counters:
+    """Where a run stands. `step` and `tokens` count over all stages, `stage_step` within the current one."""
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    teacher_loss: float | None = None
+    finished: bool = False
+
+
+def save(
+    folder: Path, counters: Counters, optimizer: torch.optim.AdamW, masters: dict[str, Tensor], data: dict
+) -> None:
+    """Write the training state into `folder`; `masters` holds fp32 weights that the model's own files do not."""
+    folder.mkdir(parents=True)
+    moments = {
+        f"{key}.{name}": value.detach().cpu().contiguous()
+        for name, state in _named_states(optimizer)
+        for key, value in state.items()
+    }
+    save_file(moments, folder / "optimizer.safetensors")
+    if masters:
+        masters = {name: value.detach().cpu().contiguous() for name, value in masters.items()}
+        save_file(masters, folder / "masters.safetensors")
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    save_file(random, folder / "random.safetensors")
+    (folder / "state.json").write_text(json.dumps({"counters": dataclasses.asdict(counters), "data": data}, indent=2))
+
+
+def read(folder: Path) -> tuple[Counters, dict[str, Any]]:
+    """(counters, position in the data)."""
+    try:
+        saved = json.loads((folder / "state.json").read_text())
+        return Counters(**saved["counters"]), saved["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SupraError(f"the training state in {folder} is damaged: {error}") from None
+
+
+def restore_masters(folder: Path, model: nn.Module) -> None:
+    """Put fp32 masters, where they were saved, in place of the rounded weights."""
+    path = folder / "masters.safetensors"
+    if not path.exists():
+        return
+    masters = _tensors(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in masters:
+                parameter.copy_(masters[name])
+
+
+def restore_optimizer(folder: Path, optimizer: torch.optim.AdamW) -> None:
+    moments = _tensors(folder / "optimizer.safetensors")
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state = {
+                key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments
+            }
+            if state:
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                }
+
+
+def restore_random(folder: Path) -> None:
+    random = _tensors(folder / "random.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"cuda.{index}" in random:
+                torch.cuda.set_rng_state(random[f"cuda.{index}"], index)
+
+
+def _named_states(optimizer: torch.optim.AdamW):
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if parameter in optimizer.state:
+                yield name, optimizer.state[parameter]
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SupraError(f"the training state {path} is damaged: {error}") from None
