@@ -181,7 +181,8 @@ def _sentence(event: Any, steps: int) -> str:
         case "Step":
             left = (steps - event.stage_step) * event.seconds
             return (
-                f"step {event.stage_step}/{steps}  loss {event.loss:.4f}  gradient {event.grad_norm:.2f}  lr {event.lr:.2e}  "
+                f"step {event.stage_step}/{steps}  loss {event.loss:.4f}  gradient {event.grad_norm:.2f}  "
+                f"lr {event.lr:.2e}  "
                 f"{event.tokens_per_second:,.0f} tokens/s  {console.duration(left)} left"
             )
         case "Validated":
@@ -190,5 +191,6 @@ def _sentence(event: Any, steps: int) -> str:
         case "Saved":
             return f"saved {event.path}"
         case "Finished":
-            return f"finished: {console.number(event.tokens)} tokens in {console.duration(event.seconds)}, model in {event.path}"
+            spent = f"{console.number(event.tokens)} tokens in {console.duration(event.seconds)}"
+            return f"finished: {spent}, model in {event.path}"
     raise TypeError(f"no sentence for {event}")

@@ -1,8 +1,8 @@
 """The text that every Python carries: the standard library's sources and the help topics of `pydoc_data`.
 
-It is what the bundled teacher was pretrained on, what the demo uptrains on and what the offline evaluation tasks ask about,
-so nothing has to be downloaded. The split into training and held-out documents is a rule, not a list: it holds for every
-Python version.
+It is what the bundled teacher was pretrained on, what the demo uptrains on and what the offline evaluation tasks ask
+about, so nothing has to be downloaded. The split into training and held-out documents is a rule, not a list: it holds
+for every Python version.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The errors a user may see: one sentence each, one exit code each.
 
-A `SupraError` means that the user, their files or their machine must change something; its text says what was got, what was
-expected and what to do. A programmer's mistake raises ValueError or TypeError instead.
+A `SupraError` means that the user, their files or their machine must change something; its text says what was got, what
+was expected and what to do. A programmer's mistake raises ValueError or TypeError instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A recipe: everything needed to repeat a run, as frozen models that read and write TOML.
 
-Unknown keys are refused with the nearest known one, and all errors of a recipe are reported at once, each with its key path.
-This module knows no torch: the options of a mixer or a stage are checked against their dataclass through `lookup`, which the
-caller provides.
+Unknown keys are refused with the nearest known one, and all errors of a recipe are reported at once, each with its key
+path. This module knows no torch: the options of a mixer or a stage are checked against their dataclass through
+`lookup`, which the caller provides.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class OpenTable(Table):
 
 class Mixer(OpenTable):
     name: str = "supra"
-    """Registered name of the mixer that replaces softmax attention; every other key of the table is one of its options."""
+    """Registered name of the mixer that replaces softmax attention; every other key of the table is one of its options.
+    """
 
 
 class Source(Table):
     path: str
-    """A file, folder or glob (relative to the recipe), a built-in source (`python-stdlib`, `copy`), or a dataset on the hub."""
+    """A file, folder or glob (relative to the recipe), a built-in source (`python-stdlib`, `copy`), or a dataset on the
+    hub."""
     text: str = "text"
     """Field or column that holds the text, where records have fields."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -56,7 +58,8 @@ class Source(Table):
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str | None = None
-    """Split of a hub dataset or of a built-in source; `train` for sources and `validation` for validation when left out."""
+    """Split of a hub dataset or of a built-in source; `train` for sources and `validation` for validation when left
+    out."""
     revision: str | None = None
     """Commit or tag of a hub dataset."""
 
@@ -73,7 +76,8 @@ class Data(Table):
     documents: Literal["separate", "joined"] = "separate"
     """`separate`: state and positions restart at each document in a row; `joined`: a row is one run of text."""
     skip_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Largest share of a source's records that may be skipped as empty, undecodable or without text before that is an error."""
+    """Largest share of a source's records that may be skipped as empty, undecodable or without text before that is an
+    error."""
 
 
 class Tokenizer(Table):

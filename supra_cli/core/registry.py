@@ -16,8 +16,9 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Objects of one kind by name.
 
-    The modules of `package` are imported on first use, each registering what it defines; then the entry points of `group`
-    (`name = "package.module:object"`) add other people's. An unknown name is a `UsageError` with the nearest known one.
+    The modules of `package` are imported on first use, each registering what it defines; then the entry points of
+    `group` (`name = "package.module:object"`) add other people's. An unknown name is a `UsageError` with the nearest
+    known one.
     """
 
     def __init__(self, kind: str, package: str, group: str):

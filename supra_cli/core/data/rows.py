@@ -1,7 +1,7 @@
 """Rows of `seq_len` tokens, mixed from several sources, in an order that depends on the seed alone.
 
-The position in the data is a handful of integers (`Mixture.state`): restoring them yields exactly the rows that would have come.
-A row is filled from one source; documents are cut where the row ends and go on in that source's next row.
+The position in the data is a handful of integers (`Mixture.state`): restoring them yields exactly the rows that would
+have come. A row is filled from one source; documents are cut where the row ends and go on in that source's next row.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Documents:
 class Copies:
     """Synthetic rows for learning to recall: a passage of random tokens, some other tokens, the passage again.
 
-    Lengths are drawn between 8 and 128 for the passage and 0 and 64 for what stands between; all tokens are uniform over the
-    vocabulary without the special ones, so nothing but copying can predict the second passage.
+    Lengths are drawn between 8 and 128 for the passage and 0 and 64 for what stands between; all tokens are uniform
+    over the vocabulary without the special ones, so nothing but copying can predict the second passage.
     """
 
     def __init__(self, ordinary_ids: np.ndarray, seed: tuple[int, ...], joined: bool = False):

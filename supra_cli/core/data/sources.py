@@ -1,4 +1,4 @@
-"""Where text comes from: what Python carries, local files, datasets on the hub. Each source yields documents as text."""
+"""Where text comes from: what Python carries, local files, datasets on the hub. A source yields documents as text."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
         raise SupraError(f"no text in {source.path}: it holds no record; expected text, JSON lines or parquet")
     if count.skipped > skip_share * count.records:
         raise SupraError(
-            f"{count.skipped} of {count.records} records of {source.path} have no usable text (the first: {count.reason}); "
-            f"allowed is a share of {skip_share}, see data.skip_share"
+            f"{count.skipped} of {count.records} records of {source.path} have no usable text "
+            f"(the first: {count.reason}); allowed is a share of {skip_share}, see data.skip_share"
         )
 
 

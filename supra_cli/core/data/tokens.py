@@ -1,7 +1,7 @@
 """Tokenise a source once: a flat file of token ids and the offsets at which documents end, kept in a cache.
 
-The cache key is a hash of the tokenizer, of the settings and of the text itself, so a changed file or tokenizer is never
-served stale tokens.
+The cache key is a hash of the tokenizer, of the settings and of the text itself, so a changed file or tokenizer is
+never served stale tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TEXTS_AT_ONCE = 256
 
 
 class Tokens(NamedTuple):
-    """`ids[ends[i-1]:ends[i]]` is document i, with the tokens that open and close it. `digest` names text and tokenizer."""
+    """`ids[ends[i-1]:ends[i]]` is document i with its begin and end tokens; `digest` names text and tokenizer."""
 
     ids: np.ndarray
     ends: np.ndarray

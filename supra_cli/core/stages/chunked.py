@@ -1,7 +1,7 @@
 """Losses over the vocabulary, in pieces of the sequence, so that the logits of a whole batch never exist at once.
 
-With N scored tokens and a vocabulary of V, the plain form keeps [N, V] logits and their gradient; here each piece's logits are
-recomputed in the backward pass, and the peak is one piece of at most `PIECE_NUMBERS` numbers.
+With N scored tokens and a vocabulary of V, the plain form keeps [N, V] logits and their gradient; here each piece's
+logits are recomputed in the backward pass, and the peak is one piece of at most `PIECE_NUMBERS` numbers.
 """
 
 from __future__ import annotations

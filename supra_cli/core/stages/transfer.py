@@ -20,12 +20,12 @@ from supra_cli.core.swap import SwappedAttention
 class Transfer(Stage):
     """Σ_layers Σ_t ‖o_t − ô_t‖² / mean_t ‖ô_t‖², with o the mixer's heads and ô what they can be asked to equal.
 
-    Both run on the teacher's own layer input, and the teacher's output is what goes on to the next layer, so the layers learn
-    independently and no gradient crosses them. ô is `Mixer.target` of the softmax heads: a mixer that normalises its heads is
-    compared with the teacher's normalised in the same way, before the output projection (its scale is out of its reach).
-    Logged beside the loss: `layer.N`, its parts, and `output`, the mean over layers of the relative squared error after the
-    output projection. Only mixers move: the projections are shared with the teacher, which must not.
-    Source: as in LoLCATs, arXiv:2410.10254, and RADLADS, arXiv:2505.03005, step 1.
+    Both run on the teacher's own layer input, and the teacher's output is what goes on to the next layer, so the layers
+    learn independently and no gradient crosses them. ô is `Mixer.target` of the softmax heads: a mixer that normalises
+    its heads is compared with the teacher's normalised in the same way, before the output projection (its scale is out
+    of its reach). Logged beside the loss: `layer.N`, its parts, and `output`, the mean over layers of the relative
+    squared error after the output projection. Only mixers move: the projections are shared with the teacher, which must
+    not. Source: as in LoLCATs, arXiv:2410.10254, and RADLADS, arXiv:2505.03005, step 1.
     """
 
     teacher = "shared"

@@ -1,7 +1,7 @@
 """The training loop: stages in order, one optimizer step after the other, everything needed to go on saved as it goes.
 
-Resuming is exact: the state that a checkpoint holds (weights, moments, random state, position in the data, counters) is all the
-state there is, so a run that was killed and resumed ends with the same bits as one that was not.
+Resuming is exact: the state that a checkpoint holds (weights, moments, random state, position in the data, counters) is
+all the state there is, so a run that was killed and resumed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def uptrain(
 ) -> Iterator[Event]:
     """Run `recipe` into the directory `output`, yielding what happens.
 
-    `model` starts from a converted model instead of converting the base; `dtype` is what the passes compute in (masters stay
-    fp32), by default bf16 on CUDA and fp32 elsewhere. When `stop` is set, the step in progress is finished, everything is saved
-    and Stopped is raised. Raises UsageError for an occupied directory or a recipe that changed, SupraError for a loss that is
-    not finite.
+    `model` starts from a converted model instead of converting the base; `dtype` is what the passes compute in (masters
+    stay fp32), by default bf16 on CUDA and fp32 elsewhere. When `stop` is set, the step in progress is finished,
+    everything is saved and Stopped is raised. Raises UsageError for an occupied directory or a recipe that changed,
+    SupraError for a loss that is not finite.
     """
     run = RunDirectory(output)
     if run.exists() and not (resume or overwrite):
@@ -85,7 +85,6 @@ class Trainer:
         self._checkpoint: Path | None = None
         self._clock = time.perf_counter()
 
-    # -- opening: student, tokenizer, data, counters --------------------------------------------------------------------
 
     def open(self, model: Path | None, resume: bool) -> Iterator[Event]:
         """Bring the run to where it should go on from: its newest sound checkpoint, or the beginning."""
@@ -137,11 +136,10 @@ class Trainer:
         room = self.student.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > room:
             raise SupraError(
-                f"the tokenizer in {self.origin.tokenizer_folder} has {len(self.tokenizer)} tokens, the model room for {room}; "
-                "they do not belong together"
+                f"the tokenizer in {self.origin.tokenizer_folder} has {len(self.tokenizer)} tokens, "
+                f"the model room for {room}; they do not belong together"
             )
 
-    # -- the stages -----------------------------------------------------------------------------------------------------
 
     def train(self) -> Iterator[Event]:
         self.baseline: nn.Module | None = None
@@ -216,7 +214,7 @@ class Trainer:
         means = {name: float(value) / scored for name, value in sums.items()}
         if not (math.isfinite(norm) and math.isfinite(means["loss"])):
             raise SupraError(
-                f"the loss or gradient is not finite in stage {counters.stage} ({spec.kind}) at step {counters.step + 1}: "
+                f"loss or gradient is not finite in stage {counters.stage} ({spec.kind}), step {counters.step + 1}: "
                 f"loss {means['loss']}, gradient norm {norm}; nothing was updated. Lower the learning rate and --resume"
             )
         optimizer.step()
@@ -264,7 +262,6 @@ class Trainer:
         seconds, self._clock = now - self._clock, now
         return seconds
 
-    # -- teacher, validation, saving ------------------------------------------------------------------------------------
 
     def _teacher(self, spec: recipes.Stage) -> nn.Module:
         name = spec.teacher or self.origin.base
@@ -276,8 +273,8 @@ class Trainer:
         teacher = checkpoint.load(folder, device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         if teacher.config.vocab_size != self.student.config.vocab_size:
             raise UsageError(
-                f"teacher {name} has a vocabulary of {teacher.config.vocab_size}, the student {self.student.config.vocab_size}; "
-                "logits can only be compared over one vocabulary"
+                f"teacher {name} has a vocabulary of {teacher.config.vocab_size}, "
+                f"the student {self.student.config.vocab_size}; logits can only be compared over one vocabulary"
             )
         return teacher
 

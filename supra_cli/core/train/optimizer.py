@@ -39,8 +39,8 @@ def adamw(parameters: Iterable[tuple[str, nn.Parameter]], stage: recipe.Stage) -
 def lr_factor(step: int, steps: int, stage: recipe.Stage) -> float:
     """Share of the peak rate at optimizer step `step` (0-based) of `steps`: linear warm-up, then the stage's schedule.
 
-    cosine: f + (1 − f)·(1 + cos πu)/2, linear: 1 − (1 − f)·u, with u the share of the steps after the warm-up that is over
-    and f the final share.
+    cosine: f + (1 − f)·(1 + cos πu)/2, linear: 1 − (1 − f)·u, with u the share of the steps after the warm-up that is
+    over and f the final share.
     """
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.swap import layer_kinds
 from transformers import AutoConfig
 
 from supra_cli.core import checkpoint, hub
 from supra_cli.core.data import sources
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import UsageError
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe import Recipe
+from supra_cli.core.swap import layer_kinds
 from supra_cli.core.train.run import RunDirectory
 
 

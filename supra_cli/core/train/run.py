@@ -53,7 +53,8 @@ class RunDirectory:
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """A folder to write a checkpoint into; it becomes `step-N`, marked complete and durable, when the block ends well."""
+        """A folder to write a checkpoint into; it becomes `step-N`, marked complete and durable, when the block ends
+        well."""
         self.sweep()
         beside, target = self.path / f".writing-{step:06d}", self.step_path(step)
         beside.mkdir()

@@ -1,6 +1,7 @@
 """The part of a checkpoint that only training needs: optimizer moments, fp32 masters, random state and counters.
 
-Tensors are stored as safetensors and counters as JSON; nothing is pickled, so nothing foreign is ever executed on resume.
+Tensors are stored as safetensors and counters as JSON; nothing is pickled, so nothing foreign is ever executed on
+resume.
 """
 
 from __future__ import annotations
