@@ -1,4 +1,6 @@
-"""The words that architectures and mixers share: the shape of one attention layer, and where documents lie in a batch."""
+"""The words that architectures and mixers share: the shape of one attention layer, and where documents lie in a
+batch.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,13 @@ class Layout(NamedTuple):
         return bool((self.segment > 0).any())
 
 
-def derive(mask: Tensor | None, position: Tensor | None, batch: int, tokens: int) -> tuple[Layout | None, Tensor | None]:
+def derive(
+    mask: Tensor | None, position: Tensor | None, batch: int, tokens: int
+) -> tuple[Layout | None, Tensor | None]:
     """The layout of a batch's last `tokens` columns, and the positions to give the base (None: let it count columns).
 
-    `mask` [B, past + T] is non-zero on real tokens (None: all are real); `position` [B or 1, T] is 0 where a document starts
-    (None: counted along the mask). The layout is None when every row holds one document and no padding.
+    `mask` [B, past + T] is non-zero on real tokens (None: all are real); `position` [B or 1, T] is 0 where a document
+    starts (None: counted along the mask). The layout is None when every row holds one document and no padding.
     """
     if mask is not None and bool(mask.all()):
         mask = None
@@ -70,7 +74,8 @@ def derive(mask: Tensor | None, position: Tensor | None, batch: int, tokens: int
 
 
 def softmax_mask(layout: Layout, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """[B, 1, T, T], added to the scores: 0 where j ≤ i lie in one document (and i - j < window), the dtype's minimum elsewhere.
+    """[B, 1, T, T], added to the scores: 0 where j ≤ i lie in one document (and i - j < window), the dtype's minimum
+    elsewhere.
 
     Padding sees padding, so no row is empty and every output is finite.
     """

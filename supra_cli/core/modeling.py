@@ -1,4 +1,6 @@
-"""The Hugging Face face of a swapped model: a config, a causal language model, and their registration with the Auto classes."""
+"""The Hugging Face face of a swapped model: a config, a causal language model, and their registration with the Auto
+classes.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,9 @@ class Swap(NamedTuple):
 class SupraConfig(PreTrainedConfig):
     """The base's config whole, plus what was exchanged.
 
-    Instances are of a subclass made for each base, `SupraLlamaConfig(LlamaConfig, SupraConfig)`, so every attribute, default and
-    check of the base's config holds. Written without any swapped layer it is the base's plain config again.
+    Instances are of a subclass made for each base, `SupraLlamaConfig(LlamaConfig, SupraConfig)`, so every attribute,
+    default and check of the base's config holds. Written without any swapped layer it is the base's plain config
+    again.
     """
 
     model_type = "supra"
@@ -97,14 +100,18 @@ class SupraConfig(PreTrainedConfig):
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    return {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version", "supra")}
+    return {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in ("model_type", "architectures", "transformers_version", "supra")
+    }
 
 
 class SupraForCausalLM(PreTrainedModel):
     """A causal language model of any base with mixers in place of some, all or none of its attention.
 
-    Instances are of a subclass made for each base, `SupraLlamaForCausalLM(SupraForCausalLM, LlamaForCausalLM)`: parameter names,
-    generation and saving are the base's own.
+    Instances are of a subclass made for each base, `SupraLlamaForCausalLM(SupraForCausalLM, LlamaForCausalLM)`:
+    parameter names, generation and saving are the base's own.
     """
 
     config_class = SupraConfig
@@ -122,7 +129,9 @@ class SupraForCausalLM(PreTrainedModel):
         return super()._from_config(config, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, name: str, *args: Any, config: SupraConfig | None = None, **kwargs: Any) -> SupraForCausalLM:
+    def from_pretrained(
+        cls, name: str, *args: Any, config: SupraConfig | None = None, **kwargs: Any
+    ) -> SupraForCausalLM:
         if cls is SupraForCausalLM:
             config = config or SupraConfig.from_pretrained(name)
             return family(config.swap.base).model.from_pretrained(name, *args, config=config, **kwargs)
@@ -151,8 +160,8 @@ class SupraForCausalLM(PreTrainedModel):
     ) -> CausalLMOutputWithPast | Any:
         """Logits [B,T,vocab] as the base returns them or, with `objective`, what objective(hidden, head) returns.
 
-        `attention_mask` [B, past + T] marks real tokens; `position_ids` [B,T] that restart at 0 begin a new document. Left padding
-        changes no logit and documents do not see each other, in softmax layers and in swapped ones.
+        `attention_mask` [B, past + T] marks real tokens; `position_ids` [B,T] that restart at 0 begin a new document.
+        Left padding changes no logit and documents do not see each other, in softmax layers and in swapped ones.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         layout, position_ids = derive(attention_mask, position_ids, *inputs.shape[:2])
@@ -173,20 +182,25 @@ class SupraForCausalLM(PreTrainedModel):
         return objective(self.base_model(**call).last_hidden_state, partial(self.arch.head, self))
 
     def _mask(self, mask: Tensor | None, layout: Layout | None, memory: Cache | None) -> Any:
-        """The mask that the base hands to its softmax layers: its own business, but for packed rows, which not every base
-        recognises, and for models without softmax layers, which need none at all."""
+        """The mask that the base hands to its softmax layers: its own business, but for packed rows, which not every
+        base recognises, and for models without softmax layers, which need none at all.
+        """
         record = self.config.swap
         if SOFTMAX not in record.layers:
             return torch.empty((1, 1, 0, 0), device=self.device)
         if layout is None or not layout.packed:
             return mask
         if memory is not None:
-            raise ValueError("packed rows cannot be cached by softmax layers, got position_ids that restart; pass one document a row")
+            raise ValueError(
+                "packed rows cannot be cached by softmax layers, got position_ids that restart; pass one document a row"
+            )
         window = partial(softmax_mask, layout, self.dtype)
         kinds = getattr(self.config, "layer_types", None)
         if kinds is None:
             return window(getattr(self.config, "sliding_window", None))
-        return {kind: window(self.config.sliding_window if kind == "sliding_attention" else None) for kind in set(kinds)}
+        return {
+            kind: window(self.config.sliding_window if kind == "sliding_attention" else None) for kind in set(kinds)
+        }
 
 
 class Family(NamedTuple):
@@ -199,7 +213,9 @@ class Family(NamedTuple):
 
 @cache
 def family(base: str) -> Family:
-    """The classes for the base's `model_type`, registered with AutoModelForCausalLM; a UsageError if no arch describes it."""
+    """The classes for the base's `model_type`, registered with AutoModelForCausalLM; a UsageError if no arch
+    describes it.
+    """
     archs.get(base)
     base_config = CONFIG_MAPPING[base]
     base_model = AutoModelForCausalLM._model_mapping[base_config]

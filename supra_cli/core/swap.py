@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -23,8 +22,9 @@ SOFTMAX = "softmax"
 class SwappedAttention(nn.Module):
     """The base's attention with a mixer between its input and output projections.
 
-    An instance is the base's own attention module whose class was exchanged for a subclass of that class and of this one, so its
-    submodules, parameter names and hooks stay, and `softmax` still runs the base's forward. The mixer's parameters sit at `.mixer`.
+    An instance is the base's own attention module whose class was exchanged for a subclass of that class and of this
+    one, so its submodules, parameter names and hooks stay, and `softmax` still runs the base's forward. The mixer's
+    parameters sit at `.mixer`.
     """
 
     arch: Arch
@@ -78,13 +78,16 @@ def swapped_class(attention: type[nn.Module]) -> type[SwappedAttention]:
 
 
 def swap(model: nn.Module, arch: Arch, mixer: type[Mixer], options: Mixer.Options, kinds: Sequence[str]) -> None:
-    """Put a mixer into every layer of `model` whose kind is not softmax."""
+    """Put a mixer, freshly drawn, into every layer of `model` whose kind is not softmax (drawing does nothing on the
+    meta device).
+    """
     for block, kind in zip(arch.layers(model), kinds, strict=True):
         if kind != SOFTMAX:
             attention = getattr(block, arch.slot)
             attention.__class__ = swapped_class(type(attention))
             attention.arch = arch
             attention.mixer = mixer(arch.spec(attention), options)
+            attention.mixer.reset_parameters()
 
 
 def swapped_layers(model: nn.Module) -> Iterator[tuple[str, SwappedAttention]]:
@@ -97,8 +100,8 @@ def swapped_layers(model: nn.Module) -> Iterator[tuple[str, SwappedAttention]]:
 def layer_kinds(layers: int, mixer: str, keep: str) -> list[str]:
     """The kind of each layer: `mixer`, or softmax where `keep` says so.
 
-    keep is `none`, `all`, `every:N` (layers N-1, 2N-1, ...), `first:N`, `last:N` or layer numbers like `0,5,7`; anything else, or a
-    number outside the model, is a UsageError.
+    keep is `none`, `all`, `every:N` (layers N-1, 2N-1, ...), `first:N`, `last:N` or layer numbers like `0,5,7`;
+    anything else, or a number outside the model, is a UsageError.
     """
     kept = _kept(layers, keep)
     return [SOFTMAX if layer in kept else mixer for layer in range(layers)]
@@ -111,7 +114,9 @@ def _kept(layers: int, keep: str) -> set[int]:
     rule, colon, number = keep.partition(":")
     if colon and rule in ("every", "first", "last") and number.isdecimal() and 1 <= int(number) <= layers:
         count = int(number)
-        return set({"every": everything[count - 1 :: count], "first": everything[:count], "last": everything[-count:]}[rule])
+        return set(
+            {"every": everything[count - 1 :: count], "first": everything[:count], "last": everything[-count:]}[rule]
+        )
     numbers = keep.split(",")
     if all(number.strip().isdecimal() and int(number) < layers for number in numbers):
         return {int(number) for number in numbers}
@@ -122,7 +127,9 @@ def _kept(layers: int, keep: str) -> set[int]:
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """A layer of the Hugging Face cache that holds a mixer's state, of a size that does not grow, and counts the tokens seen."""
+    """A layer of the Hugging Face cache that holds a mixer's state, of a size that does not grow, and counts the
+    tokens seen.
+    """
 
     is_sliding = False
     is_croppable = False

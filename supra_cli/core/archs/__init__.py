@@ -18,9 +18,9 @@ Rope = tuple[Tensor, Tensor] | None
 class Arch:
     """How one attention layout is read: one record for each Hugging Face `model_type` of that layout.
 
-    The law that ties the fields: `out(attention, softmax(rotate(q) rotate(k)ᵀ · spec.scale) v)` is what the base's own attention
-    returns. `qkv` and `out` call the base's submodules and never read their weights, so that adapters, quantised linears and
-    sharding go on working.
+    The law that ties the fields: `out(attention, softmax(rotate(q) rotate(k)ᵀ · spec.scale) v)` is what the base's
+    own attention returns. `qkv` and `out` call the base's submodules and never read their weights, so that adapters,
+    quantised linears and sharding go on working.
     """
 
     layers: Callable[[nn.Module], Sequence[nn.Module]]
@@ -30,7 +30,9 @@ class Arch:
     spec: Callable[[nn.Module], HeadSpec]
     """attention -> its shape."""
     qkv: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
-    """(attention, x [B,T,D]) -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]: projected and normed, not rotated, not repeated."""
+    """(attention, x [B,T,D]) -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]: projected and normed, not rotated, not
+    repeated.
+    """
     rotate: Callable[[nn.Module, Tensor, Rope], Tensor]
     """(attention, x [B,T,·,K], tables) -> x with this base's positions in it."""
     out: Callable[[nn.Module, Tensor], Tensor]

@@ -1,4 +1,6 @@
-"""The GPT-NeoX layout: one projection with q, k, v interleaved head by head, rotary positions over a part of the head."""
+"""The GPT-NeoX layout: one projection with q, k, v interleaved head by head, rotary positions over a part of the
+head.
+"""
 
 from __future__ import annotations
 

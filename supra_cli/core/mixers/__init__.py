@@ -20,8 +20,9 @@ Rotate = Callable[[Tensor], Tensor]
 class Mixer(nn.Module):
     """Causal and stateful: calling it on [x₁, x₂] equals calling it on x₁, then with the state that returns on x₂.
 
-    A mixer owns parameters only, no buffers and no tensor attributes: constants are Python numbers, turned into fp32 in `forward`
-    (a model is built on the meta device and filled from a file, and a buffer that is in no file comes back empty).
+    A mixer owns parameters only, no buffers and no tensor attributes: constants are Python numbers, turned into fp32
+    in `forward` (a model is built on the meta device and filled from a file, and a buffer that is in no file comes
+    back empty).
     """
 
     @dataclass(frozen=True)
@@ -40,15 +41,18 @@ class Mixer(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: NamedTuple | None, layout: Layout | None
     ) -> tuple[Tensor, NamedTuple]:
-        """q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] unrotated and unrepeated, x [B,T,D] the layer's input, state None at the start
-        -> o [B,T,H,V] and the state at each row's last real token."""
+        """q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] unrotated and unrepeated, x [B,T,D] the layer's input, state None at
+        the start -> o [B,T,H,V] and the state at each row's last real token.
+        """
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Draw the parameters; called once, when a model is converted or begun from scratch."""
 
     def target(self, o: Tensor) -> Tensor:
-        """What this mixer's heads can be asked to equal, given the teacher's heads o [B,T,H,V]: o itself, or o normalised as they are."""
+        """What this mixer's heads can be asked to equal, given the teacher's heads o [B,T,H,V]: o itself, or o
+        normalised as they are.
+        """
         return o
 
 
@@ -56,7 +60,9 @@ mixers: Registry[type[Mixer]] = Registry("mixer", package="supra_cli.core.mixers
 
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Mixer.Options:
-    """The options of the mixer `name` from plain values; an unknown key or a wrong value is a UsageError that names it."""
+    """The options of the mixer `name` from plain values; an unknown key or a wrong value is a UsageError that names
+    it.
+    """
     kind = mixers.get(name).Options
     hints = get_type_hints(kind)
     known = [field.name for field in fields(kind)]

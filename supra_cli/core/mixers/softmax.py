@@ -16,8 +16,8 @@ from supra_cli.core.mixers import Mixer, Rotate, mixers
 class Softmax(Mixer):
     """o_i = Σ_{j≤i} softmax_j(q_i·k_j · scale) v_j over rotated q and k.
 
-    A layer of this kind keeps the base's own attention, bit for bit, so this class runs only where a swapped layer is compared
-    with what it replaced. It has no state of fixed size, so it takes none.
+    A layer of this kind keeps the base's own attention, bit for bit, so this class runs only where a swapped layer is
+    compared with what it replaced. It has no state of fixed size, so it takes none.
     """
 
     def forward(

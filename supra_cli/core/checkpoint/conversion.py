@@ -1,0 +1,69 @@
+"""From a pretrained model's directory to a converted one, one layer's mixer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supra_cli.core.checkpoint.reading import check, read_config, tensors
+from supra_cli.core.checkpoint.writing import atomic_directory, finish, link_shards, tensor_bytes, write_shards
+from supra_cli.core.errors import UsageError
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.swap import layer_kinds
+
+MIXER_SHARD_BYTES = 256 * 2**20
+"""New parameters are collected up to this size, or one layer's if that is more, and written."""
+
+
+def convert(
+    source: Path | str,
+    output: Path | str,
+    *,
+    mixer: str,
+    options: Mapping[str, Any],
+    keep: str,
+    seed: int,
+    recipe: Any = None,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `source` with `mixer` in every layer that `keep` does not keep; returns `output`.
+
+    The base's shards are linked or copied, byte for byte; new parameters are drawn from `seed` and the layer's
+    number, so a layer's do not depend on which others are swapped, and have the base's dtype. `base` is what to call
+    the source in supra.json.
+    """
+    source, output = Path(source), Path(output)
+    config = read_config(source)
+    if config.swap.any:
+        raise UsageError(f"{source} is converted already, to mixer '{config.swap.mixer}'; convert its base instead")
+    found = tensors(source)
+    check(config, found)
+    kinds = layer_kinds(config.num_hidden_layers, mixer, keep)
+    config = SupraConfig.from_base(config, mixer=mixer, options=options, layers=kinds)
+    with torch.device("meta"):
+        skeleton = SupraForCausalLM._from_config(config)
+    new = {f"{name}.mixer": layer.mixer for name, layer in skeleton.swapped_layers()}
+    total = sum(tensor_bytes(parameter) for layer in new.values() for parameter in layer.parameters())
+    with atomic_directory(output, overwrite=overwrite) as directory:
+        placed = link_shards(source, directory, {name: entry.file for name, entry in found.items()})
+        placed |= write_shards(_drawn(new, seed), directory, "mixers", total, MIXER_SHARD_BYTES)
+        provenance = {"base": base or str(source), "recipe": recipe, "seed": seed, "tokens": 0}
+        finish(directory, config, placed, source=source, provenance=provenance)
+    return output
+
+
+def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of every new parameter; `new` maps the names of mixers to mixers on the meta device."""
+    for name, layer in new.items():
+        with torch.random.fork_rng(devices=[]):
+            mixer = type(layer)(layer.spec, layer.options)
+            torch.manual_seed((seed << 16) + layer.spec.layer)
+            mixer.reset_parameters()
+        dtypes = {key: parameter.dtype for key, parameter in layer.named_parameters()}
+        for key, parameter in mixer.named_parameters():
+            yield f"{name}.{key}", parameter.detach().to(dtypes[key])
