@@ -1,14 +1,14 @@
 """What a model and a run will take: parameters, state, memory by part, FLOPs, steps. Nothing is allocated.
 
-No formula per architecture: the real model runs the real loss on tensors without storage, and what it would allocate and
-multiply is counted. So the numbers hold for every base, mixer and stage, also for other people's.
+No formula per architecture: the real model runs the real loss on tensors without storage, and what that would allocate
+and multiply is counted. So the numbers hold for every base, mixer and stage, other people's included.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -185,7 +185,8 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16) -> Plan:
     with FakeTensorMode(), torch.device("cpu"):
         student = SupraForCausalLM._from_config(config, dtype=torch.float32).train()
         stage_plans = tuple(_stage(recipe, spec, student, dtype) for spec in recipe.stages)
-    return Plan(measure(config, getattr(torch, recipe.checkpoint.dtype)), str(dtype).removeprefix("torch."), stage_plans)
+    saved = getattr(torch, recipe.checkpoint.dtype)
+    return Plan(measure(config, saved), str(dtype).removeprefix("torch."), stage_plans)
 
 
 def student_config(recipe: recipes.Recipe) -> SupraConfig:
@@ -210,11 +211,15 @@ def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalL
         untie(student)
     trained = sum(parameter.numel() for _, parameter in select(student, stage, spec))
     teacher = _teacher(recipe, spec, dtype) if stage.teacher == "separate" else None
-    rows, micro_rows, length, steps = recipe.rows(spec), recipe.micro_rows(spec), recipe.seq_len(spec), recipe.steps(spec)
+    rows, micro_rows, length = recipe.rows(spec), recipe.micro_rows(spec), recipe.seq_len(spec)
     with stage.attached(student):
         flops, peak, copies = _one_pass(stage, student, teacher, micro_rows, length, dtype)
+        if rows > micro_rows:  # then the later passes find gradients that take room already
+            flops, peak, copies = _one_pass(stage, student, teacher, micro_rows, length, dtype)
+            peak += 4 * trained
     student.zero_grad(set_to_none=True)
     gradients = 4 * trained
+    steps = recipe.steps(spec)
     tokens = steps * rows * length
     return StagePlan(
         kind=spec.kind,
@@ -231,7 +236,7 @@ def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalL
             gradients=gradients,
             optimizer=2 * gradients,
             teacher=_parameter_bytes(teacher) if teacher is not None else 0,
-            activations=max(0, peak - copies - (0 if rows == micro_rows else gradients)),
+            activations=max(0, peak - copies - gradients),
         ),
     )
 
@@ -248,7 +253,7 @@ def _teacher(recipe: recipes.Recipe, spec: recipes.Stage, dtype: torch.dtype) ->
 def _one_pass(
     stage: Stage, student: nn.Module, teacher: nn.Module | None, rows: int, length: int, dtype: torch.dtype
 ) -> tuple[int, int, int]:
-    """(FLOPs, highest sum of live bytes besides weights, bytes of the weights' copies) of one micro-batch."""
+    """(FLOPs, highest sum of bytes that one micro-batch makes, those of the weights' copies among them)."""
     ids = torch.zeros((rows, length), dtype=torch.long)
     batch = _FullBatch(ids, None, ids)
     meter = _Meter(student, teacher)
@@ -306,8 +311,10 @@ class _Meter(TorchDispatchMode):
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What a model holds between two passes."""
     yield from model.parameters()
     yield from model.buffers()
+    yield from (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
 def _parameter_bytes(model: nn.Module) -> int:
