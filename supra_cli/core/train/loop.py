@@ -321,7 +321,7 @@ class Trainer:
         dtype = getattr(torch, self.recipe.checkpoint.dtype)
         masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
         with self.run.writing(counters.step) as folder:
-            checkpoint.write(
+            checkpoint.save(
                 self.student, folder, source=self.origin.tokenizer_folder, provenance=self._provenance(), dtype=dtype
             )
             state.save(folder / "training", counters, optimizer, masters, self.mixture.state())

@@ -53,11 +53,10 @@ class RunDirectory:
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """A folder to write a checkpoint into; it becomes `step-N`, marked complete and durable, when the block ends
+        """The path of a folder to make and fill; it becomes `step-N`, marked complete and durable, when the block ends
         well."""
         self.sweep()
         beside, target = self.path / f".writing-{step:06d}", self.step_path(step)
-        beside.mkdir()
         yield beside
         (beside / MARKER).touch()
         _sync_tree(beside)
@@ -76,7 +75,7 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what a killed save left behind."""
-        for left in self.path.glob(".writing-*"):
+        for left in [*self.path.glob(".writing-*"), *self.path.glob(".*.tmp"), *self.path.glob(".*.old")]:
             shutil.rmtree(left)
 
     def link(self, name: str, target: Path) -> None:
