@@ -1,0 +1,182 @@
+"""`supra eval`: what the student kept of its teacher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from supra_cli.commands import console
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory, alias or hub id.", show_default="the newest finished output under runs/"),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", help="Tasks, groups or tags of lm-eval, or stdlib_cloze, stdlib_ppl.")
+    ] = "stdlib_cloze,stdlib_ppl",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON document here too.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task; all by default.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt, else the task's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=16, help="Tokens of context.", show_default="the base's, at most 4096"),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Model to compare with, or none.", show_default="the student's base")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA), float32, bfloat16 or float16.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Score again what was scored before.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Score a model on tasks, its teacher beside it: chance-corrected recovery, perplexity, standard errors."""
+    from supra_cli.core import evaluate, hub
+
+    _hush()
+    if output is not None:
+        _make_room(output)
+    source = hub.resolve(model) if model is not None else hub.resolve(str(hub.newest_output()))
+    console.note(f"model: {source}")
+    found = evaluate.find([name.strip() for name in tasks.split(",") if name.strip()], include_path)
+
+    student = _subject(source, device, dtype)
+    reference = _teacher(student.path, teacher, device, dtype)
+    settings = evaluate.Settings(
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        max_length=max_length or evaluate.context_length(student.path),
+    )
+    watched = sys.stderr.isatty() and not console.is_quiet()
+    document = evaluate.evaluate(student, reference, found, settings, fresh=fresh, progress=watched)
+    if output is not None:
+        output.write_text(dumps(document, indent=2) + "\n", encoding="utf-8")
+    if json:
+        console.document(document)
+    else:
+        _show(document, found.headline)
+
+
+def _subject(source: Any, device: str, dtype: str) -> Any:
+    from supra_cli.core import checkpoint, evaluate, hub
+    from supra_cli.core import device as devices
+
+    target = devices.resolve(device)
+    kind = devices.dtype(dtype, target)
+    path = hub.fetch(source)
+
+    def load() -> tuple[Any, Any]:
+        return checkpoint.load(path, device=target, dtype=kind), checkpoint.load_tokenizer(path)
+
+    return evaluate.Subject(
+        name=source.name,
+        path=path,
+        load=load,
+        device=target,
+        dtype=str(kind).removeprefix("torch."),
+        owned=source.kind == "directory",
+    )
+
+
+def _teacher(student: Path, wanted: str | None, device: str, dtype: str) -> Any:
+    """The teacher that was asked for, or the base that the student's provenance names; None for neither."""
+    from supra_cli.core import checkpoint, hub
+    from supra_cli.core.errors import NotFoundError
+
+    if wanted == "none":
+        return None
+    base = wanted or checkpoint.read_provenance(student).get("base")
+    if base is None:
+        return None
+    try:
+        source = hub.resolve(base)
+        console.note(f"teacher: {source}")
+        return _subject(source, device, dtype)
+    except NotFoundError as error:
+        if wanted is not None:
+            raise
+        raise NotFoundError(
+            f"the student's teacher is not here: {error}; name another with --teacher, or --teacher none"
+        ) from error
+
+
+def _hush() -> None:
+    """lm-eval and its libraries warn about what is meant to be; `--debug` lets them."""
+    if not logging.getLogger("supra_cli").isEnabledFor(logging.DEBUG):
+        for name in ("lm_eval", "huggingface_hub", "datasets", "transformers", "httpx"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _make_room(output: Path) -> None:
+    """Find out now, not after hours of scoring, that the file cannot be written."""
+    from supra_cli.core.errors import UsageError
+
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder, expected a file to write")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise UsageError(f"--output {output} cannot be written: permission denied; choose another place")
+
+
+def _show(document: Mapping[str, Any], tasks: Iterable[str]) -> None:
+    compared = document["teacher"] is not None
+    rows = [
+        _cells(task, metric, row, document["tasks"][task], compared)
+        for task in tasks
+        for metric, row in document["results"][task].items()
+    ]
+    header = ["task", "metric", "n-shot", "questions", "student" if compared else "score"]
+    console.table(rows, [*header, *(["teacher", "recovery"] if compared else [])])
+    for task in tasks:
+        _warn_of_bias(task, document["tasks"][task]["choices"])
+    settings, student, took = document["settings"], document["student"], console.duration(document["seconds"])
+    begin = "a" if any(document["tasks"][task]["bos"] for task in tasks) else "no"
+    console.note(
+        f"{settings['batch_size']} rows a pass, {settings['max_length']} tokens of context, {begin} begin token, "
+        f"{student['dtype']} on {student['device']}, {took}; kept in {student['records']}"
+    )
+
+
+def _warn_of_bias(task: str, choices: Mapping[str, list[int]] | None) -> None:
+    if choices is None or sum(choices["right"]) < 20:
+        return
+    asked = sum(choices["picked"])
+    for number, (picked, right) in enumerate(zip(choices["picked"], choices["right"], strict=True), 1):
+        if picked > 0.5 * asked and picked > 1.5 * right:
+            console.note(f"{task}: answer {number} is picked in {picked} of {asked} questions and right in {right}")
+
+
+def _cells(task: str, metric: str, row: Mapping[str, Any], how: Mapping[str, Any], compared: bool) -> list[str]:
+    shots = "mixed" if how["num_fewshot"] is None else str(how["num_fewshot"])
+    cells = [task, metric, shots, str(how["samples"]), _figure(row["student"], row["stderr"])]
+    if not compared:
+        return cells
+    if metric == "nats_per_token" and row["difference"] is not None:
+        recovery = f"{row['difference']:+.3f} nats" + _spread(row["difference_stderr"], 3)
+    elif row["recovery"] is not None:
+        recovery = f"{100 * row['recovery']:.1f}%" + _spread(row["recovery_stderr"], 1, 100)
+    else:
+        recovery = "–"
+    return [*cells, _figure(row["teacher"], row["teacher_stderr"]), recovery]
+
+
+def _figure(value: float | None, deviation: float | None) -> str:
+    if value is None:
+        return "–"
+    digits = 3 if abs(value) < 100 else 1
+    return f"{value:.{digits}f}" + _spread(deviation, digits)
+
+
+def _spread(deviation: float | None, digits: int, scale: float = 1) -> str:
+    return "" if deviation is None else f" ± {scale * deviation:.{digits}f}"

@@ -1,0 +1,148 @@
+"""Surprise of a causal language model, in nats: over a text, by position, and of a passage met for the second time.
+
+Works on any model that supra loads (the vocabulary projection runs in chunks, inside the model's own forward) and on
+a plain transformers model (whole logits).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from supra_cli.core.errors import SupraError
+
+IGNORED = -100
+
+# Logits that live at once: 64 MiB of them in fp32.
+_LOGITS_AT_ONCE = 1 << 24
+
+
+class Perplexity(NamedTuple):
+    nats: float
+    """Mean −ln p over the predicted tokens."""
+    tokens: int
+    """How many tokens were predicted."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats)
+
+
+class Repeat(NamedTuple):
+    first: Perplexity
+    second: Perplexity
+
+    @property
+    def ratio(self) -> float:
+        """Surprise at the second meeting over that at the first."""
+        return self.second.nats / self.first.nats
+
+
+def token_nats(
+    model, tokens: Tensor, positions: Tensor | None = None, labels: Tensor | None = None, *, batch_size: int = 8
+) -> Tensor:
+    """`−ln p(labels[n,t] | tokens[n,:t+1])` as fp32 [N,T] on the CPU, NaN where there is no label (−100).
+
+    tokens [N,T] int64; positions [N,T] restart at 0 with each document of a row, None is one document a row; labels
+    [N,T] default to the next token of the same document. The model is in eval mode during the call. SupraError on a
+    non-finite value, which names the row.
+    """
+    if labels is None:
+        labels = next_tokens(tokens, positions)
+    was_training = model.training
+    model.eval()
+    result = []
+    try:
+        for start, rows in _batches(len(tokens), batch_size):
+            batch = [None if part is None else part[rows].to(model.device) for part in (tokens, positions, labels)]
+            nats = _forward(model, *batch).cpu()
+            if not torch.isfinite(nats[labels[rows].cpu() != IGNORED]).all():
+                row = start + int((~torch.isfinite(nats) & (labels[rows].cpu() != IGNORED)).any(dim=1).nonzero()[0, 0])
+                raise SupraError(f"the model's loss on row {row} is not finite; check its weights and its dtype")
+            result.append(nats)
+    finally:
+        model.train(was_training)
+    return torch.cat(result)
+
+
+def perplexity(
+    model, tokens: Tensor, positions: Tensor | None = None, labels: Tensor | None = None, *, batch_size: int = 8
+) -> Perplexity:
+    """The mean over all predicted tokens, each counted once whatever its row. Arguments as `token_nats`."""
+    return mean(token_nats(model, tokens, positions, labels, batch_size=batch_size))
+
+
+def perplexity_by_position(
+    model,
+    tokens: Tensor,
+    buckets: Sequence[tuple[int, int]],
+    positions: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    batch_size: int = 8,
+) -> dict[tuple[int, int], Perplexity]:
+    """One mean for each bucket (first, last), both included: the number of tokens of its own document that the model
+    has seen in this row before the predicted one. A bucket that no token falls into is an error of the caller."""
+    nats = token_nats(model, tokens, positions, labels, batch_size=batch_size)
+    seen = (torch.arange(tokens.shape[1]).expand_as(tokens) if positions is None else positions.cpu()) + 1
+    return {(first, last): mean(nats[(seen >= first) & (seen <= last)]) for first, last in buckets}
+
+
+def surprise_of_repeats(model, before: Tensor, passage: Tensor, between: Tensor, *, batch_size: int = 8) -> Repeat:
+    """Surprise of `passage` [N,P] the first and the second time in rows `before, passage, between, passage`.
+
+    before [N,A] with A ≥ 1, between [N,C] with C ≥ 0. All P tokens of the passage count, the first included, which
+    nothing announces.
+    """
+    rows = torch.cat([before, passage, between, passage], dim=1)
+    nats = token_nats(model, rows, batch_size=batch_size)
+    length, start = passage.shape[1], before.shape[1] - 1
+    again = start + length + between.shape[1]
+    return Repeat(mean(nats[:, start : start + length]), mean(nats[:, again : again + length]))
+
+
+def mean(nats: Tensor) -> Perplexity:
+    """The mean of what is not NaN, summed in float64."""
+    known = nats[~nats.isnan()].double()
+    if known.numel() == 0:
+        raise ValueError("no token to take the mean of")
+    return Perplexity(float(known.mean()), known.numel())
+
+
+def next_tokens(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """labels[n,t] = tokens[n,t+1], −100 at the end of a row and where the next token opens another document."""
+    labels = torch.full_like(tokens, IGNORED)
+    labels[:, :-1] = tokens[:, 1:]
+    if positions is not None:
+        labels[:, :-1] = labels[:, :-1].masked_fill(positions[:, 1:] == 0, IGNORED)
+    return labels
+
+
+def _batches(rows: int, batch_size: int) -> Iterator[tuple[int, slice]]:
+    for start in range(0, rows, batch_size):
+        yield start, slice(start, start + batch_size)
+
+
+@torch.no_grad()
+def _forward(model, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
+    if not hasattr(model, "supra"):
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        return _nats(logits, labels)
+
+    def objective(hidden: Tensor, head) -> Tensor:
+        chunk = max(1, _LOGITS_AT_ONCE // (hidden.shape[0] * model.config.vocab_size))
+        parts = zip(hidden.split(chunk, dim=1), labels.split(chunk, dim=1), strict=True)
+        return torch.cat([_nats(head(part), wanted) for part, wanted in parts], dim=1)
+
+    return model(input_ids=tokens, position_ids=positions, use_cache=False, objective=objective)
+
+
+def _nats(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(labels).masked_fill(labels == IGNORED, math.nan)

@@ -1,0 +1,163 @@
+"""Evaluation tasks by name: the bundled offline ones, the user's own folder, and everything in
+lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError, near_miss
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What `find` found, with its data: `leaves` are lm-eval Task objects by name, `groups` its Group objects."""
+
+    asked: tuple[str, ...]
+    leaves: dict[str, object]
+    groups: dict[str, object]
+    manager: object
+
+    @property
+    def headline(self) -> list[str]:
+        """What a table shows: a group that lm-eval aggregates, not its members, unless they were asked for."""
+        whole = {name: group for name, group in self.groups.items() if group.has_aggregation}
+        members = {task.task_name for group in whole.values() for task in group.get_all_tasks()}
+        members |= {inner.name for group in whole.values() for inner in group.get_all_groups()}
+        return [name for name in (*whole, *self.leaves) if name in self.asked or name not in members]
+
+
+def bundled() -> Path:
+    """The folder of the offline tasks; usable as lm-eval's own `--include_path`."""
+    return Path(__file__).parents[2] / "assets" / "tasks"
+
+
+def find(names: Sequence[str], include: Path | None = None) -> Tasks:
+    """The tasks, groups and tags called `names`, their data sets loaded.
+
+    NotFoundError: an unknown name, an `include` folder that is not there, data that is neither cached nor reachable.
+    NotAuthorisedError: a gated data set. SupraError: a task definition that lm-eval cannot use.
+    """
+    if not names:
+        raise UsageError(
+            "no task was named; expected --tasks a,b with names of lm-evaluation-harness or of supra's own tasks"
+        )
+    if include is not None and not include.is_dir():
+        raise NotFoundError(
+            f"no folder '{include}' for --include-path; expected a folder of lm-eval task files (.yaml)"
+        )
+    manager = _manager(names, [bundled(), *([include] if include else [])])
+    _check(names, manager, include)
+    leaves, groups = {}, {}
+    for name in dict.fromkeys(names):
+        loaded = _load(manager, name, names)
+        leaves |= loaded["tasks"]
+        groups |= loaded.get("groups", {})
+    return Tasks(tuple(dict.fromkeys(names)), leaves, groups, manager)
+
+
+def _manager(names: Iterable[str], own: list[Path]):
+    """lm-eval's TaskManager over our folders and, of its own 14,000 files, those folders that define `names`.
+
+    Reading them all takes from ten seconds to a minute. They are all read only when a name, or a member of a group,
+    is not defined by a line `task: name` or `group: name` (a tag, say).
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False, include_path=own)
+    missing = {name for name in names if name not in manager.task_index}
+    if not missing:
+        return manager
+    folders = _folders_defining(missing)
+    if folders is not None:
+        manager = TaskManager(include_defaults=False, include_path=[*folders, *own])
+        if all(_is_whole(name, manager.task_index) for name in names):
+            return manager
+    return TaskManager(include_path=own)
+
+
+def _folders_defining(names: set[str]) -> list[Path] | None:
+    """The top folders of lm-eval's tasks that define all of `names`, or None."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    definition = re.compile(r"^(?:task|group):[ \t]*(\S+)[ \t]*$", re.MULTILINE)
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*.yaml")):
+        for name in names.intersection(definition.findall(path.read_text(encoding="utf-8", errors="replace"))):
+            found.setdefault(name, root / path.relative_to(root).parts[0])
+    return sorted(set(found.values())) if found.keys() == names else None
+
+
+def _is_whole(name: str, index: dict) -> bool:
+    """Whether `name` and, if it is a group, all its members by name are in the index."""
+    if name not in index:
+        return False
+    members = (index[name].cfg or {}).get("task")
+    if not isinstance(members, list):
+        return True
+    return all(isinstance(member, str) and _is_whole(member, index) for member in members)
+
+
+def _check(names: Iterable[str], manager, include: Path | None) -> None:
+    for name in names:
+        if name not in manager.task_index:
+            if include is not None:
+                _check_files(include)
+            raise NotFoundError(f"unknown task '{name}'{_hint(name, manager)}")
+
+
+def _hint(name: str, manager) -> str:
+    hint = near_miss(name, manager.all_tasks)
+    if hint.startswith("; known"):
+        return "; no name is similar: `lm_eval ls tasks` lists them all, supra's own are stdlib_cloze and stdlib_ppl"
+    return hint
+
+
+def _check_files(folder: Path) -> None:
+    """lm-eval skips a task file that it cannot read without a word; a user who wrote one wants the word."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except (yaml.YAMLError, ValueError, OSError) as error:
+            raise SupraError(f"the task file {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _load(manager, name: str, asked: Iterable[str]) -> dict:
+    import datasets.exceptions
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    try:
+        return manager.load([name])
+    except GatedRepoError as error:
+        raise _gated(name) from error
+    except (ConnectionError, TimeoutError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError) as error:
+        if "gated" in str(error):
+            raise _gated(name) from error
+        raise NotFoundError(
+            f"the data of task '{name}' is neither on this machine nor reachable ({_first_line(error)}); "
+            f"run `supra prefetch --tasks {','.join(asked)}` on a connected machine with the same Hugging Face cache"
+        ) from error
+    except ImportError as error:
+        raise SupraError(f"task '{name}' needs a package that is not installed: {_first_line(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise SupraError(f"lm-eval cannot load task '{name}': {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _gated(name: str) -> NotAuthorisedError:
+    return NotAuthorisedError(
+        f"the data of task '{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
