@@ -28,6 +28,12 @@ def result(text: str) -> None:
     print(text)
 
 
+def raw(text: str) -> None:
+    """A part of the result, on stdout at once and without a line's end."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def document(value: Any) -> None:
     """The result as one JSON document on stdout; paths and other objects as their text, no NaN."""
     print(json.dumps(_finite(value), indent=2, ensure_ascii=not _is_utf8(sys.stdout), allow_nan=False, default=str))

@@ -2,6 +2,86 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Annotated, Any
 
-def run() -> None:
-    """Show what this machine offers: versions, devices, memory, kernels, hub."""
+import typer
+
+from supra_cli.commands import console
+
+_PACKAGES = ("supra", "torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "lm_eval")
+
+
+def run(json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+    """Show what this machine offers: versions, devices, memory, disk, kernels, hub."""
+    found = _look()
+    if json:
+        console.document(found)
+        return
+    rows = [("Python", f"{found['python']} on {found['platform']}")]
+    rows += [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows += [("CPU", f"{found['cpu_threads']} threads for PyTorch of {found['cpus']} cores")]
+    if found["memory_bytes"]:
+        rows += [("memory", console.size(found["memory_bytes"]))]
+    rows += [(f"GPU {number}", f"{gpu['name']}, {console.size(gpu['bytes'])}") for number, gpu in enumerate(found["gpus"])]
+    rows += [
+        ("device chosen by auto", found["auto_device"]),
+        ("fused kernels", found["kernels"]),
+        ("free disk here", console.size(found["disk_free_bytes"])),
+        ("hub", found["hub"]),
+        ("hub cache", found["hub_cache"]),
+        ("hub login", "yes" if found["hub_login"] else "no token; gated models need `hf auth login` or HF_TOKEN"),
+    ]
+    console.table(rows)
+
+
+def _look() -> dict[str, Any]:
+    import os
+    import platform
+    import shutil
+
+    import torch
+    from huggingface_hub import constants, get_token
+
+    from supra_cli.core import device, hub
+
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "cpus": os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+        "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
+        "auto_device": device.resolve("auto"),
+        "kernels": _kernels(bool(gpus)),
+        "disk_free_bytes": shutil.disk_usage(".").free,
+        "hub": hub.reach(),
+        "hub_cache": constants.HF_HUB_CACHE,
+        "hub_login": get_token() is not None,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _kernels(has_gpu: bool) -> str:
+    if find_spec("triton") is None:
+        return "PyTorch only; Triton is not installed"
+    return "Triton" if has_gpu else "PyTorch only; Triton is installed, but there is no GPU"
+
+
+def _memory() -> int | None:
+    """Physical memory in bytes, where the system tells."""
+    import os
+
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -155,6 +155,13 @@ def newest_output(runs: Path = Path("runs")) -> Path:
     return max(finished, key=lambda model: ((model / "config.json").stat().st_mtime, str(model)))
 
 
+def reach() -> str:
+    """Whether models can be downloaded, in words."""
+    if _offline_by_choice():
+        return "not asked: HF_HUB_OFFLINE is set"
+    return "reachable" if _online() else "cannot be reached"
+
+
 def _folders(root: Path) -> Iterator[Path]:
     """The directories in `root`, one level of grouping (`runs/demo/converted`) included."""
     for folder in _visible(root):
@@ -226,7 +233,7 @@ def _translated(source: Source) -> Iterator[None]:
         why = "HF_HUB_OFFLINE is set" if _offline_by_choice() else "the hub cannot be reached"
         raise NotFoundError(
             f"{source.repo} is not on this machine and {why}; "
-            "download it on a connected machine and give its directory, or plan with --dry-run"
+            f"run `supra prefetch {source.name}` where there is a network, or give a model's directory"
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"

@@ -1,0 +1,146 @@
+"""`supra convert`: a pretrained model with a mixer in place of its attention."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from supra_cli.commands import console, plan
+
+if TYPE_CHECKING:
+    from supra_cli.core.accounting import ModelPlan
+    from supra_cli.core.hub import Source
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Directory, alias (tiny, llama-7b, mistral-7b, ...) or hub id.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write.", show_default="runs/<model>-<mixer>")
+    ] = None,
+    mixer: Annotated[str, typer.Option("--mixer", help="What replaces softmax attention.")] = "supra",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the mixer: --set mixer.key=value, repeatable.")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option("--keep", help="Layers that stay softmax: none, all, every:N, first:N, last:N or 0,5,7.")
+    ] = "none",
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the new parameters.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Convert a pretrained model: seeded new parameters, the base's own untouched.
+
+    The result is a Hugging Face model directory, ready for `supra uptrain`.
+    """
+    from supra_cli.core import hub
+
+    options = _options(overrides or ())
+    source = hub.resolve(model)
+    console.note(f"model: {source}")
+
+    from supra_cli.core import accounting
+
+    output = output or Path("runs") / f"{_short(source)}-{mixer}"
+    config = accounting.swapped_config(_plain(hub.base_config(source), model), mixer, options, keep)
+    size = accounting.measure(config)
+    document = {
+        "source": asdict(source),
+        "mixer": mixer,
+        "options": options,
+        "seed": seed,
+        "path": str(output),
+        **plan.model_document(size),
+    }
+    if dry_run:
+        _show_plan(document, source, size, json)
+        return
+    _check_free(output, overwrite)
+    _convert(source, output, mixer=mixer, options=options, keep=keep, seed=seed, overwrite=overwrite)
+    if json:
+        console.document(document)
+        return
+    state = f"; the state of a sequence takes {console.size(size.state_bytes)}" if size.state_bytes else ""
+    console.note(
+        f"{console.number(size.parameters)} parameters, {console.number(size.new_parameters)} of them new, "
+        f"in {len(size.layers) - len(size.softmax_windows)} of {len(size.layers)} layers{state}"
+    )
+    console.result(str(output))
+
+
+def _convert(source: Source, output: Path, **settings: Any) -> None:
+    from supra_cli.core import checkpoint, hub
+
+    folder = hub.fetch(source)
+    if source.repo is None:
+        base = source.name if source.kind == "alias" else str(folder.resolve())
+    else:
+        commit = hub.commit_of(folder)
+        base = f"{source.repo}@{commit}" if commit else source.repo
+    checkpoint.convert(folder, output, base=base, **settings)
+
+
+def _plain(config: Any, model: str) -> Any:
+    from supra_cli.core.errors import UsageError
+
+    if (record := getattr(config, "supra", None)) is not None:
+        raise UsageError(f"'{model}' is converted already, to mixer '{record['mixer']}'; convert its base instead")
+    return config
+
+
+def _options(overrides: list[str]) -> dict[str, Any]:
+    """The mixer's options out of `mixer.key=value`, values as in TOML, bare words taken as text."""
+    from supra_cli.core.errors import UsageError
+
+    options = {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        table, _, name = key.strip().partition(".")
+        if not separator or table != "mixer" or not name or name == "name":
+            raise UsageError(f"--set takes mixer.key=value, as in mixer.gain=head; got '{override}'")
+        try:
+            options[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[name] = value
+    return options
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    """Refuse an occupied output before anything is downloaded."""
+    from supra_cli.core.errors import UsageError
+
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} is not empty; choose another --output, or replace it with --overwrite")
+
+
+def _show_plan(document: dict[str, Any], source: Source, size: ModelPlan, json: bool) -> None:
+    swapped = len(size.layers) - len(size.softmax_windows)
+    layer_bytes = size.new_weight_bytes // max(1, swapped)
+    base_bytes = size.weight_bytes - size.new_weight_bytes
+    if json:
+        console.document({**document, "convert_memory_bytes": layer_bytes})
+        return
+    run_bytes = size.weight_bytes + size.cache_bytes(4096)
+    console.table(
+        [
+            ("converts", source),
+            ("to", document["path"]),
+            ("mixer", document["mixer"]),
+            *plan.model_rows(size),
+            ("memory to convert", f"{console.size(layer_bytes)}, one layer's new parameters"),
+            ("memory to run", f"{console.size(run_bytes)} with a sequence of 4,096 tokens"),
+            ("files", f"{console.size(base_bytes)} of the base's shards, linked"),
+            ("", f"{console.size(size.new_weight_bytes)} of new parameters in model-mixers*.safetensors"),
+            ("", "config.json, supra.json, the base's tokenizer and generation config"),
+        ]
+    )
+
+
+def _short(source: Source) -> str:
+    """The last part of the source's name, without a revision."""
+    name = source.path.resolve().name if source.kind == "directory" else source.name
+    return name.partition("@")[0].rpartition("/")[2]

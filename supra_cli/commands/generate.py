@@ -1,0 +1,105 @@
+"""`supra generate`: text from any model, converted or not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from supra_cli.commands import console
+
+if TYPE_CHECKING:
+    from supra_cli.core.generate import Sampling, Stats
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory, alias or hub id.", show_default="the newest finished output under runs/"),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to go on from; repeat it for a batch.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens with this probability.")] = None,
+    num_beams: Annotated[int, typer.Option(help="Beam search with this many beams; not streamed.")] = 1,
+    seed: Annotated[int, typer.Option(help="Prompt number i draws with seed + i.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text as it comes.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA), float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Complete one or several prompts; stdout is the completion alone, figures go to stderr."""
+    from supra_cli.core import hub
+    from supra_cli.core.errors import UsageError
+
+    if not prompts:
+        raise UsageError("nothing to go on from: give a text with -p")
+    source = hub.resolve(model) if model is not None else hub.resolve(str(hub.newest_output()))
+    console.note(f"model: {source}")
+
+    from supra_cli.core import checkpoint, generate
+    from supra_cli.core import device as devices
+
+    sampling = generate.Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    target = devices.resolve(device)
+    folder = hub.fetch(source)
+    network = checkpoint.load(folder, device=target, dtype=devices.dtype(dtype, target))
+    tokenizer = checkpoint.load_tokenizer(folder)
+    if json:
+        texts, stats = generate.complete(network, tokenizer, prompts, sampling)
+        console.document(_document(source.name, prompts, texts, sampling, stats))
+        return
+    stats = generate.Stats()
+    pieces = generate.stream(network, tokenizer, prompts, sampling, stats)
+    _print(pieces, len(prompts), stream)
+    console.note(_figures(stats))
+
+
+def _print(pieces: Any, rows: int, stream: bool) -> None:
+    """The completions on stdout, the first as it comes; further ones follow whole, each after an empty line."""
+    texts = [""] * rows
+    for row, text in pieces:
+        if stream and row == 0:
+            console.raw(text)
+        texts[row] += text
+    if not stream:
+        console.raw(texts[0])
+    console.result("".join(f"\n\n{text}" for text in texts[1:]))
+
+
+def _figures(stats: Stats) -> str:
+    prefill = f"{stats.prompt_tokens:,} prompt tokens"
+    if stats.prefill_seconds:
+        prefill += f" at {stats.prefill_tokens_per_second:,.0f} tokens/s"
+    decode = f"{stats.new_tokens:,} decoded at {stats.decode_tokens_per_second:,.0f} tokens/s"
+    return f"{prefill}; {decode}; state and cache {console.size(stats.cache_bytes)}; ended by {', '.join(stats.finish)}"
+
+
+def _document(model: str, prompts: list[str], texts: list[str], sampling: Sampling, stats: Stats) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "model": model,
+        "completions": [
+            {"prompt": prompt, "text": text, "finish": finish}
+            for prompt, text, finish in zip(prompts, texts, stats.finish, strict=True)
+        ],
+        "sampling": asdict(sampling),
+        "prompt_tokens": stats.prompt_tokens,
+        "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "decoded_tokens": stats.new_tokens,
+        "decode_tokens_per_second": stats.decode_tokens_per_second,
+        "cache_bytes": stats.cache_bytes,
+    }
