@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from supra_cli.core import checkpoint
-from supra_cli.core.evaluate.compare import Records, compare, with_groups
-from supra_cli.core.evaluate.perplexity import (
+from supra_cli.core.evaluate.comparison import Records, compare, with_groups
+from supra_cli.core.evaluate.nats import (
     Perplexity,
     Repeat,
     mean,
@@ -24,7 +24,7 @@ from supra_cli.core.evaluate.perplexity import (
     surprise_of_repeats,
     token_nats,
 )
-from supra_cli.core.evaluate.score import Settings, language_model, score, task_key
+from supra_cli.core.evaluate.scoring import Settings, language_model, score, task_key
 from supra_cli.core.evaluate.store import Store, folder_of, model_key, weights_hash
 from supra_cli.core.evaluate.tasks import Tasks, bundled, find
 

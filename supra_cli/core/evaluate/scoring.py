@@ -210,8 +210,8 @@ def _unasked(evaluator) -> Iterator[None]:
     mmlu); what a score depends on is recorded by us.
     """
     with (
-        mock.patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True),
-        mock.patch.object(evaluator, "add_env_info", lambda storage: None, create=True),
+        mock.patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True),
+        mock.patch.object(evaluator, "add_env_info", return_value=None, create=True),
     ):
         yield
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from supra_cli.core.evaluate.score import PERPLEXITIES, ratio_stderr
+from supra_cli.core.evaluate.scoring import PERPLEXITIES, ratio_stderr
 from supra_cli.core.evaluate.tasks import Tasks
 
 Records = dict[str, dict[str, Any]]
