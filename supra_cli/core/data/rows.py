@@ -15,7 +15,7 @@ from torch import Tensor
 from supra_cli.core.data import sources
 from supra_cli.core.data.tokens import Tokens, tokenised
 from supra_cli.core.errors import SupraError
-from supra_cli.core.recipe import Data
+from supra_cli.core.recipe import Data, Source
 
 IGNORED = -100
 
@@ -187,6 +187,9 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
         if source.path == sources.COPY:
             streams.append(Copies(_ordinary_ids(tokenizer), (seed, number), joined))
             continue
+        if sources.is_on_hub(source):
+            streams.append(_open_hub(source, "train", tokenizer, joined))
+            continue
         tokens = tokenised(source, tokenizer, "train", data.skip_share)
         if len(tokens.ids) < data.seq_len:
             raise SupraError(
@@ -200,19 +203,31 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
 def held_out(data: Data, tokenizer, rows_at_once: int = 8) -> list[Batch]:
     """The validation rows of a recipe, in the documents' own order: the same ones at every call."""
     batches = []
+    joined = data.documents == "joined"
     for source in data.validation:
-        tokens = tokenised(source, tokenizer, "validation", data.skip_share)
-        stream = Documents(tokens, None, data.documents == "joined")
-        rows = min(data.validation_tokens // len(data.validation), len(tokens.ids)) // data.seq_len
+        wanted = data.validation_tokens // len(data.validation)
+        if sources.is_on_hub(source):
+            stream: Stream = _open_hub(source, "validation", tokenizer, joined)
+        else:
+            tokens = tokenised(source, tokenizer, "validation", data.skip_share)
+            stream, wanted = Documents(tokens, None, joined), min(wanted, len(tokens.ids))
+        rows = wanted // data.seq_len
         if rows == 0:
             raise SupraError(
-                f"{source.path} has {len(tokens.ids)} tokens for validation, fewer than one row of {data.seq_len}"
+                f"{source.path} gives {wanted} tokens for validation, fewer than one row of {data.seq_len}; "
+                "add text or raise data.validation_tokens"
             )
         pairs = [stream.row(data.seq_len) for _ in range(rows)]
         for start in range(0, rows, rows_at_once):
             some = pairs[start : start + rows_at_once]
             batches.append(collate([ids for ids, _ in some], [positions for _, positions in some]))
     return batches
+
+
+def _open_hub(source: Source, split: str, tokenizer, joined: bool) -> Stream:
+    from supra_cli.core.data.streamed import open_hub  # importing datasets takes a second that local text need not pay
+
+    return open_hub(source, split, tokenizer, joined)
 
 
 def _ordinary_ids(tokenizer) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ STDLIB, COPY = "python-stdlib", "copy"
 
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _FORMATS = {".jsonl": "records", ".json": "records", ".ndjson": "records", ".parquet": "table"}
+_LOCAL_SUFFIXES = {*_COMPRESSED, *_FORMATS, ".txt", ".md", ".py", ".csv"}
 _PIECE_CHARACTERS = 1 << 20
 
 
@@ -36,8 +38,11 @@ class Count:
         self.reason = self.reason or reason
 
 
-def is_local(source: Source) -> bool:
-    return bool(_pattern_matches(source.path)) or source.path == STDLIB
+def is_on_hub(source: Source) -> bool:
+    """Whether a source can only be a hub dataset: `name` or `org/name`, with no such built-in source and no file here."""
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source.path) is not None
+    local = Path(source.path).suffix in _LOCAL_SUFFIXES or bool(_pattern_matches(source.path))
+    return named and not local and source.path not in (STDLIB, COPY)
 
 
 def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
