@@ -124,8 +124,8 @@ def test_each_document_of_a_packed_row_is_computed_alone(form, decay):
         per_token = g if g is None or g.dim() == 1 else g[:, at]
         initial = state if number == segment[0, 0] else None
         alone, end = linear_attention(q[:, at], k[:, at], v[:, at], per_token, state=initial, form="naive")
-        torch.testing.assert_close(o[:, at], alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(o[:, at], alone, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(S, end, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["naive", *FAST])
@@ -147,8 +147,8 @@ def test_padding_changes_nothing_for_the_real_tokens(form, decay, where):
         return
     per_token = g if g is None or g.dim() == 1 else g[:, at]
     alone, end = linear_attention(q[:, at], k[:, at], v[:, at], per_token, state=state, form="naive")
-    torch.testing.assert_close(o[:, at], alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(o[:, at], alone, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(S, end, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.2, 0.01])
