@@ -39,7 +39,7 @@ class Count:
 
 
 def is_on_hub(source: Source) -> bool:
-    """Whether a source can only be a hub dataset: `name` or `org/name`, with no such built-in source and no file here."""
+    """Whether a source can only be a hub dataset: `name` or `org/name`, that is neither built in nor a file here."""
     named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source.path) is not None
     local = Path(source.path).suffix in _LOCAL_SUFFIXES or bool(_pattern_matches(source.path))
     return named and not local and source.path not in (STDLIB, COPY)

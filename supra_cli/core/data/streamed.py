@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import datasets
@@ -16,7 +17,8 @@ from supra_cli.core.recipe import Source
 class Streamed:
     """Rows from the texts of an iterable dataset, in the dataset's own order; at its end it starts over.
 
-    `state` holds the dataset's own position before the current document and how many of that document's tokens are used.
+    `state` holds the dataset's own position before the current document and how many of that document's tokens are
+    used.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, field: str, tokenizer, digest: str, joined: bool = False):
@@ -89,7 +91,8 @@ def open_hub(source: Source, split: str, tokenizer, joined: bool) -> Streamed:
     except (errors.GatedRepoError, datasets.exceptions.DatasetNotFoundError) as error:
         if isinstance(error, errors.GatedRepoError) or "gated" in str(error):
             raise NotAuthorisedError(
-                f"dataset {source.path} is gated: accept its terms on its hub page, then run `hf auth login` or set HF_TOKEN"
+                f"dataset {source.path} is gated: accept its terms on its hub page, "
+                "then run `hf auth login` or set HF_TOKEN"
             ) from error
         raise NotFoundError(f"there is no dataset '{source.path}' on the hub: {_first_line(error)}") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
@@ -101,10 +104,9 @@ def open_hub(source: Source, split: str, tokenizer, joined: bool) -> Streamed:
         ) from error
     except ValueError as error:
         raise NotFoundError(f"dataset {source.path}: {_first_line(error)}") from error
-    identity = (
-        f"{source.path}@{commit}:{source.name}:{source.split or split}:{source.text}:{tokenizer_digest(tokenizer)}"
-    )
-    return Streamed(dataset, source.text, tokenizer, hashlib.sha256(identity.encode()).hexdigest(), joined)
+    identity = [source.path, commit, source.name, source.split or split, source.text, tokenizer_digest(tokenizer)]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return Streamed(dataset, source.text, tokenizer, digest, joined)
 
 
 def _first_line(error: BaseException) -> str:
