@@ -24,7 +24,8 @@ def run(json: Annotated[bool, typer.Option("--json", help="One JSON document on 
     rows += [("CPU", f"{found['cpu_threads']} threads for PyTorch of {found['cpus']} cores")]
     if found["memory_bytes"]:
         rows += [("memory", console.size(found["memory_bytes"]))]
-    rows += [(f"GPU {number}", f"{gpu['name']}, {console.size(gpu['bytes'])}") for number, gpu in enumerate(found["gpus"])]
+    for number, gpu in enumerate(found["gpus"]):
+        rows += [(f"GPU {number}", f"{gpu['name']}, {console.size(gpu['bytes'])}")]
     rows += [
         ("device chosen by auto", found["auto_device"]),
         ("fused kernels", found["kernels"]),

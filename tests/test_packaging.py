@@ -1,0 +1,118 @@
+"""What is installed, and that a folder named `kernels` troubles nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """A wheel built, without a network, from a copy of the tree."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("supra_cli", "kernels", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", "dist"]
+    built = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    return zipfile.ZipFile(next((tree / "dist").glob("*.whl")))
+
+
+def python(code: str, **environment: str) -> str:
+    """What `code` prints in a fresh interpreter that starts at the root of the repository."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()
+
+
+def test_kernels_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_imports_at_the_root_and_nothing_of_ours_is_called_kernels():
+    code = """
+import importlib.util, sys
+sys.path.insert(0, "")
+import transformers, transformers.integrations
+spec = importlib.util.find_spec("kernels")
+print(spec is None or spec.origin is None or "site-packages" in spec.origin)
+print(getattr(sys.modules.get("kernels"), "__file__", None) or "not imported")
+"""
+    found, imported = python(code).splitlines()
+    assert found == "True"
+    assert imported == "not imported" or "site-packages" in imported
+
+
+def test_the_wheel_holds_two_packages_and_nothing_else(wheel):
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {name for name in tops if not name.endswith(".dist-info")} == {"supra_cli", "supra_kernels"}
+
+
+def test_the_wheel_holds_every_module_and_asset(wheel):
+    names = set(wheel.namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "supra_cli").rglob("*.py")}
+    modules |= {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
+    assets = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "supra_cli" / "assets").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert (modules | assets) - names == set()
+
+
+def test_the_wheel_is_licensed_and_gives_the_command(wheel):
+    entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "supra = supra_cli.__main__:main" in wheel.read(entry_points).decode()
+    assert any(name.endswith("LICENSE") for name in wheel.namelist())
+
+
+def test_importing_supra_cli_loads_no_torch():
+    code = "import sys, supra_cli; print(sorted({'torch', 'transformers', 'numpy', 'typer'} & set(sys.modules)))"
+    assert python(code) == "[]"
+
+
+def test_the_kernels_import_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+sys.path.insert(0, "kernels")
+import supra_kernels
+print("fine")
+"""
+    assert python(code) == "fine"
+
+
+def test_every_declared_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    pinned = {normal(line.partition("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {normal(name.split(">")[0].split(";")[0].split("=")[0]) for name in declared} - pinned == set()
+
+
+def normal(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+def test_every_bundled_configuration_is_json_that_belongs_to_an_alias():
+    from supra_cli.core import hub
+
+    configs = ROOT / "supra_cli" / "assets" / "configs"
+    bundled = {path.relative_to(configs).with_suffix("").as_posix(): path for path in configs.rglob("*.json")}
+    # Names have dots, as in Llama-3.1-8B, so only the last suffix counts.
+    assert set(bundled) == set(hub.ALIASES.values())
+    for path in bundled.values():
+        assert json.loads(path.read_text())["model_type"]
