@@ -34,7 +34,7 @@ def cross_entropy(hidden: Tensor, head: Head, labels: Tensor, z_loss: float = 0.
         log_z = torch.logsumexp(logits, dim=-1).masked_fill(labels == IGNORED, 0)
         return nll + z_loss * log_z.square().sum(), nll.detach()
 
-    return _summed(piece, hidden, labels, head)
+    return _summed(piece, _vocabulary(hidden, head), hidden, labels)
 
 
 def divergence(hidden: Tensor, head: Head, target: Tensor, target_head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,21 +51,23 @@ def divergence(hidden: Tensor, head: Head, target: Tensor, target_head: Head, la
         nll = F.nll_loss(log_p.detach(), labels, ignore_index=IGNORED, reduction="sum")
         return each.masked_fill(labels == IGNORED, 0).sum(), nll
 
-    def both(pair: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return piece(pair[..., : hidden.shape[-1]], pair[..., hidden.shape[-1] :], labels)
-
-    return _summed(both, torch.cat([hidden, target.to(hidden.dtype)], dim=-1), labels, head)
+    return _summed(piece, _vocabulary(hidden, head), hidden, target, labels)
 
 
-def _summed(piece: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, labels: Tensor, head: Head):
-    hidden, labels = hidden.flatten(0, 1), labels.flatten()
-    vocabulary = head(hidden[:1].detach()).shape[-1]
+def _vocabulary(hidden: Tensor, head: Head) -> int:
+    with torch.no_grad():
+        return head(hidden[:1, :1]).shape[-1]
+
+
+def _summed(piece: Callable[..., tuple[Tensor, Tensor]], vocabulary: int, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of `piece` over the positions of [B,T,...] tensors, a limited number at a time."""
+    flat = [tensor.flatten(0, 1) for tensor in batch]
     at_once = max(1, PIECE_NUMBERS // vocabulary)
-    if len(labels) <= at_once:
-        return piece(hidden, labels)
+    if len(flat[0]) <= at_once:
+        return piece(*flat)
     recompute = torch.is_grad_enabled()
     sums = [
-        checkpoint(piece, some, some_labels, use_reentrant=False) if recompute else piece(some, some_labels)
-        for some, some_labels in zip(hidden.split(at_once), labels.split(at_once), strict=True)
+        checkpoint(piece, *some, use_reentrant=False) if recompute else piece(*some)
+        for some in zip(*(tensor.split(at_once) for tensor in flat), strict=True)
     ]
-    return torch.stack([a for a, _ in sums]).sum(), torch.stack([b for _, b in sums]).sum()
+    return torch.stack([first for first, _ in sums]).sum(), torch.stack([second for _, second in sums]).sum()
