@@ -1,0 +1,194 @@
+"""Laws of models: the base is untouched, what is saved comes back, transformers can use it without knowing."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny_config, tokens
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from supra_cli.core import checkpoint
+from supra_cli.core.archs import archs
+from supra_cli.core.modeling import SupraConfig
+
+CLOSE = dict(atol=2e-5, rtol=2e-4)
+
+
+def plain_model(base, **changes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(base, **changes)).eval()
+
+
+def layer_input(model, length=13):
+    """A layer's input and the keywords its block would hand it."""
+    x = torch.randn(2, length, 32)
+    return x, dict(position_embeddings=model.base_model.rotary_emb(x, torch.arange(length)[None]), attention_mask=None)
+
+
+@torch.no_grad()
+def test_the_identity_swap_equals_the_base_bit_for_bit(build, base):
+    model, plain, ids = build(base, "softmax"), plain_model(base), tokens(2, 33)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    given = dict(max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(ids, **given), plain.generate(ids, **given))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_arch_describes_the_bases_own_attention(base, kv_heads):
+    """out(softmax(rotate(q) rotate(k)ᵀ · scale) v), in float64 from arch.qkv, is what the original layer returns."""
+    model, arch = plain_model(base, num_key_value_heads=kv_heads), archs.get(base)
+    attention = getattr(arch.layers(model)[1], arch.slot)
+    x, given = layer_input(model)
+    q, k, v = arch.qkv(attention, x)
+    spec = arch.spec(attention)
+    assert q.shape[2:] == (spec.heads, spec.head_dim)
+    assert k.shape[2:] == (spec.kv_heads, spec.head_dim)
+    assert v.shape[2:] == (spec.kv_heads, spec.v_dim)
+    q, k = (arch.rotate(attention, heads, given["position_embeddings"]) for heads in (q, k))
+    k, v = (heads.repeat_interleave(spec.heads // spec.kv_heads, dim=2) for heads in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * spec.scale
+    future = torch.ones(13, 13, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    o = torch.einsum("bhij,bjhd->bihd", weights, v.double()).float()
+    assert_close(arch.out(attention, o.flatten(-2)), attention(x, **given)[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_swapped_layer_still_answers_as_the_base_did(build, base):
+    model, plain = build(base), plain_model(base)
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if ".mixer." not in name})
+    arch = archs.get(base)
+    x, given = layer_input(model)
+    original = getattr(arch.layers(plain)[2], arch.slot)(x, **given)[0]
+    layer = getattr(arch.layers(model)[2], arch.slot)
+    assert torch.equal(layer.softmax(x, **given), original)
+    heads = layer.softmax_heads(x, given["position_embeddings"])
+    assert_close(arch.out(layer, heads.flatten(-2)), original, **CLOSE)
+
+
+def test_parameters_of_the_base_keep_their_names(build, base, mixer):
+    names = dict(build(base, mixer).named_parameters())
+    plain = dict(plain_model(base).named_parameters())
+    assert plain.keys() <= names.keys()
+    assert all(".mixer." in name for name in names.keys() - plain.keys())
+
+
+def test_a_mixer_holds_nothing_but_parameters(build, mixer):
+    for _, layer in build("llama", mixer).swapped_layers():
+        for module in layer.mixer.modules():
+            assert not list(module.buffers(recurse=False))
+            assert not [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+
+
+@torch.no_grad()
+def test_save_then_load_gives_the_same_logits(build, base, mixer, keep, tmp_path):
+    model, ids = build(base, mixer, keep), tokens(2, 33)
+    checkpoint.save(model, tmp_path / "model", source=None, provenance={})
+    again = checkpoint.load(tmp_path / "model")
+    assert again.supra == model.supra
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rounding", [torch.bfloat16, torch.float16])
+def test_constants_survive_loading_in_a_narrow_dtype_exactly(build, mixer, rounding, tmp_path):
+    """Loaded narrow and widened, the model is the wide one with rounded parameters: nothing but parameters was rounded."""
+    checkpoint.save(build("llama", mixer), tmp_path / "model", source=None, provenance={})
+    widened = checkpoint.load(tmp_path / "model", dtype=rounding).float()
+    rounded = checkpoint.load(tmp_path / "model")
+    for parameter in rounded.parameters():
+        parameter.copy_(parameter.to(rounding))
+    ids = tokens(2, 33)
+    assert torch.equal(widened(ids).logits, rounded(ids).logits)
+
+
+@torch.no_grad()
+def test_transformers_saves_and_loads_it_by_itself(build, base, mixer, tmp_path):
+    model, ids = build(base, mixer, "1"), tokens(2, 20)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(again.config, SupraConfig) == (mixer != "softmax")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_greedy_generation_takes_the_likeliest_token_of_a_full_pass(build, base, mixer, keep):
+    model, ids = build(base, mixer, keep), tokens(2, 11)
+    grown = ids
+    for _ in range(6):
+        grown = torch.cat((grown, model(grown).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None), grown)
+
+
+@torch.no_grad()
+def test_batched_generation_equals_single(build, mixer, keep):
+    model = build("llama", mixer, keep)
+    rows = [tokens(length, seed=length) for length in (4, 15, 9)]
+    ids = torch.stack([torch.cat((torch.zeros(15 - len(row), dtype=torch.long), row)) for row in rows])
+    given = dict(max_new_tokens=6, eos_token_id=None)
+    for search in (dict(do_sample=False), dict(num_beams=3, do_sample=False)):
+        batch = model.generate(ids, attention_mask=(ids > 0).long(), **given, **search)[:, 15:]
+        for row, line in enumerate(rows):
+            alone = model.generate(line[None], attention_mask=torch.ones(1, len(line)), **given, **search)
+            assert torch.equal(batch[row], alone[0, len(line) :])
+
+
+@torch.no_grad()
+def test_beam_search_finds_what_it_finds_without_a_cache(build, mixer):
+    model, ids = build("llama", mixer), tokens(2, 9)
+    given = dict(max_new_tokens=6, num_beams=4, eos_token_id=None, do_sample=False)
+    assert torch.equal(model.generate(ids, **given), model.generate(ids, use_cache=False, **given))
+
+
+@torch.no_grad()
+def test_sampling_with_a_seed_draws_the_same_with_and_without_a_cache(build, mixer):
+    model, ids = build("llama", mixer), tokens(2, 9)
+    drawn = []
+    for cache in (True, False):
+        torch.manual_seed(5)
+        drawn.append(model.generate(ids, max_new_tokens=8, do_sample=True, use_cache=cache, eos_token_id=None))
+    assert torch.equal(*drawn)
+
+
+SUPRA_FIRST = """
+import sys, time
+start = time.perf_counter()
+import supra_cli
+assert time.perf_counter() - start < 0.2 and "torch" not in sys.modules
+import torch
+from transformers import AutoModelForCausalLM
+"""
+TRANSFORMERS_FIRST = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+import supra_cli
+"""
+GENERATE = """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+out = model.generate(torch.arange(3, 11)[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
+print(type(model).__name__, *out[0].tolist())
+"""
+
+
+@pytest.mark.parametrize("imports", [SUPRA_FIRST, TRANSFORMERS_FIRST], ids=["supra first", "transformers first"])
+def test_import_supra_cli_is_enough_for_the_auto_classes(build, imports, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    program = [sys.executable, "-c", imports + GENERATE, tmp_path]
+    printed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    expected = model.generate(torch.arange(3, 11)[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert printed.split() == ["SupraLlamaForCausalLM", *map(str, expected[0].tolist())]
+
+
+def test_without_supra_transformers_refuses_the_model(build, tmp_path):
+    build().save_pretrained(tmp_path)
+    program = "import sys; from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert done.returncode != 0 and "model type `supra`" in done.stderr

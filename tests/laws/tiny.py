@@ -1,0 +1,53 @@
+"""Random models of every registered base, a few thousand parameters each."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.swap import layer_kinds
+
+VOCABULARY = 97
+_SHAPE = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=8192,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    # Large enough for the logits to depend on the whole past, not just on the last token.
+    initializer_range=0.2,
+)
+
+
+def tiny_config(base: str, **changes: Any) -> PreTrainedConfig:
+    kind = CONFIG_MAPPING[base]
+    known = {field.name for field in fields(kind)}
+    return kind(
+        **{name: value for name, value in (_SHAPE | changes).items() if kind.attribute_map.get(name, name) in known}
+    )
+
+
+def tiny_model(
+    base: str = "llama", mixer: str = "supra", keep: str = "none", options: dict | None = None, **changes: Any
+) -> SupraForCausalLM:
+    config = tiny_config(base, **changes)
+    kinds = layer_kinds(config.num_hidden_layers, mixer, keep)
+    swapped = SupraConfig.from_base(config, mixer=mixer, options=options, layers=kinds)
+    return SupraForCausalLM._from_config(swapped, dtype=torch.float32).eval()
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    """Random ids that are neither padding nor special."""
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
