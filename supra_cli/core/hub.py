@@ -143,6 +143,14 @@ def commit_of(path: Path) -> str | None:
     return path.name if path.parent.name == "snapshots" else None
 
 
+def lasting_name(source: Source, folder: Path) -> str:
+    """The model's name in a record that outlives this machine's caches: alias, `org/name@commit` or absolute path."""
+    if source.repo is not None:
+        commit = commit_of(folder)
+        return f"{source.repo}@{commit}" if commit else source.repo
+    return source.name if source.kind == "alias" else str(folder.resolve())
+
+
 def newest_output(runs: Path = Path("runs")) -> Path:
     """The newest finished model under `runs`: `<run>/last` of an uptraining, or a converted directory itself.
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra_cli.core.archs import archs
+from supra_cli.core.errors import SupraError
 from supra_cli.core.layout import Layout, derive, softmax_mask
 from supra_cli.core.mixers import mixers, parse_options
 from supra_cli.core.swap import SOFTMAX, SwappedAttention, swap, swapped_layers
@@ -130,12 +131,29 @@ class SupraForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *args: Any, config: SupraConfig | None = None, **kwargs: Any
-    ) -> SupraForCausalLM:
+        cls,
+        name: str,
+        *args: Any,
+        config: PreTrainedConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers does it, but strict: a missing, unexpected or misshapen tensor is a SupraError that names
+        it.
+        """
         if cls is SupraForCausalLM:
-            config = config or SupraConfig.from_pretrained(name)
-            return family(config.swap.base).model.from_pretrained(name, *args, config=config, **kwargs)
-        return super().from_pretrained(name, *args, config=config, **kwargs)
+            config = config or AutoConfig.from_pretrained(name)
+            config = config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
+            cls = family(config.swap.base).model
+            return cls.from_pretrained(name, *args, config=config, output_loading_info=output_loading_info, **kwargs)
+        model, found = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
+        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found[fault]:
+                first = sorted(map(str, found[fault]))[0]
+                raise SupraError(
+                    f"{name} has {fault.replace('_', ' ')} for its config.json, '{first}' first; restore its files"
+                )
+        return (model, found) if output_loading_info else model
 
     @property
     def supra(self) -> Swap:

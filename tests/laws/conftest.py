@@ -1,4 +1,6 @@
-"""Every law runs over what is registered: `mixer` and `base` range over the registries, so a new file there is under the law."""
+"""Every law runs over what is registered: `mixer` and `base` range over the registries, so a new file there is under
+the law.
+"""
 
 from __future__ import annotations
 

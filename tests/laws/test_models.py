@@ -16,7 +16,7 @@ from supra_cli.core import checkpoint
 from supra_cli.core.archs import archs
 from supra_cli.core.modeling import SupraConfig
 
-CLOSE = dict(atol=2e-5, rtol=2e-4)
+CLOSE = {"atol": 2e-5, "rtol": 2e-4}
 
 
 def plain_model(base, **changes):
@@ -27,7 +27,10 @@ def plain_model(base, **changes):
 def layer_input(model, length=13):
     """A layer's input and the keywords its block would hand it."""
     x = torch.randn(2, length, 32)
-    return x, dict(position_embeddings=model.base_model.rotary_emb(x, torch.arange(length)[None]), attention_mask=None)
+    return x, {
+        "position_embeddings": model.base_model.rotary_emb(x, torch.arange(length)[None]),
+        "attention_mask": None,
+    }
 
 
 @torch.no_grad()
@@ -35,7 +38,7 @@ def test_the_identity_swap_equals_the_base_bit_for_bit(build, base):
     model, plain, ids = build(base, "softmax"), plain_model(base), tokens(2, 33)
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(ids).logits, plain(ids).logits)
-    given = dict(max_new_tokens=5, do_sample=False)
+    given = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(ids, **given), plain.generate(ids, **given))
 
 
@@ -99,7 +102,9 @@ def test_save_then_load_gives_the_same_logits(build, base, mixer, keep, tmp_path
 @torch.no_grad()
 @pytest.mark.parametrize("rounding", [torch.bfloat16, torch.float16])
 def test_constants_survive_loading_in_a_narrow_dtype_exactly(build, mixer, rounding, tmp_path):
-    """Loaded narrow and widened, the model is the wide one with rounded parameters: nothing but parameters was rounded."""
+    """Loaded narrow and widened, the model is the wide one with rounded parameters: nothing but parameters was
+    rounded.
+    """
     checkpoint.save(build("llama", mixer), tmp_path / "model", source=None, provenance={})
     widened = checkpoint.load(tmp_path / "model", dtype=rounding).float()
     rounded = checkpoint.load(tmp_path / "model")
@@ -132,8 +137,8 @@ def test_batched_generation_equals_single(build, mixer, keep):
     model = build("llama", mixer, keep)
     rows = [tokens(length, seed=length) for length in (4, 15, 9)]
     ids = torch.stack([torch.cat((torch.zeros(15 - len(row), dtype=torch.long), row)) for row in rows])
-    given = dict(max_new_tokens=6, eos_token_id=None)
-    for search in (dict(do_sample=False), dict(num_beams=3, do_sample=False)):
+    given = {"max_new_tokens": 6, "eos_token_id": None}
+    for search in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
         batch = model.generate(ids, attention_mask=(ids > 0).long(), **given, **search)[:, 15:]
         for row, line in enumerate(rows):
             alone = model.generate(line[None], attention_mask=torch.ones(1, len(line)), **given, **search)
@@ -143,7 +148,7 @@ def test_batched_generation_equals_single(build, mixer, keep):
 @torch.no_grad()
 def test_beam_search_finds_what_it_finds_without_a_cache(build, mixer):
     model, ids = build("llama", mixer), tokens(2, 9)
-    given = dict(max_new_tokens=6, num_beams=4, eos_token_id=None, do_sample=False)
+    given = {"max_new_tokens": 6, "num_beams": 4, "eos_token_id": None, "do_sample": False}
     assert torch.equal(model.generate(ids, **given), model.generate(ids, use_cache=False, **given))
 
 
@@ -191,4 +196,5 @@ def test_without_supra_transformers_refuses_the_model(build, tmp_path):
     build().save_pretrained(tmp_path)
     program = "import sys; from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
-    assert done.returncode != 0 and "model type `supra`" in done.stderr
+    assert done.returncode != 0
+    assert "model type `supra`" in done.stderr

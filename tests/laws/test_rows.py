@@ -1,4 +1,6 @@
-"""Laws of rows: padding changes nothing, documents do not see each other, the state is the one at the last real token."""
+"""Laws of rows: padding changes nothing, documents do not see each other, the state is the one at the last real
+token.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch.testing import assert_close
 
 from supra_cli.core.layout import derive
 
-CLOSE = dict(atol=2e-5, rtol=2e-4)
+CLOSE = {"atol": 2e-5, "rtol": 2e-4}
 LENGTHS = (5, 17, 12)
 
 
@@ -90,9 +92,9 @@ def test_after_packed_rows_the_state_is_the_last_documents(build, mixer):
 def test_gradients_are_finite_and_reach_every_parameter(build, base, mixer, packing):
     model, ids = build(base, mixer).train(), tokens(2, 30)
     if packing:
-        call = dict(position_ids=packed((13, 17)).expand(2, -1))
+        call = {"position_ids": packed((13, 17)).expand(2, -1)}
     else:
-        call = dict(attention_mask=torch.cat((torch.zeros(2, 6), torch.ones(2, 24)), dim=1))
+        call = {"attention_mask": torch.cat((torch.zeros(2, 6), torch.ones(2, 24)), dim=1)}
     model(ids, objective=lambda hidden, head: head(hidden)[:, 6:].logsumexp(-1).mean(), **call).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -112,7 +114,8 @@ def test_a_batch_without_padding_or_restarts_has_no_layout():
     assert derive(torch.ones(2, 5), None, 2, 5) == (None, None)
     positions = torch.arange(5)[None]
     layout, given = derive(torch.ones(2, 5), positions, 2, 5)
-    assert layout is None and given is positions
+    assert layout is None
+    assert given is positions
 
 
 def test_documents_are_numbered_within_the_row_and_padding_is_minus_one():

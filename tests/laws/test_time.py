@@ -8,7 +8,7 @@ from tiny import tokens
 from torch.testing import assert_close
 
 # fp32 over three layers of width 32 with logits of size one; the forms add the same numbers in another order.
-CLOSE = dict(atol=2e-5, rtol=2e-4)
+CLOSE = {"atol": 2e-5, "rtol": 2e-4}
 
 
 def run(model, *pieces, **kwargs):

@@ -14,21 +14,21 @@ from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.swap import layer_kinds
 
 VOCABULARY = 97
-_SHAPE = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=8192,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
     # Large enough for the logits to depend on the whole past, not just on the last token.
-    initializer_range=0.2,
-)
+    "initializer_range": 0.2,
+}
 
 
 def tiny_config(base: str, **changes: Any) -> PreTrainedConfig:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -53,8 +54,7 @@ def find(names: Sequence[str], include: Path | None = None) -> Tasks:
         raise NotFoundError(
             f"no folder '{include}' for --include-path; expected a folder of lm-eval task files (.yaml)"
         )
-    manager = _manager(names, [bundled(), *([include] if include else [])])
-    _check(names, manager, include)
+    manager = _manager(names, include)
     leaves, groups = {}, {}
     for name in dict.fromkeys(names):
         loaded = _load(manager, name, names)
@@ -63,37 +63,64 @@ def find(names: Sequence[str], include: Path | None = None) -> Tasks:
     return Tasks(tuple(dict.fromkeys(names)), leaves, groups, manager)
 
 
-def _manager(names: Iterable[str], own: list[Path]):
+def _manager(names: Sequence[str], include: Path | None):
     """lm-eval's TaskManager over our folders and, of its own 14,000 files, those folders that define `names`.
 
-    Reading them all takes from ten seconds to a minute. They are all read only when a name, or a member of a group,
-    is not defined by a line `task: name` or `group: name` (a tag, say).
+    To parse them all takes from ten seconds to a minute, so it is done only for a name, or a group with a member,
+    that no plain line `task: name` or `group: name` defines (a tag, say). NotFoundError for an unknown name.
     """
     from lm_eval.tasks import TaskManager
 
+    own = [bundled(), *([include] if include else [])]
     manager = TaskManager(include_defaults=False, include_path=own)
     missing = {name for name in names if name not in manager.task_index}
     if not missing:
         return manager
-    folders = _folders_defining(missing)
-    if folders is not None:
+    if include is not None:
+        _check_files(include)
+    shipped = _look_through(missing)
+    known = [*manager.all_tasks, *shipped.names]
+    for name in names:
+        if name in missing - shipped.mentioned:
+            raise _unknown(name, known)
+    if shipped.folders.keys() == missing:
+        folders = sorted(set(shipped.folders.values()))
         manager = TaskManager(include_defaults=False, include_path=[*folders, *own])
         if all(_is_whole(name, manager.task_index) for name in names):
             return manager
-    return TaskManager(include_path=own)
+    manager = TaskManager(include_path=own)
+    for name in names:
+        if name not in manager.task_index:
+            raise _unknown(name, manager.all_tasks)
+    return manager
 
 
-def _folders_defining(names: set[str]) -> list[Path] | None:
-    """The top folders of lm-eval's tasks that define all of `names`, or None."""
+class Shipped(NamedTuple):
+    """What the text of lm-eval's task files says about some names."""
+
+    folders: dict[str, Path]
+    """Top folder of the file with the line that defines a name."""
+    mentioned: set[str]
+    """Names that stand anywhere in any file: what does not can be no task, group or tag."""
+    names: list[str]
+    """All names that a line defines, for near misses."""
+
+
+def _look_through(wanted: set[str]) -> Shipped:
+    """Read the files without parsing them, which takes a second or two."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    definition = re.compile(r"^(?:task|group):[ \t]*(\S+)[ \t]*$", re.MULTILINE)
-    found: dict[str, Path] = {}
+    definition = re.compile(r"""^["']?(?:task|group)["']?:[ \t]*["']?([^\s"']+)["']?[ \t]*$""", re.MULTILINE)
+    shipped = Shipped({}, set(), [])
     for path in sorted(root.rglob("*.yaml")):
-        for name in names.intersection(definition.findall(path.read_text(encoding="utf-8", errors="replace"))):
-            found.setdefault(name, root / path.relative_to(root).parts[0])
-    return sorted(set(found.values())) if found.keys() == names else None
+        text = path.read_text(encoding="utf-8", errors="replace")
+        defined = definition.findall(text)
+        shipped.names.extend(defined)
+        shipped.mentioned.update(name for name in wanted if name in text)
+        for name in wanted.intersection(defined):
+            shipped.folders.setdefault(name, root / path.relative_to(root).parts[0])
+    return shipped
 
 
 def _is_whole(name: str, index: dict) -> bool:
@@ -106,19 +133,11 @@ def _is_whole(name: str, index: dict) -> bool:
     return all(isinstance(member, str) and _is_whole(member, index) for member in members)
 
 
-def _check(names: Iterable[str], manager, include: Path | None) -> None:
-    for name in names:
-        if name not in manager.task_index:
-            if include is not None:
-                _check_files(include)
-            raise NotFoundError(f"unknown task '{name}'{_hint(name, manager)}")
-
-
-def _hint(name: str, manager) -> str:
-    hint = near_miss(name, manager.all_tasks)
+def _unknown(name: str, known: Iterable[str]) -> NotFoundError:
+    hint = near_miss(name, known)
     if hint.startswith("; known"):
-        return "; no name is similar: `lm_eval ls tasks` lists them all, supra's own are stdlib_cloze and stdlib_ppl"
-    return hint
+        hint = "; no name is similar: `lm_eval ls tasks` lists them all, supra's own are stdlib_cloze and stdlib_ppl"
+    return NotFoundError(f"unknown task '{name}'{hint}")
 
 
 def _check_files(folder: Path) -> None:

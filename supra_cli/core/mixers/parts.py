@@ -14,8 +14,9 @@ SlopeRule = Literal["alibi", "retnet"]
 def log_decay(rule: SlopeRule, heads: int) -> list[float]:
     """log γ_h ≤ 0 of every head.
 
-    alibi: γ_h = exp(-s_h), s_h = 2^{-8(h+1)/H}; where H is no power of two, the slopes of the power n below H and then every
-    second one of 2n's (Press et al. 2022, arXiv:2108.12409, released code). retnet: γ_h = 1 - 2^{-5-h} (arXiv:2307.08621).
+    alibi: γ_h = exp(-s_h), s_h = 2^{-8(h+1)/H}; where H is no power of two, the slopes of the power n below H and
+    then every second one of 2n's (Press et al. 2022, arXiv:2108.12409, released code). retnet: γ_h = 1 - 2^{-5-h}
+    (arXiv:2307.08621).
     """
     if rule == "retnet":
         return [math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)]

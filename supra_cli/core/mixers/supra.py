@@ -1,4 +1,6 @@
-"""SUPRA: linear attention with a learned map, a fixed decay and normalised heads (Mercat et al. 2024, arXiv:2405.06640)."""
+"""SUPRA: linear attention with a learned map, a fixed decay and normalised heads (Mercat et al. 2024,
+arXiv:2405.06640).
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ from supra_cli.core.ops import linear_attention
 class Supra(Mixer):
     """o_i = GroupNorm( Σ_{j≤i} γ_h^{i-j} (q'_i · k'_j) d^{-1/2} v_j )
 
-    q' = RoPE(ReLU(E q + b)),  k' = RoPE(ReLU(E k + b)):  the map comes before the positions and sees all heads at once. With
-    fewer kv heads than heads, k has its own E_kv, b_kv. As a recurrence: S ← γ_h S + k' vᵀ, o = GroupNorm(d^{-1/2} S q').
+    q' = RoPE(ReLU(E q + b)),  k' = RoPE(ReLU(E k + b)):  the map comes before the positions and sees all heads at
+    once. With fewer kv heads than heads, k has its own E_kv, b_kv. As a recurrence: S ← γ_h S + k' vᵀ, o =
+    GroupNorm(d^{-1/2} S q').
 
-    There is no denominator; GroupNorm (one group a head, no affine) sets the scale. Source: section 3 and the authors' code.
+    There is no denominator; GroupNorm (one group a head, no affine) sets the scale. Source: section 3 and the
+    authors' code.
     """
 
     @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from supra_cli.core.ops import linear_attention
 class T2R(Mixer):
     """a_i = Σ_{j≤i} φ(q_i)·φ(k_j) v_j / max(Σ_{j≤i} φ(q_i)·φ(k_j), 0.01),   φ(x)_h = ReLU(W_h x_h + b_h)
 
-    The same W_h, b_h serve q (scaled by d^{-1/2} first) and k; with fewer kv heads than heads, k is repeated and mapped by each
-    query head's. The paper's bases have absolute positions; rotary ones are put in before the map. No decay.
-    Source: section 3 and the authors' code.
+    The same W_h, b_h serve q (scaled by d^{-1/2} first) and k; with fewer kv heads than heads, k is repeated and
+    mapped by each query head's. The paper's bases have absolute positions; rotary ones are put in before the map. No
+    decay. Source: section 3 and the authors' code.
     """
 
     @dataclass(frozen=True)

@@ -85,7 +85,6 @@ class Trainer:
         self._checkpoint: Path | None = None
         self._clock = time.perf_counter()
 
-
     def open(self, model: Path | None, resume: bool) -> Iterator[Event]:
         """Bring the run to where it should go on from: its newest sound checkpoint, or the beginning."""
         if resume:
@@ -100,7 +99,7 @@ class Trainer:
         (self.run.path / "env.json").write_text(json.dumps(environment(str(self.device)), indent=2), encoding="utf-8")
         self.run.trim_metrics(self.counters.step)
         self.student.to(self.device).train()
-        self.tokenizer = checkpoint.load_tokenizer(self.origin.tokenizer_folder)
+        self.tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
         self._vocabulary_fits()
         self.mixture = rows.training(self.recipe.data, self.tokenizer, self.recipe.seed)
         self.held_out = rows.held_out(self.recipe.data, self.tokenizer)
@@ -120,10 +119,12 @@ class Trainer:
         found = self.run.complete()
         for path in reversed(found):
             try:
+                checkpoint.verify(path)
                 self.counters, self._data_state = state.read(path / "training")
-                self.student, self.origin = origin.resume(self.recipe, path)
+                self.student, self.origin = origin.resume(path)
                 state.restore_masters(path / "training", self.student)
             except SupraError as error:
+                self.counters = Counters()
                 yield Note(f"checkpoint {path.name} is damaged ({error}); falling back to the one before it")
                 continue
             self._checkpoint = path
@@ -136,10 +137,9 @@ class Trainer:
         room = self.student.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > room:
             raise SupraError(
-                f"the tokenizer in {self.origin.tokenizer_folder} has {len(self.tokenizer)} tokens, "
+                f"the tokenizer in {self.run.tokenizer} has {len(self.tokenizer)} tokens, "
                 f"the model room for {room}; they do not belong together"
             )
-
 
     def train(self) -> Iterator[Event]:
         self.baseline: nn.Module | None = None
@@ -262,7 +262,6 @@ class Trainer:
         seconds, self._clock = now - self._clock, now
         return seconds
 
-
     def _teacher(self, spec: recipes.Stage) -> nn.Module:
         name = spec.teacher or self.origin.base
         if name is None:
@@ -321,9 +320,7 @@ class Trainer:
         dtype = getattr(torch, self.recipe.checkpoint.dtype)
         masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
         with self.run.writing(counters.step) as folder:
-            checkpoint.save(
-                self.student, folder, source=self.origin.tokenizer_folder, provenance=self._provenance(), dtype=dtype
-            )
+            checkpoint.save(self.student, folder, source=self.run.tokenizer, provenance=self._provenance(), dtype=dtype)
             state.save(folder / "training", counters, optimizer, masters, self.mixture.state())
         path = self.run.step_path(counters.step)
         self.run.link("last", path)
@@ -337,6 +334,7 @@ class Trainer:
         rows_by_source = self.mixture.rows_by_source()
         return {
             "base": self.origin.base,
+            "parent": self.origin.parent,
             "recipe": recipes.dumps(self.recipe),
             "step": self.counters.step,
             "tokens": self.counters.tokens,

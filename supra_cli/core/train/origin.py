@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from supra_cli.core import checkpoint, hub
+from supra_cli.core.checkpoint.writing import companions
 from supra_cli.core.data import sources
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import UsageError
@@ -20,20 +22,26 @@ from supra_cli.core.train.run import RunDirectory
 
 @dataclass(frozen=True)
 class Origin:
-    """`tokenizer_folder` holds the tokenizer's files; `base` is the pretrained model the student came from, if any."""
+    """Where the student comes from; recorded in every checkpoint."""
 
-    tokenizer_folder: Path
     base: str | None
+    """The pretrained model behind it, which is also its teacher; None for a model from scratch."""
+    parent: str | None
+    """Hash of the weights it started from, where supra wrote them."""
 
 
 def start(recipe: Recipe, run: RunDirectory, model: Path | None) -> tuple[SupraForCausalLM, Origin]:
-    """The fp32 student before its first step: a converted model, a base converted now, or fresh weights."""
+    """The fp32 student before its first step: a converted model, a base converted now, or fresh weights.
+
+    The tokenizer and what else belongs beside the weights is put into the run's `tokenizer` folder.
+    """
     torch.manual_seed(recipe.seed)
     if model is not None:
-        return _converted(recipe, model)
+        return _from_directory(recipe, run, model)
     if recipe.init == "scratch":
-        return _scratch(recipe, run)
-    base = hub.fetch(hub.resolve(recipe.base))
+        return _from_scratch(recipe, run)
+    source = hub.resolve(recipe.base)
+    base = hub.fetch(source)
     folder = checkpoint.convert(
         base,
         run.path / "converted",
@@ -41,50 +49,63 @@ def start(recipe: Recipe, run: RunDirectory, model: Path | None) -> tuple[SupraF
         options=recipe.mixer.options,
         keep=recipe.keep,
         seed=recipe.seed,
+        base=hub.lasting_name(source, base),
         overwrite=True,
     )
-    return checkpoint.load(folder, dtype=torch.float32), Origin(folder, str(base))
+    return _from_directory(recipe, run, folder)
 
 
-def resume(recipe: Recipe, folder: Path) -> tuple[SupraForCausalLM, Origin]:
+def resume(folder: Path) -> tuple[SupraForCausalLM, Origin]:
     """The student as it was saved in the checkpoint `folder`."""
-    base = checkpoint.read_provenance(folder).get("base")
-    return checkpoint.load(folder, dtype=torch.float32), Origin(folder, base)
+    known = checkpoint.read_provenance(folder)
+    return checkpoint.load(folder, dtype=torch.float32), Origin(known.get("base"), known.get("parent"))
 
 
-def _converted(recipe: Recipe, folder: Path) -> tuple[SupraForCausalLM, Origin]:
+def _from_directory(recipe: Recipe, run: RunDirectory, folder: Path) -> tuple[SupraForCausalLM, Origin]:
     student = checkpoint.load(folder, dtype=torch.float32)
-    wanted = layer_kinds(len(student.supra.layers), recipe.mixer.name, recipe.keep)
-    if list(student.supra.layers) != wanted:
+    record = student.supra
+    wanted = SupraConfig.from_base(
+        student.config,
+        mixer=recipe.mixer.name,
+        options=recipe.mixer.options,
+        layers=layer_kinds(len(record.layers), recipe.mixer.name, recipe.keep),
+    ).swap
+    if record.layers != wanted.layers or (record.any and record.options != wanted.options):
         raise UsageError(
-            f"{folder} has layers {_summary(student.supra.layers)}, the recipe asks for {_summary(wanted)}; "
-            "convert again or change the recipe's mixer and keep"
+            f"{folder} has {_summary(record.layers)} with {record.options}, the recipe asks for "
+            f"{_summary(wanted.layers)} with {wanted.options}; convert again or change the recipe's mixer and keep"
         )
-    return student, Origin(folder, checkpoint.read_provenance(folder).get("base"))
+    _bring_companions(folder, run)
+    return student, Origin(checkpoint.read_provenance(folder).get("base"), checkpoint.fingerprint(folder))
 
 
-def _scratch(recipe: Recipe, run: RunDirectory) -> tuple[SupraForCausalLM, Origin]:
+def _from_scratch(recipe: Recipe, run: RunDirectory) -> tuple[SupraForCausalLM, Origin]:
     if recipe.base is not None:
         folder = hub.fetch(hub.resolve(recipe.base))
         base_config = AutoConfig.from_pretrained(folder)
+        _bring_companions(folder, run)
     else:
-        folder = run.path / "tokenizer"
         words = bpe.train(_training_texts(recipe), recipe.tokenizer.vocab_size)
-        words.save_pretrained(folder)
-        settings = {"vocab_size": len(words), **recipe.model}
+        words.save_pretrained(run.tokenizer)
         base_config = AutoConfig.for_model(
-            **settings,
+            **{"vocab_size": len(words), **recipe.model},
             bos_token_id=words.bos_token_id,
             eos_token_id=words.eos_token_id,
             pad_token_id=words.pad_token_id,
         )
-        base_config.save_pretrained(folder)
+        base_config.save_pretrained(run.tokenizer)
     kinds = layer_kinds(base_config.num_hidden_layers, recipe.mixer.name, recipe.keep)
     config = SupraConfig.from_base(base_config, mixer=recipe.mixer.name, options=recipe.mixer.options, layers=kinds)
     student = SupraForCausalLM._from_config(config, dtype=torch.float32)
     for _, layer in student.swapped_layers():
         layer.mixer.reset_parameters()
-    return student, Origin(folder, None)
+    return student, Origin(None, None)
+
+
+def _bring_companions(folder: Path, run: RunDirectory) -> None:
+    run.tokenizer.mkdir(exist_ok=True)
+    for name in ["config.json", *companions(folder)]:
+        shutil.copyfile(folder / name, run.tokenizer / name)
 
 
 def _training_texts(recipe: Recipe):

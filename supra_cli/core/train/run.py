@@ -1,9 +1,10 @@
 """A run directory: what is in it, which checkpoint is the newest complete one, and who may write.
 
-recipe.toml  env.json  metrics.jsonl
-converted/                 the student before the first step (for a pretrained base)
-step-000500/               a loadable model directory + training/ + COMPLETE
-last -> step-..., best -> step-...
+- `recipe.toml`, `env.json`, `metrics.jsonl`: the resolved recipe, versions and hardware, one line a step
+- `tokenizer/`: what belongs beside every checkpoint's weights
+- `converted/`: the student before the first step, where the run converted a base
+- `step-000500/`: a loadable model directory, with `training/` for resuming and the marker COMPLETE
+- `last`, `best`: links to checkpoints
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class RunDirectory:
                     f"another run is writing to {self.path}; wait for it or choose another --output"
                 ) from None
             yield
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of what belongs beside every checkpoint's weights."""
+        return self.path / "tokenizer"
 
     def step_path(self, step: int) -> Path:
         return self.path / f"step-{step:06d}"

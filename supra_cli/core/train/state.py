@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from supra_cli.core.checkpoint.writing import sha256
 from supra_cli.core.errors import SupraError
 
 
@@ -53,16 +53,22 @@ def save(
     if torch.cuda.is_available():
         random |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     save_file(random, folder / "random.safetensors")
-    (folder / "state.json").write_text(json.dumps({"counters": dataclasses.asdict(counters), "data": data}, indent=2))
+    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    document = {"counters": dataclasses.asdict(counters), "data": data, "files": hashes}
+    (folder / "state.json").write_text(json.dumps(document, indent=2))
 
 
 def read(folder: Path) -> tuple[Counters, dict[str, Any]]:
-    """(counters, position in the data)."""
+    """(counters, position in the data). SupraError if any file of the training state is not what was written."""
     try:
         saved = json.loads((folder / "state.json").read_text())
-        return Counters(**saved["counters"]), saved["data"]
+        counters, data, files = Counters(**saved["counters"]), saved["data"], saved["files"]
+        changed = [name for name, known in files.items() if sha256(folder / name) != known]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SupraError(f"the training state in {folder} is damaged: {error}") from None
+        raise SupraError(f"the training state in {folder} cannot be read: {error}") from None
+    if changed:
+        raise SupraError(f"{folder / changed[0]} is not what was written")
+    return counters, data
 
 
 def restore_masters(folder: Path, model: nn.Module) -> None:
@@ -70,7 +76,7 @@ def restore_masters(folder: Path, model: nn.Module) -> None:
     path = folder / "masters.safetensors"
     if not path.exists():
         return
-    masters = _tensors(path)
+    masters = load_file(path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in masters:
@@ -78,7 +84,7 @@ def restore_masters(folder: Path, model: nn.Module) -> None:
 
 
 def restore_optimizer(folder: Path, optimizer: torch.optim.AdamW) -> None:
-    moments = _tensors(folder / "optimizer.safetensors")
+    moments = load_file(folder / "optimizer.safetensors")
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {
@@ -91,7 +97,7 @@ def restore_optimizer(folder: Path, optimizer: torch.optim.AdamW) -> None:
 
 
 def restore_random(folder: Path) -> None:
-    random = _tensors(folder / "random.safetensors")
+    random = load_file(folder / "random.safetensors")
     torch.set_rng_state(random["cpu"])
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -104,10 +110,3 @@ def _named_states(optimizer: torch.optim.AdamW):
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if parameter in optimizer.state:
                 yield name, optimizer.state[parameter]
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SupraError(f"the training state {path} is damaged: {error}") from None

@@ -1,0 +1,174 @@
+"""Each mixer against its paper: the quadratic formula in float64, written out for one document."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from supra_cli.core.errors import UsageError
+from supra_cli.core.layout import HeadSpec
+from supra_cli.core.mixers import mixers, parse_options
+from supra_cli.core.mixers.parts import log_decay
+
+# float64 throughout but for constants and states in fp32.
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+T, K, V = 37, 6, 5
+
+
+def build(name, heads=4, kv_heads=2, **options):
+    torch.manual_seed(0)
+    spec = HeadSpec(heads, kv_heads, head_dim=K, v_dim=V, model_dim=24, layer=0, scale=K**-0.5)
+    mixer = mixers.get(name)(spec, parse_options(name, options))
+    mixer.reset_parameters()
+    return mixer.double()
+
+
+def inputs(heads=4, kv_heads=2):
+    shapes = (2, T, heads, K), (2, T, kv_heads, K), (2, T, kv_heads, V), (2, T, 24)
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def rope(x):
+    """Rotation of the halves of the last dimension by the angle position / (1 + index)."""
+    angle = torch.arange(x.shape[1])[:, None, None] / (1 + torch.arange(x.shape[-1] // 2))
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
+
+
+def repeated(x, heads=4):
+    return x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def causal(scores):
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), 0)
+
+
+def steps_back():
+    """i - j, negative in the future."""
+    return (torch.arange(T)[:, None] - torch.arange(T)).double()
+
+
+def group_norm(o):
+    return (o - o.mean(-1, keepdim=True)) / (o.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+def alibi(heads):
+    """γ_h = exp(-2^{-8(h+1)/H}) for a power of two."""
+    return torch.tensor([math.exp(-(2 ** (-8 * (h + 1) / heads))) for h in range(heads)], dtype=torch.float64)
+
+
+def decayed_sum(q, k, v, gamma, scale):
+    weights = causal(torch.einsum("bihd,bjhd->bhij", q, k) * scale) * gamma[:, None, None] ** steps_back().clamp(min=0)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_supra_is_the_papers_formula(kv_heads):
+    mixer = build("supra", kv_heads=kv_heads)
+    q, k, v, x = inputs(kv_heads=kv_heads)
+    o, state = mixer(q, k, v, x, rope, None, None)
+    for_k = mixer.E if kv_heads == 4 else mixer.E_kv
+    assert (mixer.E_kv is None) == (kv_heads == 4)
+    q = rope((q.flatten(2) @ mixer.E.weight.T + mixer.E.bias).relu().view(q.shape))
+    k = repeated(rope((k.flatten(2) @ for_k.weight.T + for_k.bias).relu().view(k.shape)))
+    assert_close(o, group_norm(decayed_sum(q, k, repeated(v), alibi(4), K**-0.5)), **CLOSE)
+    remaining = alibi(4) ** torch.arange(T - 1, -1, -1)[:, None]
+    final = torch.einsum("th,bthk,bthv->bhkv", remaining, k, repeated(v))
+    assert_close(state.S.double(), final, **CLOSE)
+
+
+@torch.no_grad()
+def test_supra_with_a_map_a_head_and_a_gain():
+    mixer = build("supra", map="head", gain="head", slopes="retnet")
+    mixer.gain.uniform_(0.5, 2)
+    q, k, v, x = inputs()
+    o, _ = mixer(q, k, v, x, rope, None, None)
+    q = rope((torch.einsum("bthk,hfk->bthf", q, mixer.E.weight) + mixer.E.bias).relu())
+    k = rope((torch.einsum("bthk,hfk->bthf", k, mixer.E_kv.weight) + mixer.E_kv.bias).relu())
+    gamma = 1 - 2.0 ** (-5 - torch.arange(4, dtype=torch.float64))
+    expected = group_norm(decayed_sum(q, repeated(k), repeated(v), gamma, K**-0.5)) * mixer.gain
+    assert_close(o, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_supra_with_qk_norm_normalises_over_all_heads_after_the_relu():
+    mixer = build("supra", heads=4, kv_heads=4, qk_norm=True)
+    mixer.q_norm.weight.uniform_(0.5, 2)
+    q, k, v, x = inputs(kv_heads=4)
+    o, _ = mixer(q, k, v, x, rope, None, None)
+    q, k = ((heads.flatten(2) @ mixer.E.weight.T + mixer.E.bias).relu() for heads in (q, k))
+    q, k = group_norm(q) * mixer.q_norm.weight, group_norm(k) * mixer.k_norm.weight
+    q, k = rope(q.unflatten(-1, (4, K))), rope(k.unflatten(-1, (4, K)))
+    assert_close(o, group_norm(decayed_sum(q, k, v, alibi(4), K**-0.5)), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_t2r_is_the_papers_formula(kv_heads):
+    mixer = build("t2r", kv_heads=kv_heads, feature_size=9)
+    q, k, v, x = inputs(kv_heads=kv_heads)
+    o, _ = mixer(q, k, v, x, rope, None, None)
+
+    def phi(heads):
+        return (torch.einsum("bthk,hfk->bthf", heads, mixer.phi.weight) + mixer.phi.bias).relu()
+
+    q, k = phi(rope(q) * K**-0.5), phi(repeated(rope(k)))
+    weights = causal(torch.einsum("bihf,bjhf->bhij", q, k))
+    denominator = weights.sum(-1, keepdim=True).clamp(min=0.01)
+    assert_close(o, torch.einsum("bhij,bjhd->bihd", weights / denominator, repeated(v)), **CLOSE)
+
+
+@torch.no_grad()
+def test_t2r_divides_by_no_less_than_a_hundredth():
+    mixer = build("t2r", feature_size=3)
+    mixer.phi.bias.fill_(-100)
+    q, k, v, x = inputs()
+    assert mixer(q, k, v, x, rope, None, None)[0].abs().max() == 0
+
+
+def test_slopes_of_32_heads_are_the_ones_the_paper_prints():
+    gamma = [math.exp(g) for g in log_decay("alibi", 32)]
+    assert gamma[0] == pytest.approx(0.4313, abs=5e-5)
+    assert gamma[-1] == pytest.approx(0.99610, abs=5e-6)
+    assert gamma[-1] ** 2048 == pytest.approx(3.35e-4, rel=5e-3)
+
+
+@pytest.mark.parametrize("rule", ["alibi", "retnet"])
+@pytest.mark.parametrize("heads", [1, 2, 3, 7, 12, 40, 71, 128])
+def test_every_head_count_has_distinct_decays(rule, heads):
+    decays = log_decay(rule, heads)
+    assert len(set(decays)) == heads
+    assert all(-1 <= g < 0 for g in decays)
+
+
+def test_slopes_of_twelve_heads_follow_alibis_rule_for_other_counts():
+    """2^-1 ... 2^-8 of eight heads, then every second one of sixteen."""
+    expected = [2.0**-n for n in range(1, 9)] + [2.0**-n for n in (0.5, 1.5, 2.5, 3.5)]
+    assert log_decay("alibi", 12) == pytest.approx([-slope for slope in expected])
+
+
+def test_a_normalised_mixer_asks_for_normalised_targets():
+    o = torch.randn(2, 3, 4, V, dtype=torch.float64) * 7 + 1
+    assert_close(build("supra").target(o), group_norm(o), **CLOSE)
+    assert build("supra", gain="head").target(o) is o
+    assert build("t2r").target(o) is o
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("supar", {}, "did you mean 'supra'"),
+        ("supra", {"slope": "alibi"}, "did you mean 'slopes'"),
+        ("supra", {"slopes": "linear"}, "'alibi', 'retnet'"),
+        ("supra", {"qk_norm": 1}, "type bool"),
+        ("t2r", {"feature_size": True}, "type int"),
+        ("t2r", {"feature_size": 0}, "at least 1"),
+    ],
+)
+def test_a_wrong_option_is_named(name, options, said):
+    with pytest.raises(UsageError, match=said):
+        parse_options(name, options)
