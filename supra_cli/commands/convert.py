@@ -76,12 +76,7 @@ def _convert(source: Source, output: Path, **settings: Any) -> None:
     from supra_cli.core import checkpoint, hub
 
     folder = hub.fetch(source)
-    if source.repo is None:
-        base = source.name if source.kind == "alias" else str(folder.resolve())
-    else:
-        commit = hub.commit_of(folder)
-        base = f"{source.repo}@{commit}" if commit else source.repo
-    checkpoint.convert(folder, output, base=base, **settings)
+    checkpoint.convert(folder, output, base=hub.lasting_name(source, folder), **settings)
 
 
 def _plain(config: Any, model: str) -> Any:

@@ -1,0 +1,252 @@
+"""A run that was stopped, killed or damaged and then resumed ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from supra_cli.core import recipe as recipes
+from supra_cli.core.errors import Stopped, SupraError, UsageError
+from supra_cli.core.lookup import lookup
+from supra_cli.core.train import loop, state
+from supra_cli.core.train.events import Note, Saved, Step
+
+STEPS = 12
+
+
+def run(recipe: Path, output: Path, *, stop_after: int | None = None, resume: bool = False) -> list:
+    stop = threading.Event()
+    events = []
+    try:
+        for event in loop.uptrain(recipes.load(recipe, lookup=lookup), output, resume=resume, stop=stop):
+            events.append(event)
+            if isinstance(event, Step) and event.step == stop_after:
+                stop.set()
+    except Stopped:
+        assert stop_after is not None
+    return events
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    """Every file of weights and moments of the last checkpoint, byte for byte."""
+    last = output / "last"
+    files = [*last.glob("*.safetensors"), last / "training" / "optimizer.safetensors"]
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def whole(recipe_file: Callable[..., Path], tmp_path: Path) -> dict[str, bytes]:
+    run(recipe_file(), tmp_path / "whole")
+    return weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 8, 11], ids=lambda step: f"after step {step}")
+def test_a_stopped_run_resumes_to_the_same_bits(
+    stop_after: int, whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "stopped"
+    events = run(recipe_file(), output, stop_after=stop_after)
+    assert isinstance(events[-1], Saved)
+    assert max(event.step for event in events if isinstance(event, Step)) == stop_after
+    run(recipe_file(), output, resume=True)
+    assert weights(output) == whole
+
+
+def test_two_runs_of_one_recipe_give_the_same_bits(
+    whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    run(recipe_file(), tmp_path / "again")
+    assert weights(tmp_path / "again") == whole
+
+
+def test_another_seed_gives_other_bits(
+    whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    run(recipe_file(seed=1), tmp_path / "other")
+    assert weights(tmp_path / "other") != whole
+
+
+def test_bfloat16_checkpoints_keep_their_masters(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = recipe_file(checkpoint={"every_steps": 3, "keep_last": 2, "dtype": "bfloat16"})
+    run(recipe, tmp_path / "whole")
+    run(recipe, tmp_path / "stopped", stop_after=5)
+    run(recipe, tmp_path / "stopped", resume=True)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    masters = load_file(tmp_path / "stopped" / "last" / "training" / "masters.safetensors")
+    assert any(not value.equal(value.bfloat16().float()) for value in masters.values())
+
+
+def test_a_failing_save_leaves_the_checkpoint_before(
+    whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, save = tmp_path / "full", state.save
+
+    def full_disk(folder: Path, counters: state.Counters, *rest: object) -> None:
+        if counters.step == 6:
+            raise OSError(28, "No space left on device")
+        save(folder, counters, *rest)
+
+    monkeypatch.setattr(state, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run(recipe_file(), output)
+    assert (output / "last").resolve().name == "step-000004"
+    monkeypatch.setattr(state, "save", save)
+    run(recipe_file(), output, resume=True)
+    assert weights(output) == whole
+    assert not list(output.glob(".writing*"))
+
+
+@pytest.mark.parametrize(
+    "file", ["model-mixers.safetensors", "training/optimizer.safetensors", "training/state.json", "config.json"]
+)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    file: str, whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "damaged"
+    run(recipe_file(), output, stop_after=5)
+    newest = output / "step-000005"
+    if not (newest / file).exists():
+        file = "model-base.safetensors" if (newest / "model-base.safetensors").exists() else "model.safetensors"
+    damaged = newest / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    events = run(recipe_file(), output, resume=True)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert any("step-000005 is damaged" in note for note in notes)
+    assert "resuming from step-000004" in notes
+    assert weights(output) == whole
+
+
+def test_when_nothing_can_be_read_the_error_says_so(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "damaged"
+    run(recipe_file(), output, stop_after=5)
+    for path in output.glob("step-*/training/state.json"):
+        path.write_text("{")
+    with pytest.raises(SupraError, match="no checkpoint in .* can be read"):
+        run(recipe_file(), output, resume=True)
+
+
+def test_resuming_before_the_first_checkpoint_starts_over_and_says_so(
+    whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "early"
+    events = loop.uptrain(recipes.load(recipe_file(), lookup=lookup), output)
+    assert next(event for event in events if isinstance(event, Step)).step == 1
+    events.close()
+    notes = [event.text for event in run(recipe_file(), output, resume=True) if isinstance(event, Note)]
+    assert any("no complete checkpoint" in note for note in notes)
+    assert weights(output) == whole
+
+
+def test_resuming_a_finished_run_does_nothing(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "finished"
+    run(recipe_file(), output)
+    before = weights(output)
+    events = run(recipe_file(), output, resume=True)
+    assert [type(event) for event in events] == [Note, Note]
+    assert weights(output) == before
+
+
+def test_a_changed_recipe_is_refused(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "changed"
+    run(recipe_file(), output, stop_after=3)
+    with pytest.raises(UsageError, match="the recipe is not the one"):
+        run(recipe_file(seed=5), output, resume=True)
+
+
+def test_changed_text_is_refused(recipe_file: Callable[..., Path], raw_recipe: dict, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("one two three four five " * 200)
+    recipe = recipe_file(data=raw_recipe["data"] | {"sources": [{"path": str(text)}]})
+    run(recipe, tmp_path / "run", stop_after=3)
+    text.write_text("six seven eight nine ten " * 200)
+    with pytest.raises(SupraError, match="the data changed"):
+        run(recipe, tmp_path / "run", resume=True)
+
+
+def test_an_occupied_directory_is_refused_and_left_alone(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "notes.txt").write_text("precious")
+    with pytest.raises(UsageError, match="not empty"):
+        run(recipe_file(), output)
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+
+
+def test_a_second_run_in_the_same_directory_is_refused(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    parsed = recipes.load(recipe_file(), lookup=lookup)
+    first = loop.uptrain(parsed, tmp_path / "run")
+    next(first)
+    with pytest.raises(UsageError, match="another run is writing"):
+        next(loop.uptrain(parsed, tmp_path / "run", resume=True))
+    first.close()
+
+
+def test_metrics_have_every_step_once_after_a_resume(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(recipe_file(), output, stop_after=5)
+    with (output / "metrics.jsonl").open("a") as stream:
+        stream.write('{"event": "step", "step": 6, "lo')
+    run(recipe_file(), output, resume=True)
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["event"] == "step"] == list(range(1, STEPS + 1))
+
+
+def command(recipe: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "supra_cli", "uptrain", "--recipe", str(recipe), "-o", str(output), *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([".", "kernels"]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(
+    seed: int, whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    process = subprocess.Popen(command(recipe_file(), output), env=environment(), stderr=subprocess.DEVNULL)
+    chance = random.Random(seed)
+    wanted = chance.randrange(1, STEPS)
+    while process.poll() is None and not _reached(output, wanted):
+        time.sleep(0.005)
+    time.sleep(chance.random() * 0.1)
+    process.kill()
+    process.wait()
+    done = subprocess.run(command(recipe_file(), output, "--resume"), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert weights(output) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_saves_everything_and_exits_75(
+    number: signal.Signals, whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "stopped"
+    process = subprocess.Popen(command(recipe_file(), output), env=environment(), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not _reached(output, 2):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    assert "--resume" in told
+    assert "Traceback" not in told
+    run(recipe_file(), output, resume=True)
+    assert weights(output) == whole
+
+
+def _reached(output: Path, step: int) -> bool:
+    metrics = output / "metrics.jsonl"
+    return metrics.exists() and f'"step": {step},' in metrics.read_text()
