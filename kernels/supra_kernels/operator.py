@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor
 
 from supra_kernels.chunk import chunk
@@ -40,7 +43,15 @@ def linear_attention(
         form = "step" if q.shape[1] <= STEP_LENGTH and segment is None else "chunk"
     if form not in FORMS:
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
-    return FORMS[form](q, k, v, g, scale=scale, state=state, segment=segment)
+    with _without_autocast(q.device.type):
+        return FORMS[form](q, k, v, g, scale=scale, state=state, segment=segment)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    """The forms settle their dtypes themselves; autocast would round the fp32 state's products to half precision."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, segment: Tensor | None) -> None:
