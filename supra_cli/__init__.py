@@ -1,7 +1,7 @@
 """supra: pretrained softmax transformers become recurrent models, and what that cost is measured.
 
-Importing this is light, and enough for `AutoModelForCausalLM.from_pretrained` to know a converted model: its classes are registered
-as soon as transformers' Auto classes are there.
+Importing this is light, and enough for `AutoModelForCausalLM.from_pretrained` to know a converted model: its classes
+are registered as soon as transformers' Auto classes are there.
 """
 
 from __future__ import annotations
