@@ -1,0 +1,175 @@
+"""`supra eval` and `supra prefetch` as a user meets them: stdout, exit codes, files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from supra_cli.__main__ import main
+from supra_cli.core import checkpoint, corpus
+from supra_cli.core.data import tokenizer as bpe
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and its student under runs/, both random."""
+    root = tmp_path_factory.mktemp("work")
+    words = bpe.train((text for _, text in list(corpus.documents("validation"))[:20]), 300)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    words.save_pretrained(root / "base")
+    checkpoint.convert(
+        root / "base", root / "runs/student", mixer="supra", options={}, keep="none", seed=0, base=str(root / "base")
+    )
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
+
+
+def supra(capsys, *arguments):
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def told(err):
+    """The error, which is one line."""
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    return line
+
+
+def test_the_newest_output_is_scored_beside_the_base_that_it_came_from(models, capsys):
+    code, out, err = supra(
+        capsys, "eval", "--tasks", "stdlib_cloze,stdlib_ppl", "--limit", "4", "--json", "-o", "out/scores.json"
+    )
+    assert code == 0, err
+    document = json.loads(out)
+    assert json.loads((models / "out/scores.json").read_text()) == document
+    assert set(document["results"]) == {"stdlib_cloze", "stdlib_ppl"}
+    for rows in document["results"].values():
+        for row in rows.values():
+            assert {"student", "teacher", "recovery", "stderr"} <= row.keys()
+            assert row["teacher"] is not None
+    assert set(document["results"]["stdlib_cloze"]) == {"acc", "acc_norm"}
+    assert document["results"]["stdlib_ppl"]["nats_per_token"]["difference"] is not None
+    assert document["student"]["model"] == "runs/student"
+    assert document["teacher"]["model"] == str(models / "base")
+    assert document["student"]["weights"] != document["teacher"]["weights"]
+    assert document["tasks"]["stdlib_cloze"]["num_fewshot"] == 0
+    assert document["tasks"]["stdlib_cloze"]["bos"] is True
+    assert document["settings"] == {"limit": 4, "num_fewshot": None, "batch_size": 8, "max_length": 256, "seed": 1234}
+    assert {"lm_eval", "torch", "transformers", "python"} <= document["versions"].keys()
+    assert "model: directory runs/student" in err
+
+    kept = json.loads((models / "runs/student/eval/stdlib_cloze.json").read_text())
+    assert kept["results"]["metrics"] == document["results"]["stdlib_cloze"]
+    assert not (models / "base/eval").exists()
+
+    code, again, err = supra(capsys, "eval", "runs/student", "--limit", "4", "--json")
+    assert code == 0
+    assert err.count("already scored") == 2
+    assert json.loads(again)["results"] == document["results"]
+
+
+def test_people_get_a_table(capsys):
+    code, out, _ = supra(capsys, "eval", "runs/student", "--tasks", "stdlib_cloze", "--limit", "4")
+    assert code == 0
+    header, *rows = out.splitlines()
+    assert header.split() == ["task", "metric", "n-shot", "questions", "student", "teacher", "recovery"]
+    assert [row.split()[:4] for row in rows] == [["stdlib_cloze", metric, "0", "4"] for metric in ("acc", "acc_norm")]
+
+
+@pytest.mark.parametrize("arguments", [["base"], ["runs/student", "--teacher", "none"]])
+def test_without_a_teacher_there_is_no_column_for_one(capsys, arguments):
+    code, out, _ = supra(capsys, "eval", *arguments, "--tasks", "stdlib_ppl", "--limit", "2")
+    assert code == 0
+    assert out.splitlines()[0].split() == ["task", "metric", "n-shot", "questions", "score"]
+
+
+def test_a_model_is_its_own_best_student(capsys):
+    code, out, _ = supra(capsys, "eval", "base", "--teacher", "base", "--tasks", "stdlib_ppl", "--limit", "3", "--json")
+    assert code == 0
+    row = json.loads(out)["results"]["stdlib_ppl"]["nats_per_token"]
+    assert (row["difference"], row["difference_stderr"], row["student"]) == (0, 0, row["teacher"])
+
+
+def test_quiet_leaves_stderr_empty(capsys):
+    code, out, err = supra(capsys, "eval", "base", "--tasks", "stdlib_ppl", "--limit", "2", "--quiet", "--fresh")
+    assert (code, err) == (0, "")
+    assert "nats_per_token" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--tasks", "mmlu,hellaswag"], 3, "supra prefetch --tasks mmlu,hellaswag"),
+        (["--tasks", "stdlib_cloz"], 3, "did you mean 'stdlib_cloze'"),
+        (["--tasks", ","], 2, "no task was named"),
+        (["--tasks", "stdlib_ppl", "--limit", "0"], 2, "--limit"),
+        (["--tasks", "stdlib_ppl", "--batch-size", "0"], 2, "--batch-size"),
+        (["--tasks", "stdlib_ppl", "--include-path", "nowhere"], 3, "--include-path"),
+        (["--tasks", "stdlib_ppl", "--teacher", "nobody"], 3, "nobody"),
+        (["--tasks", "stdlib_ppl", "--dtype", "int3"], 2, "int3"),
+        (["--tasks", "stdlib_ppl", "--device", "toaster"], 2, "toaster"),
+        (["--tasks", "stdlib_ppl", "-o", "runs"], 2, "folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_its_exit_code(capsys, arguments, code, words):
+    got, out, err = supra(capsys, "eval", "runs/student", *arguments)
+    assert got == code
+    assert words in told(err)
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_names_are_checked_before_a_model_is_read(models, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    code, _, err = supra(capsys, "eval", str(broken), "--tasks", "stdlib_cloz")
+    assert code == 3
+    assert "stdlib_cloze" in told(err)
+
+
+def test_without_any_model_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = supra(capsys, "eval", "--tasks", "mmlu,hellaswag")
+    assert code == 3
+    assert "supra convert" in told(err)
+
+
+def test_a_teacher_that_is_gone_is_told_with_the_way_out(models, tmp_path, capsys):
+    student = tmp_path / "student"
+    checkpoint.convert("base", student, mixer="supra", options={}, keep="none", seed=0, base=str(tmp_path / "gone"))
+    code, _, err = supra(capsys, "eval", str(student), "--tasks", "stdlib_ppl")
+    assert code == 3
+    assert "--teacher none" in told(err)
+
+
+def test_prefetch_says_what_it_could_not_reach(capsys):
+    code, _, err = supra(capsys, "prefetch", "--tasks", "mmlu")
+    assert code == 3
+    assert "'mmlu'" in told(err)
+    code, _, err = supra(capsys, "prefetch")
+    assert code == 2
+    code, out, _ = supra(capsys, "prefetch", "base", "--tasks", "stdlib_ppl,stdlib_cloze", "--json")
+    assert code == 0
+    assert json.loads(out)["tasks"]["stdlib_cloze"] == 512
