@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -241,6 +242,11 @@ def family(base: str) -> Family:
     config = type(f"Supra{base_config.__name__}", (base_config, SupraConfig), {"model_type": "supra", **module})
     model = type(f"Supra{base_model.__name__}", (SupraForCausalLM, base_model), {"config_class": config, **module})
     AutoModelForCausalLM.register(config, model, exist_ok=True)
+    # transformers renames some tensors of old checkpoints (NeoX's embed_out) by class name or model type; ours has
+    # neither.
+    renames = get_checkpoint_conversion_mapping(base_model.__name__) or get_checkpoint_conversion_mapping(base)
+    if renames:
+        register_checkpoint_conversion_mapping(model.__name__, renames, overwrite=True)
     return Family(base_model, config, model)
 
 

@@ -15,6 +15,8 @@ import safetensors
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
@@ -153,6 +155,8 @@ def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:
     with torch.device("meta"):
         model = SupraForCausalLM._from_config(copy.deepcopy(config))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    found = {rename_source_key(name, renames, [])[0]: entry for name, entry in found.items()}
     ignored = [_COMPUTED, *(re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ())]
     tied = model.all_tied_weights_keys
     missing = [name for name in expected if name not in found and tied.get(name) not in found]

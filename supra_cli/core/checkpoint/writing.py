@@ -17,6 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from supra_cli.core.checkpoint.reading import (
     INDEX,
@@ -65,7 +66,7 @@ def save(
         name: tensor.detach() for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
     }
     mixers = {name: tensor for name, tensor in state.items() if ".mixer." in name}
-    base = {name: tensor for name, tensor in state.items() if name not in mixers}
+    base = revert_weight_conversion(model, {name: tensor for name, tensor in state.items() if name not in mixers})
     with atomic_directory(Path(path), overwrite=overwrite) as directory:
         if changed == "mixers":
             kept = {name: entry.file for name, entry in tensors(source).items() if name not in mixers}

@@ -1,0 +1,387 @@
+"""A model directory: what convert and save write, and what load refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+
+from supra_cli.core import checkpoint
+from supra_cli.core.checkpoint import conversion, writing
+from supra_cli.core.errors import NotFoundError, SupraError, UsageError
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MIXER = {"mixer": "supra", "options": {}, "keep": "none", "seed": 0}
+IDS = torch.arange(3, 20)[None]
+
+
+def plain(path: Path, shard_size: str = "5GB", dtype: torch.dtype = torch.float32, **changes) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**(SHAPE | changes)), dtype=dtype)
+    model.save_pretrained(path, max_shard_size=shard_size)
+    (path / "tokenizer.json").write_text("{}")
+    (path / "README.md").write_text("not a companion")
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    return plain(tmp_path / "base")
+
+
+@pytest.fixture
+def converted(base, tmp_path):
+    return checkpoint.convert(base, tmp_path / "converted", **MIXER)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+# -- convert
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["one shard", "several shards"])
+def test_the_bases_shards_are_kept_byte_for_byte(tmp_path, shard_size):
+    base = plain(tmp_path / "base", shard_size)
+    before = contents(base)
+    output = checkpoint.convert(base, tmp_path / "out", **MIXER)
+    assert contents(base) == before
+    shards = [name for name in before if name.endswith(".safetensors")]
+    for name in shards:
+        kept = output / ("model-base.safetensors" if name == "model.safetensors" else name)
+        assert kept.read_bytes() == before[name]
+        assert kept.samefile(base / name)
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {file.name for file in output.glob("*.safetensors")}
+    assert len(set(index.values())) == len(shards) + 1
+
+
+def test_where_no_hard_link_can_be_made_the_shards_are_copied(base, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    output = checkpoint.convert(base, tmp_path / "out", **MIXER)
+    assert (output / "model-base.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert not (output / "model-base.safetensors").samefile(base / "model.safetensors")
+
+
+def test_a_base_of_symbolic_links_becomes_a_directory_of_files(base, tmp_path):
+    """As the hub's cache is: snapshots hold relative links into blobs."""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots"
+    shutil.move(base, blobs)
+    snapshot.mkdir()
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
+    output = checkpoint.convert(snapshot, tmp_path / "out", **MIXER)
+    assert not [file for file in output.iterdir() if file.is_symlink()]
+    shutil.rmtree(tmp_path / "hub")
+    assert checkpoint.load(output)(IDS).logits.isfinite().all()
+
+
+def test_the_converted_model_has_the_bases_values_and_the_companions(base, converted):
+    model, original = checkpoint.load(converted), AutoModelForCausalLM.from_pretrained(base)
+    state = model.state_dict()
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(state[name], tensor)
+    assert (converted / "tokenizer.json").is_file()
+    assert not (converted / "README.md").exists()
+
+
+def test_new_parameters_follow_the_seed_and_not_what_else_is_swapped(base, tmp_path):
+    def mixers(name, **changes):
+        output = checkpoint.convert(base, tmp_path / name, **(MIXER | changes))
+        return {k: v for k, v in checkpoint.load(output).state_dict().items() if ".mixer." in k}
+
+    everything, again, other = mixers("a"), mixers("b"), mixers("c", seed=1)
+    hybrid = mixers("d", keep="first:1")
+    assert all(torch.equal(everything[name], again[name]) for name in everything)
+    assert not any(torch.equal(everything[name], other[name]) for name in everything)
+    assert 0 < len(hybrid) < len(everything)
+    assert all(torch.equal(everything[name], hybrid[name]) for name in hybrid)
+
+
+def test_converting_leaves_the_callers_random_state_alone(base, tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    checkpoint.convert(base, tmp_path / "out", **MIXER)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_new_parameters_are_written_in_shards_of_bounded_size(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "MIXER_SHARD_BYTES", 6_000)
+    output = checkpoint.convert(base, tmp_path / "out", **MIXER)
+    assert len(list(output.glob("model-mixers-*.safetensors"))) > 1
+    assert checkpoint.load(output)(IDS).logits.isfinite().all()
+
+
+def test_new_parameters_have_the_bases_dtype(tmp_path):
+    base = plain(tmp_path / "base", dtype=torch.bfloat16)
+    model = checkpoint.load(checkpoint.convert(base, tmp_path / "out", **MIXER))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_conversion_that_keeps_everything_is_the_plain_base(base, tmp_path):
+    output = checkpoint.convert(base, tmp_path / "out", **(MIXER | {"keep": "all"}))
+    assert json.loads((output / "config.json").read_text())["model_type"] == "llama"
+    assert (output / "model.safetensors").samefile(base / "model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(base)(IDS).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(output)(IDS).logits, expected)
+
+
+def test_a_converted_model_is_not_converted_again(converted, tmp_path):
+    with pytest.raises(UsageError, match="already"):
+        checkpoint.convert(converted, tmp_path / "twice", **MIXER)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_stay_tied(tmp_path, tied):
+    base = plain(tmp_path / "base", tie_word_embeddings=tied)
+    model = checkpoint.load(checkpoint.convert(base, tmp_path / "out", **MIXER))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    checkpoint.save(model, tmp_path / "saved", source=base, provenance={})
+    again = checkpoint.load(tmp_path / "saved")
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_an_output_that_is_not_empty_is_refused_and_kept(base, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("kept")
+    with pytest.raises(UsageError, match="already exists"):
+        checkpoint.convert(base, output, **MIXER)
+    assert contents(output) == {"precious": b"kept"}
+    checkpoint.convert(base, output, overwrite=True, **MIXER)
+    assert not (output / "precious").exists()
+    assert checkpoint.load(output)
+
+
+# -- save
+
+
+def test_an_unswapped_model_is_saved_as_the_plain_base(base, tmp_path):
+    checkpoint.save(checkpoint.load(base), tmp_path / "out", source=base, provenance={})
+    original, again = (AutoModelForCausalLM.from_pretrained(path) for path in (base, tmp_path / "out"))
+    assert type(again) is type(original)
+    assert torch.equal(again(IDS).logits, original(IDS).logits)
+
+
+def test_when_only_mixers_changed_the_bases_shards_are_linked(converted, tmp_path):
+    model = checkpoint.load(converted)
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(1 if ".mixer." in name else 0)
+    checkpoint.save(model, tmp_path / "out", source=converted, provenance={}, changed="mixers")
+    assert (tmp_path / "out" / "model-base.safetensors").samefile(converted / "model-base.safetensors")
+    again = checkpoint.load(tmp_path / "out")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    checkpoint.verify(tmp_path / "out")
+
+
+def test_saving_never_writes_through_a_hard_link(converted, base, tmp_path):
+    before = contents(base)
+    model = checkpoint.load(converted)
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    checkpoint.save(model, converted, source=converted, provenance={}, overwrite=True)
+    assert contents(base) == before
+
+
+def test_a_model_can_be_saved_in_another_dtype(converted, tmp_path):
+    model = checkpoint.load(converted)
+    checkpoint.save(model, tmp_path / "out", source=converted, provenance={}, dtype=torch.bfloat16)
+    assert model.dtype == model.config.dtype == torch.float32
+    again = checkpoint.load(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+def test_provenance_names_versions_parent_and_hashes(converted, base, tmp_path):
+    recorded = checkpoint.read_provenance(converted)
+    assert recorded["base"] == str(base)
+    assert set(recorded["files"]) == {"model-base.safetensors", "model-mixers.safetensors"}
+    model = checkpoint.load(converted)
+    checkpoint.save(model, tmp_path / "child", source=converted, provenance={"tokens": 5, "recipe": "..."})
+    child = checkpoint.read_provenance(tmp_path / "child")
+    assert (child["tokens"], child["recipe"]) == (5, "...")
+    assert child["parent"] == checkpoint.fingerprint(converted)
+    assert {"supra", "torch", "transformers"} <= set(child["versions"])
+    assert checkpoint.read_provenance(base) == {}
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_fails_leaves_what_was_there(converted, tmp_path, monkeypatch, failure):
+    model, output = checkpoint.load(converted), tmp_path / "out"
+    checkpoint.save(model, output, source=converted, provenance={"tokens": 1})
+    before = contents(output)
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(writing, "save_file", fail)
+    with pytest.raises(SupraError if isinstance(failure, OSError) else KeyboardInterrupt):
+        checkpoint.save(model, output, source=converted, provenance={"tokens": 2}, overwrite=True)
+    assert contents(output) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+# -- load
+
+
+def rewrite(file: Path, change) -> None:
+    """Replace a shard by one whose tensors `change` has altered, without writing through the link to the base."""
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    file.unlink()
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def damage(name: str, directory: Path) -> None:
+    """One way for a model directory to be broken."""
+    shard = directory / "model-mixers.safetensors"
+    data = shard.read_bytes()
+    first = "model.layers.0.self_attn.mixer.E.weight"
+    changes = {
+        "missing tensor": lambda tensors: tensors.pop(first),
+        "extra tensor": lambda tensors: tensors.update(surplus=torch.zeros(1)),
+        "misshapen tensor": lambda tensors: tensors.update({first: torch.zeros(3, 3)}),
+        "renamed tensor": lambda tensors: tensors.update({"module." + first: tensors.pop(first)}),
+    }
+    if name in changes:
+        rewrite(shard, changes[name])
+        return
+    match name:
+        case "truncated shard":
+            shard.write_bytes(data[:-10])
+        case "longer shard":
+            shard.write_bytes(data + b"\0" * 10)
+        case "empty shard":
+            shard.write_bytes(b"")
+        case "header of garbage":
+            shard.write_bytes(data[:8] + b"\xff" * (len(data) - 8))
+        case "header length too large":
+            shard.write_bytes(struct.pack("<Q", 2**40) + data[8:])
+        case "missing shard":
+            shard.unlink()
+        case "index of garbage":
+            (directory / "model.safetensors.index.json").write_text("{")
+        case "index without a map":
+            (directory / "model.safetensors.index.json").write_text("[]")
+        case "config of garbage":
+            (directory / "config.json").write_text("{")
+        case "config without a base":
+            (directory / "config.json").write_text('{"model_type": "supra"}')
+
+
+DAMAGES = {
+    "missing tensor": "mixer.E.weight",
+    "extra tensor": "surplus",
+    "misshapen tensor": r"mixer\.E\.weight.*\[3, 3\], expected \[32, 32\]",
+    "renamed tensor": "mixer.E.weight",
+    "truncated shard": "model-mixers.safetensors is damaged",
+    "longer shard": "model-mixers.safetensors is damaged",
+    "empty shard": "model-mixers.safetensors is damaged",
+    "header of garbage": "model-mixers.safetensors is damaged",
+    "header length too large": "model-mixers.safetensors is damaged",
+    "missing shard": "model-mixers.safetensors is missing",
+    "index of garbage": "index.json is not JSON",
+    "index without a map": "no weight_map",
+    "config of garbage": "config.json is not JSON",
+    "config without a base": "no key 'supra'",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_model_is_an_error_that_names_the_damage(converted, name):
+    damage(name, converted)
+    with pytest.raises(SupraError, match=DAMAGES[name]) as caught:
+        checkpoint.load(converted)
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing tensor", "extra tensor", "misshapen tensor", "renamed tensor"])
+def test_transformers_loading_is_as_strict(converted, name):
+    damage(name, converted)
+    with pytest.raises((SupraError, RuntimeError)):
+        AutoModelForCausalLM.from_pretrained(converted)
+
+
+def test_a_flipped_bit_is_found_by_verify(converted):
+    checkpoint.verify(converted)
+    shard = converted / "model-mixers.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(SupraError, match=r"model-mixers\.safetensors is not what was saved"):
+        checkpoint.verify(converted)
+
+
+@pytest.mark.parametrize("files", [(), ("config.json",)], ids=["empty", "no weights"])
+def test_a_directory_that_is_no_model_is_not_found(base, tmp_path, files):
+    (tmp_path / "bare").mkdir()
+    for file in files:
+        shutil.copy(base / file, tmp_path / "bare")
+    with pytest.raises(NotFoundError):
+        checkpoint.load(tmp_path / "bare")
+
+
+def test_pickled_weights_are_never_read(base, tmp_path):
+    torch.save(safetensors.torch.load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(NotFoundError, match="only safetensors"):
+        checkpoint.load(base)
+
+
+def test_a_base_of_an_unknown_architecture_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UsageError, match="unknown base architecture 'bert'"):
+        checkpoint.read_config(tmp_path)
+
+
+def test_computed_tensors_of_old_checkpoints_are_no_surplus(base):
+    rewrite(
+        base / "model.safetensors",
+        lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}),
+    )
+    assert checkpoint.load(base)(IDS).logits.isfinite().all()
+
+
+def test_a_model_loads_in_the_dtype_asked_for_with_its_rotary_table_in_fp32(converted):
+    model = checkpoint.load(converted, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    frequencies = 10_000 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq.double(), frequencies, rtol=1e-6, atol=0)
+
+
+def test_tensors_that_transformers_renames_keep_their_names_on_disk(tmp_path):
+    """GPT-NeoX's head is `embed_out` in files and `lm_head` in memory."""
+    config = GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"})
+    original = AutoModelForCausalLM.from_config(config)
+    original.save_pretrained(tmp_path / "base")
+    checkpoint.convert(tmp_path / "base", tmp_path / "out", **MIXER)
+    model = checkpoint.load(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight, original.lm_head.weight)
+    checkpoint.save(model, tmp_path / "saved", source=tmp_path / "out", provenance={})
+    names = checkpoint.tensors(tmp_path / "saved").keys()
+    assert names == checkpoint.tensors(tmp_path / "out").keys()
+    assert "embed_out.weight" in names
+    assert "gpt_neox.layers.0.attention.mixer.E.weight" in names
