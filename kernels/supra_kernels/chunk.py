@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from supra_kernels.boundaries import compute_dtype, documents, log_decay
 from supra_kernels.weights import Weights, block_weights, fixed_weights
@@ -37,20 +36,10 @@ def chunk_length(key_dim: int, v_dim: int) -> int:
     return 32 if max(key_dim, v_dim) <= 48 else 64
 
 
-def chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    state: Tensor | None = None,
-    segment: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Shapes as in `linear_attention`; the gradient is written by hand and is itself not differentiable."""
-    layout = None if segment is None else documents(segment)
-    g = log_decay(g, None if layout is None else layout.real, compute_dtype(q, k, v))
-    return _Chunk.apply(q, k, v, g, state, layout, scale)
+def block_sizes(batch: int, heads: int, key_dim: int, v_dim: int) -> tuple[int, int]:
+    """Tokens in a chunk, and chunks in a block at most."""
+    size = chunk_length(key_dim, v_dim)
+    return size, max(1, BLOCK_ELEMENTS // (size * batch * heads * max(key_dim, v_dim)))
 
 
 class _Block(NamedTuple):
@@ -79,26 +68,25 @@ def _blocks(length: int, size: int, most: int) -> list[_Block]:
     return blocks
 
 
-class _Plan:
+class Plan:
     """The blocks of one call and the decay weights of each; weights of a fixed decay are made once per chunk length."""
 
-    def __init__(self, q: Tensor, v: Tensor, g: Tensor | None, layout, scale: float, dtype: torch.dtype):
-        self.g, self.layout, self.scale, self.dtype = g, layout, scale, dtype
-        self.heads, self.device = q.shape[2], q.device
-        size, per_token = chunk_length(q.shape[3], v.shape[3]), q.shape[0] * q.shape[2] * max(q.shape[3], v.shape[3])
-        self.blocks = _blocks(q.shape[1], size, max(1, BLOCK_ELEMENTS // (size * per_token)))
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, segment: Tensor | None, scale: float):
+        self.dtype, self.scale = compute_dtype(q, k, v), scale
+        self.layout = None if segment is None else documents(segment)
+        self.g = log_decay(g, None if self.layout is None else self.layout.real, self.dtype)
+        batch, length, heads, key_dim = q.shape
+        size, most = block_sizes(batch, heads, key_dim, v.shape[-1])
+        self.blocks = _blocks(length, size, most)
         self._fixed: dict[int, Weights] = {}
 
-    def weights(self, block: _Block) -> Weights:
+    def weights(self, block: _Block, device: torch.device) -> Weights:
         if self.g is not None and self.g.dim() == 3:
-            fixed = None
-        else:
-            if block.length not in self._fixed:
-                self._fixed[block.length] = fixed_weights(self.g, block.length, self.scale, self.dtype, self.device)
-            fixed = self._fixed[block.length]
-            if self.layout is None:
-                return fixed
-        return block_weights(fixed, self.g, self.layout, block, self.scale)
+            return block_weights(None, self.g, self.layout, block, self.scale)
+        if block.length not in self._fixed:
+            self._fixed[block.length] = fixed_weights(self.g, block.length, self.scale, self.dtype, device)
+        fixed = self._fixed[block.length]
+        return fixed if self.layout is None else block_weights(fixed, self.g, self.layout, block, self.scale)
 
 
 def _group(x: Tensor, kv_heads: int) -> Tensor:
@@ -201,50 +189,58 @@ def _backward_block(
     return _Gradients(dq, dk, dv, dg, d_states[0])
 
 
-class _Chunk(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, state, layout, scale):
-        dtype = compute_dtype(q, k, v)
-        plan = _Plan(q, v, g, layout, scale, dtype)
-        batch, length, heads, key_dim = q.shape
-        S = q.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
-        o = v.new_empty(batch, length, heads, v.shape[-1])
-        starts = []
-        for block in plan.blocks:
-            starts.append(S)
-            part, S = _forward_block(*(block.load(x, dtype) for x in (q, k, v)), plan.weights(block), S)
-            block.store(o, part)
-        ctx.save_for_backward(q, k, v, g, *starts)
-        ctx.layout, ctx.scale, ctx.state_dtype = layout, scale, None if state is None else state.dtype
-        return o, S.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dS):
-        q, k, v, g, *starts = ctx.saved_tensors
-        dtype = compute_dtype(q, k, v)
-        plan = _Plan(q, v, g, ctx.layout, ctx.scale, dtype)
-        decays = ctx.needs_input_grad[3]
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        dg = q.new_empty(*q.shape[:3], dtype=dtype) if decays and g.dim() == 3 else None
-        d_fixed = torch.zeros_like(g) if decays and g.dim() == 1 else None
-        for block, start in zip(reversed(plan.blocks), reversed(starts), strict=True):
-            inputs = (block.load(x, dtype) for x in (q, k, v, do))
-            grads = _backward_block(*inputs, plan.weights(block), start, dS, decays)
-            dS = grads.state
-            for whole, part in ((dq, grads.q), (dk, grads.k), (dv, grads.v)):
-                block.store(whole, part)
-            if decays:
-                _collect_decay(grads.g, block, ctx.layout, dg, d_fixed)
-        dS = dS.to(ctx.state_dtype) if ctx.state_dtype is not None else None
-        return dq, dk, dv, dg if dg is not None else d_fixed, dS, None, None
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    segment: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> o, the final state, and with `keep` the state at each block's start [blocks,B,H,K,V], for `backward`."""
+    plan = Plan(q, k, v, g, segment, scale)
+    batch, length, heads, key_dim = q.shape
+    shape = (batch, heads, key_dim, v.shape[-1])
+    S = q.new_zeros(shape, dtype=plan.dtype) if state is None else state.to(plan.dtype)
+    o = v.new_empty(batch, length, heads, v.shape[-1])
+    starts = q.new_empty((len(plan.blocks) if keep else 0, *shape), dtype=plan.dtype)
+    for i, block in enumerate(plan.blocks):
+        if keep:
+            starts[i] = S
+        part, S = _forward_block(*(block.load(x, plan.dtype) for x in (q, k, v)), plan.weights(block, q.device), S)
+        block.store(o, part)
+    return o, S.clone(), starts
 
 
-def _collect_decay(part: Tensor, block: _Block, layout, dg: Tensor | None, d_fixed: Tensor | None) -> None:
-    """Where a document starts, and on padding, the decay acts on nothing: its gradient is 0."""
-    if layout is not None:
-        part = part * block._window(layout.continues[:, :, None, None])[..., 0]
-    if dg is not None:
-        block.store(dg.unsqueeze(-1), part.unsqueeze(-1))
-    else:
-        d_fixed += part.sum((0, 1, 3))
+def backward(
+    do: Tensor,
+    dS: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    segment: Tensor | None,
+    starts: Tensor,
+    scale: float,
+    decays: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of q, k, v, g (empty unless `decays`) and the initial state, which is in the compute dtype."""
+    plan = Plan(q, k, v, g, segment, scale)
+    dS = torch.zeros_like(starts[0]) if dS is None else dS.to(plan.dtype)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dg = q.new_empty(q.shape[:3] if decays else 0, dtype=plan.dtype)
+    for block, start in zip(reversed(plan.blocks), reversed(starts.unbind()), strict=True):
+        inputs = (block.load(x, plan.dtype) for x in (q, k, v, do))
+        grads = _backward_block(*inputs, plan.weights(block, q.device), start, dS, decays)
+        dS = grads.state
+        for whole, part in ((dq, grads.q), (dk, grads.k), (dv, grads.v)):
+            block.store(whole, part)
+        if decays:
+            block.store(dg.unsqueeze(-1), grads.g.unsqueeze(-1))
+    if decays and plan.layout is not None:
+        dg *= plan.layout.continues.unsqueeze(-1)  # where a document starts, and on padding, the decay acts on nothing
+    if decays and g.dim() == 1:
+        dg = dg.sum((0, 1))
+    return dq, dk, dv, dg.to(g.dtype) if decays else dg, dS.clone()

@@ -7,13 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from supra_kernels.chunk import chunk
+from supra_kernels.library import STEP_LENGTH, chunk, triton
 from supra_kernels.naive import naive
 from supra_kernels.step import step
 
-FORMS = {"naive": naive, "chunk": chunk, "step": step}
-STEP_LENGTH = 4
-"""Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""
+FORMS = {"naive": naive, "chunk": chunk, "step": step, "triton": triton}
 
 
 def linear_attention(

@@ -1,0 +1,1 @@
+"""The operator in Triton. Importing this needs triton; `supra_kernels` does it when the form is first used."""

@@ -1,0 +1,109 @@
+"""What every kernel reads of a chunk: decay sums, documents, weights, tiles.
+
+The log decay from the chunk's start up to and including token i is rate · count_i + rest_i. A fixed decay has rate g and
+counts real tokens; a per-token decay has rate 1, its sum in multiples of 1/256 in `count` (exact in fp32) and what remains
+in `rest`. So a difference of two sums is as exact as fp32 allows, also after gates near -88.
+"""
+
+import triton
+import triton.language as tl
+
+NO_DECAY = tl.constexpr(0)
+FIXED_DECAY = tl.constexpr(1)
+TOKEN_DECAY = tl.constexpr(2)
+
+
+@triton.jit
+def load_documents(p_code, i_b, start, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """-> number [C], real [C], number of the entering state's document, number at the end. code = 2 · number + real."""
+    o_t = start + tl.arange(0, C)
+    inside = o_t < T
+    if PACKED:
+        code = tl.load(p_code + i_b * T + o_t, mask=inside, other=0)
+        number = code >> 1
+        real = ((code & 1) != 0) & inside
+        entering = tl.load(p_code + i_b * T + tl.maximum(start - 1, 0)) >> 1
+        last = tl.load(p_code + i_b * T + tl.minimum(start + C, T) - 1) >> 1
+    else:
+        number = tl.zeros([C], tl.int32)
+        real = inside
+        entering = 0
+        last = 0
+    return number, real, entering, last
+
+
+@triton.jit
+def load_decay(p_g, i_b, i_h, start, T, H, real, C: tl.constexpr, DECAY: tl.constexpr):
+    """-> rate, count [C], rest [C], and the last two summed over the chunk."""
+    rate = 1.0
+    if DECAY == FIXED_DECAY:
+        rate = tl.load(p_g + i_h)
+        step = real.to(tl.float32)
+        fine = tl.zeros([C], tl.float32)
+    elif DECAY == TOKEN_DECAY:
+        o_t = start + tl.arange(0, C)
+        b_g = tl.load(p_g + (i_b * T + o_t) * H + i_h, mask=real, other=0.0)
+        step = tl.floor(b_g * 256.0) / 256.0
+        fine = b_g - step
+    else:
+        step = tl.zeros([C], tl.float32)
+        fine = tl.zeros([C], tl.float32)
+    return rate, tl.cumsum(step, 0), tl.cumsum(fine, 0), tl.sum(step, 0), tl.sum(fine, 0)
+
+
+@triton.jit
+def edge_weights(rate, count, rest, all_count, all_rest, number, real, entering, last):
+    """-> decay of the incoming state at each token [C], of each token in the outgoing state [C], of state to state."""
+    from_start = tl.where(number == entering, tl.exp(rate * count + rest), 0.0)
+    to_end = tl.where((number == last) & real, tl.exp(rate * (all_count - count) + (all_rest - rest)), 0.0)
+    through = tl.where(entering == last, tl.exp(rate * all_count + all_rest), 0.0)
+    return from_start, to_end, through
+
+
+@triton.jit
+def inner_weights(rate, count, rest, number, real, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """exp(b_i - b_j) for j ≤ i within a document, from real tokens j; [i,j], or [j,i] transposed."""
+    o_c = tl.arange(0, C)
+    if TRANSPOSED:
+        distance = rate * (count[None, :] - count[:, None]) + (rest[None, :] - rest[:, None])
+        seen = (o_c[None, :] >= o_c[:, None]) & (number[None, :] == number[:, None]) & real[:, None]
+    else:
+        distance = rate * (count[:, None] - count[None, :]) + (rest[:, None] - rest[None, :])
+        seen = (o_c[:, None] >= o_c[None, :]) & (number[:, None] == number[None, :]) & real[None, :]
+    return tl.where(seen, tl.exp(tl.minimum(distance, 0.0)), 0.0)
+
+
+@triton.jit
+def load_rows(p_x, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.constexpr, W: tl.constexpr, OPERAND: tl.constexpr):
+    """x [B,T,HEADS,WIDTH] -> [C, W]: tokens from `start`, columns from `first`; 0 outside."""
+    o_t = start + tl.arange(0, C)
+    o_w = first + tl.arange(0, W)
+    o_x = ((i_b * T + o_t) * HEADS + i_h)[:, None] * WIDTH + o_w[None, :]
+    return tl.load(p_x + o_x, mask=(o_t < T)[:, None] & (o_w < WIDTH)[None, :], other=0.0).to(OPERAND)
+
+
+@triton.jit
+def load_columns(p_x, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.constexpr, W: tl.constexpr, OPERAND: tl.constexpr):
+    """As `load_rows`, transposed: [W, C]. Loaded so, not by tl.trans: see the compiler notes in docs/numerics.md."""
+    o_t = start + tl.arange(0, C)
+    o_w = first + tl.arange(0, W)
+    o_x = ((i_b * T + o_t) * HEADS + i_h)[None, :] * WIDTH + o_w[:, None]
+    return tl.load(p_x + o_x, mask=(o_t < T)[None, :] & (o_w < WIDTH)[:, None], other=0.0).to(OPERAND)
+
+
+@triton.jit
+def store_rows(p_x, value, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.constexpr, W: tl.constexpr):
+    o_t = start + tl.arange(0, C)
+    o_w = first + tl.arange(0, W)
+    o_x = ((i_b * T + o_t) * HEADS + i_h)[:, None] * WIDTH + o_w[None, :]
+    tl.store(p_x + o_x, value.to(p_x.dtype.element_ty), mask=(o_t < T)[:, None] & (o_w < WIDTH)[None, :])
+
+
+@triton.jit
+def state_offsets(i_state, K, V, first_k, first_v, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Offsets and mask of a tile of state number i_state, [BK,BV] or transposed [BV,BK]."""
+    o_k = first_k + tl.arange(0, BK)
+    o_v = first_v + tl.arange(0, BV)
+    if TRANSPOSED:
+        return i_state * K * V + o_k[None, :] * V + o_v[:, None], (o_k < K)[None, :] & (o_v < V)[:, None]
+    return i_state * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]

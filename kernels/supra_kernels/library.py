@@ -1,0 +1,187 @@
+"""The forms as operators of torch.library, so that torch.compile keeps them whole: schemas, shapes, gradients.
+
+`supra::chunk` runs on any device; `supra::triton` and `supra::triton_step` on CUDA, and on a CPU in Triton's
+interpreter. Triton is imported by the first call of an operator that needs it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from supra_kernels import chunk as chunked
+from supra_kernels.boundaries import compute_dtype
+
+library = torch.library.Library("supra", "DEF")
+library.define(
+    "chunk(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale, bool keep)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "chunk_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? segment, Tensor starts,"
+    " float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "triton(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale) -> (Tensor, Tensor)"
+)
+library.define(
+    "triton_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment,"
+    " float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define("triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale) -> Tensor")
+
+library.impl("chunk", chunked.forward, "CompositeExplicitAutograd")
+library.impl("chunk_backward", chunked.backward, "CompositeExplicitAutograd")
+
+
+def _triton(q, k, v, g, state, segment, scale):
+    from supra_kernels.gpu import launch
+
+    return launch.forward(launch.Problem(q, k, v, g, segment, scale), state, v.dtype)
+
+
+def _triton_backward(do, dS, q, k, v, g, state, segment, scale, decays):
+    from supra_kernels.gpu import launch
+
+    grads = launch.backward(launch.Problem(q, k, v, g, segment, scale), state, do, dS, decays=decays)
+    dg = q.new_empty(0, dtype=torch.float32) if grads.g is None else grads.g
+    if decays:
+        dg = (dg.sum((0, 1)) if g.dim() == 1 else dg).to(g.dtype)
+    return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), dg, grads.state
+
+
+def _triton_step(q, k, v, g, state, scale):
+    from supra_kernels.gpu import launch
+
+    return launch.step(launch.Problem(q, k, v, g, None, scale), state, v.dtype)
+
+
+for _key in ("CUDA", "CPU"):
+    library.impl("triton", _triton, _key)
+    library.impl("triton_backward", _triton_backward, _key)
+    library.impl("triton_step", _triton_step, _key)
+
+
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def _state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q, k, v))
+
+
+@torch.library.register_fake("supra::chunk", lib=library)
+def _(q, k, v, g, state, segment, scale, keep):
+    S = _state(q, k, v)
+    batch, length, heads, key_dim = q.shape
+    size, most = chunked.block_sizes(batch, heads, key_dim, v.shape[-1])
+    blocks = (length // size + most - 1) // most + (length % size + size - 1) // size
+    return _output(q, v), S, S.new_empty(blocks if keep else 0, *S.shape)
+
+
+@torch.library.register_fake("supra::triton", lib=library)
+def _(q, k, v, g, state, segment, scale):
+    return _output(q, v), _state(q, k, v)
+
+
+@torch.library.register_fake("supra::triton_step", lib=library)
+def _(q, k, v, g, state, scale):
+    return _output(q, v)
+
+
+def _fake_gradients(q, k, v, g, decays):
+    dg = torch.empty_like(g, memory_format=torch.contiguous_format) if decays else _state(q, k, v).new_empty(0)
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), dg, _state(q, k, v)
+
+
+@torch.library.register_fake("supra::chunk_backward", lib=library)
+def _(do, dS, q, k, v, g, segment, starts, scale, decays):
+    return _fake_gradients(q, k, v, g, decays)
+
+
+@torch.library.register_fake("supra::triton_backward", lib=library)
+def _(do, dS, q, k, v, g, state, segment, scale, decays):
+    return _fake_gradients(q, k, v, g, decays)
+
+
+def _save(ctx, q, k, v, g, state, segment, scale, extra):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, state, segment, extra)
+    ctx.scale = scale
+
+
+def _chunk_setup(ctx, inputs, output):
+    q, k, v, g, state, segment, scale, _ = inputs
+    ctx.mark_non_differentiable(output[2])
+    _save(ctx, q, k, v, g, state, segment, scale, output[2])
+
+
+def _triton_setup(ctx, inputs, output):
+    q, k, v, g, state, segment, scale = inputs
+    _save(ctx, q, k, v, g, state, segment, scale, None)
+
+
+def _chunk_gradients(ctx, do, dS, _):
+    q, k, v, g, state, segment, starts = ctx.saved_tensors
+    do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
+    grads = torch.ops.supra.chunk_backward(do, dS, q, k, v, g, segment, starts, ctx.scale, decays)
+    return *_for_inputs(grads, state, decays), None, None, None
+
+
+def _triton_gradients(ctx, do, dS):
+    q, k, v, g, state, segment, _ = ctx.saved_tensors
+    do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
+    grads = torch.ops.supra.triton_backward(do, dS, q, k, v, g, state, segment, ctx.scale, decays)
+    return *_for_inputs(grads, state, decays), None, None
+
+
+def _for_inputs(grads, state, decays):
+    dq, dk, dv, dg, d_state = grads
+    return dq, dk, dv, dg if decays else None, None if state is None else d_state.to(state.dtype)
+
+
+torch.library.register_autograd("supra::chunk", _chunk_gradients, setup_context=_chunk_setup, lib=library)
+torch.library.register_autograd("supra::triton", _triton_gradients, setup_context=_triton_setup, lib=library)
+
+
+def chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    segment: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The chunked PyTorch form (supra_kernels.chunk). Its gradient is written by hand and not itself differentiable."""
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, state))
+    o, S, _ = torch.ops.supra.chunk(q, k, v, g, state, segment, scale, keep)
+    return o, S
+
+
+def triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    segment: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The Triton form (supra_kernels.gpu): chunks in parallel, or without gradients and for few tokens the decode step.
+
+    fp32 inputs are multiplied in tf32 where torch.backends.cuda.matmul.allow_tf32 says so; float64 is refused.
+    """
+    if compute_dtype(q, k, v) == torch.float64:
+        raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, state))
+    if q.shape[1] > STEP_LENGTH or segment is not None or needs_grad:
+        return torch.ops.supra.triton(q, k, v, g, state, segment, scale)
+    S = _state(q, k, v).zero_() if state is None else state.to(torch.float32).contiguous()
+    return torch.ops.supra.triton_step(q, k, v, g, S, scale), S
+
+
+STEP_LENGTH = 4
+"""Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""
