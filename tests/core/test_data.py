@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from supra_cli.core import corpus
+from supra_cli.core.data import rows, sources, tokenizer, tokens
+from supra_cli.core.data.streamed import Streamed
+from supra_cli.core.errors import NotFoundError, SupraError
+from supra_cli.core.recipe import Data, Source
+
+TEXTS = [f"document {number}: " + "alpha beta gamma " * (number + 1) for number in range(7)]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer.train(TEXTS, 300)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
+
+
+def write(folder: Path, name: str, texts: list[str] = TEXTS) -> Path:
+    path = folder / name
+    lines = "".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts)).encode()
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    elif name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress(lines))
+    elif name.endswith(".jsonl.zst"):
+        path.write_bytes(pyarrow.Codec("zstd").compress(lines, asbytes=True))
+    elif name.endswith(".jsonl"):
+        path.write_bytes(lines)
+    else:
+        path.write_text(texts[0], encoding="utf-8")
+    return path
+
+
+def read(path: Path | str, **settings) -> list[str]:
+    return list(sources.texts(Source(path=str(path), **settings), "train", 0.0))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_every_format_gives_the_same_documents(name: str, tmp_path: Path) -> None:
+    assert read(write(tmp_path, name)) == TEXTS
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    assert read(write(tmp_path, "a.txt")) == [TEXTS[0]]
+
+
+def test_a_long_text_file_comes_in_pieces_that_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 100)
+    text = "".join(f"line {number}\n" for number in range(100))
+    (tmp_path / "long.txt").write_text(text)
+    pieces = read(tmp_path / "long.txt")
+    assert len(pieces) > 5
+    assert "".join(pieces) == text
+
+
+def test_folders_and_globs_are_read_in_name_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", ".hidden.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == ["a.txt", "b.txt"]
+    assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "told"),
+    [
+        ("empty.jsonl", b"", SupraError, "no text"),
+        ("empty.txt", b"", SupraError, "no text"),
+        ("binary.txt", b"ab\0cd", SupraError, "looks binary"),
+        ("latin.txt", "é".encode("latin-1"), SupraError, "not UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', SupraError, "1 of 2 records"),
+        ("numbers.jsonl", b'{"text": 3}\n', SupraError, "is int, expected text"),
+        ("other.jsonl", b'{"txt": "a"}\n', SupraError, "did you mean 'txt'"),
+        ("list.jsonl", b"[1]\n", SupraError, "has no field 'text'"),
+        ("cut.parquet", b"PAR1", SupraError, "cannot read"),
+        ("not.jsonl.gz", b"plain", SupraError, "cannot read"),
+    ],
+)
+def test_bad_files_are_one_sentence(
+    name: str, content: bytes, error: type[SupraError], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(error) as caught:
+        read(tmp_path / name)
+    assert told in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_missing_file_is_not_found_and_a_misspelt_built_in_source_has_a_near_miss(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no data at"):
+        read(tmp_path / "nothing.jsonl")
+    with pytest.raises(NotFoundError, match="did you mean 'python-stdlib'"):
+        sources.files("python-stdlb")
+
+
+def test_few_empty_records_are_skipped_and_many_are_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", ["", *TEXTS])
+    assert list(sources.texts(Source(path=str(path)), "train", 0.2)) == TEXTS
+    with pytest.raises(SupraError, match="1 of 8 records"):
+        read(path)
+
+
+def test_hub_names_are_told_from_paths() -> None:
+    assert sources.is_on_hub(Source(path="allenai/c4"))
+    assert sources.is_on_hub(Source(path="wikitext"))
+    for path in ("python-stdlib", "copy", "data/text.jsonl", "missing.txt", "/abs/path", "*.txt", __file__):
+        assert not sources.is_on_hub(Source(path=path)), path
+
+
+def test_documents_open_and_close_as_the_tokenizer_does(words, tmp_path: Path) -> None:
+    stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
+    starts = np.concatenate([[0], stored.ends[:-1]])
+    assert (stored.ids[starts] == words.bos_token_id).all()
+    assert (stored.ids[stored.ends - 1] == words.eos_token_id).all()
+    assert words.decode(stored.ids[starts[2] : stored.ends[2]], skip_special_tokens=True) == TEXTS[2]
+
+
+def test_the_cache_is_used_and_never_stale(words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.jsonl")
+    source = Source(path=str(path))
+    first = tokens.tokenised(source, words, "train", 0.0)
+    monkeypatch.setattr(tokens, "encode", lambda *_: pytest.fail("tokenised again"))
+    assert tokens.tokenised(source, words, "train", 0.0).digest == first.digest
+    monkeypatch.undo()
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
+    write(tmp_path, "a.jsonl", TEXTS[:3])
+    assert len(tokens.tokenised(source, words, "train", 0.0).ends) == 3
+    other = tokenizer.train(TEXTS[:2], 290)
+    assert tokens.tokenised(source, other, "train", 0.0).digest != first.digest
+
+
+def data(tmp_path: Path, **settings) -> Data:
+    path = str(write(tmp_path, "a.jsonl"))
+    return Data(seq_len=24, sources=[{"path": path, "weight": 3.0}, {"path": "copy"}], **settings)
+
+
+def test_rows_are_the_documents_in_pieces_with_positions_that_restart(words, tmp_path: Path) -> None:
+    stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
+    stream = rows.Documents(stored, None)
+    ids, positions = zip(*(stream.row(24) for _ in range(len(stored.ids) // 24)), strict=True)
+    flat = np.concatenate(ids)
+    assert (flat == stored.ids[: len(flat)]).all()
+    restarts = np.concatenate(positions) == 0
+    wanted = np.zeros(len(flat), bool)
+    wanted[::24] = True
+    wanted[[start for start in (0, *stored.ends[:-1]) if start < len(flat)]] = True
+    assert (restarts == wanted).all()
+
+
+def test_an_epoch_holds_every_document_once_in_an_order_of_its_own(words, tmp_path: Path) -> None:
+    stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
+    stream = rows.Documents(stored, (0, 0))
+    epochs = [stream.row(len(stored.ids))[0] for _ in range(2)]
+    assert not (epochs[0] == epochs[1]).all()
+    assert (np.sort(epochs[0]) == np.sort(np.asarray(stored.ids))).all()
+
+
+def test_labels_are_the_next_token_of_the_same_document() -> None:
+    ids = [np.arange(10, 18)]
+    positions = [np.array([0, 1, 2, 0, 1, 0, 0, 1])]
+    batch = rows.collate(ids, positions)
+    assert batch.labels.tolist() == [[11, 12, -100, 14, -100, -100, 17, -100]]
+    assert batch.targets == 4
+
+
+def test_joined_rows_are_one_run_of_text(words, tmp_path: Path) -> None:
+    mixture = rows.training(data(tmp_path, documents="joined"), words, 0)
+    batch = mixture.batch(5, 24)
+    assert (batch.position_ids == torch.arange(24)).all()
+    assert batch.targets == 5 * 23
+
+
+def test_sources_are_mixed_by_weight_at_every_moment(words, tmp_path: Path) -> None:
+    mixture = rows.training(data(tmp_path), words, 0)
+    for count in range(1, 40):
+        mixture.batch(1, 24)
+        drawn = list(mixture.rows_by_source().values())
+        assert sum(drawn) == count
+        assert abs(drawn[0] - 0.75 * count) <= 1
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7, 50])
+def test_a_restored_position_gives_the_rows_that_would_have_come(taken: int, words, tmp_path: Path) -> None:
+    whole, again = (rows.training(data(tmp_path), words, 3) for _ in range(2))
+    for _ in range(taken):
+        whole.batch(1, 24)
+    again.restore(json.loads(json.dumps(whole.state())))
+    for _ in range(40):
+        assert all(a.equal(b) for a, b in zip(whole.batch(2, 24), again.batch(2, 24), strict=True))
+
+
+def test_copies_hold_each_passage_twice(words) -> None:
+    stream = rows.Copies(np.arange(3, 300), (0, 1))
+    ids, positions = stream.row(4000)
+    starts = [*np.flatnonzero(positions == 0), 4000]
+    for start, end in zip(starts[:-2], starts[1:-1], strict=True):
+        piece = ids[start:end]
+        assert any((piece[:length] == piece[-length:]).all() for length in range(8, len(piece) // 2 + 1))
+
+
+def test_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(SupraError, match="fewer than one row of 512"):
+        rows.training(Data(seq_len=512, sources=[{"path": str(tmp_path / "a.txt")}]), words, 0)
+
+
+def test_held_out_rows_are_the_same_every_time_and_no_more_than_asked_for(words, tmp_path: Path) -> None:
+    settings = data(tmp_path, validation=[{"path": str(write(tmp_path, "a.jsonl"))}], validation_tokens=100)
+    first, second = (rows.held_out(settings, words) for _ in range(2))
+    assert sum(batch.input_ids.numel() for batch in first) == 96
+    assert all(a.input_ids.equal(b.input_ids) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 31])
+def test_a_streamed_dataset_goes_on_exactly_where_it_was(taken: int, words, tmp_path: Path) -> None:
+    path = str(write(tmp_path, "a.jsonl"))
+
+    def stream() -> Streamed:
+        dataset = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
+        return Streamed(dataset, "text", words, "digest")
+
+    whole, again = stream(), stream()
+    for _ in range(taken):
+        whole.row(24)
+    again.state = json.loads(json.dumps(whole.state))
+    for _ in range(40):
+        assert all((a == b).all() for a, b in zip(whole.row(24), again.row(24), strict=True))
+
+
+def test_a_streamed_dataset_yields_its_documents_and_starts_over(words, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl")
+    stored = tokens.tokenised(Source(path=str(path)), words, "train", 0.0)
+    dataset = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+    ids, _ = Streamed(dataset, "text", words, "digest").row(2 * len(stored.ids))
+    assert (ids == np.concatenate([stored.ids, stored.ids])).all()
+
+
+def test_the_standard_library_has_two_splits_that_do_not_meet() -> None:
+    names = {split: {document.name for document in corpus.documents(split)} for split in ("train", "validation")}
+    assert not names["train"] & names["validation"]
+    assert len(names["train"]) > 10 * len(names["validation"]) > 100
+    assert "json" in names["validation"]
+    assert "pydoc_data.topics:async" in names["validation"]
+    with pytest.raises(NotFoundError, match="no split"):
+        next(sources.texts(Source(path="python-stdlib", split="tests"), "train", 0.0))
+
+
+def test_a_tokenizer_knows_every_byte(words) -> None:
+    text = "naïve ☃ \t\r\n\x00 日本"
+    ids = words(text)["input_ids"]
+    assert ids[0] == words.bos_token_id
+    assert words.decode(ids[1:]) == text
+
+
+def test_an_impossible_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        Data(sources=[{"path": "a", "weight": 0}])
+
+

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from supra_cli.core import recipe as recipes
+from supra_cli.core.errors import UsageError
+from supra_cli.core.lookup import lookup
+
+RAW: dict[str, Any] = {
+    "base": "tiny",
+    "mixer": {"name": "supra", "gain": "head"},
+    "data": {"seq_len": 64, "sources": [{"path": "python-stdlib", "weight": 2.0}]},
+    "stages": [{"kind": "transfer", "tokens": 1000}, {"kind": "finetune", "tokens": 1001, "batch_tokens": 130, "z_loss": 1e-4}],
+}
+
+
+def complaint(raw: dict[str, Any]) -> str:
+    with pytest.raises(UsageError) as caught:
+        recipes.validate(raw, lookup=lookup)
+    return str(caught.value)
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    raw = copy.deepcopy(RAW)
+    *parents, last = path.split(".")
+    table: Any = raw
+    for part in parents:
+        table = table[int(part)] if isinstance(table, list) else table[part]
+    table[last] = value
+    return raw
+
+
+def test_a_recipe_survives_being_written_and_read() -> None:
+    recipe = recipes.validate(RAW, lookup=lookup)
+    import tomllib
+
+    assert recipes.validate(tomllib.loads(recipes.dumps(recipe)), lookup=lookup) == recipe
+
+
+def test_options_of_mixers_and_stages_are_the_further_keys_of_their_tables() -> None:
+    recipe = recipes.validate(RAW, lookup=lookup)
+    assert recipe.mixer.options == {"gain": "head"}
+    assert recipe.stages[1].options == {"z_loss": 1e-4}
+
+
+def test_steps_are_whole_rows_and_whole_steps() -> None:
+    recipe = recipes.validate(RAW, lookup=lookup)
+    stage = recipe.stages[1]
+    assert recipe.rows(stage) == 2
+    assert recipe.steps(stage) == 8
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("keeep", "none", "keeep: unknown key; did you mean 'keep'?"),
+        ("data.seq_lenn", 3, "data.seq_lenn: unknown key; did you mean 'seq_len'?"),
+        ("data.sources.0.wieght", 3, "data.sources.0.wieght: unknown key; did you mean 'weight'?"),
+        ("stages.0.mixer_lrr", 3, "stages.0.mixer_lrr: unknown key; did you mean 'mixer_lr'?"),
+        ("stages.1.zloss", 3, "stages.1.zloss: unknown key; did you mean 'z_loss'?"),
+        ("mixer.gian", "head", "mixer.gian: unknown key; did you mean 'gain'?"),
+        ("mixer.gain", "heads", "mixer.gain:"),
+        ("mixer.name", "supr", "did you mean 'supra'?"),
+        ("stages.0.kind", "transfre", "did you mean 'transfer'?"),
+        ("stages.0.tokens", 0, "stages.0.tokens: input should be greater than 0, got 0"),
+        ("stages.0.lr", float("nan"), "stages.0.lr: input should be a finite number"),
+        ("stages.0.micro_batch_tokens", 10**6, "more than batch_tokens"),
+        ("data.sources", [], "data.sources: tuple should have at least 1 item"),
+        ("stages", [], "stages: tuple should have at least 1 item"),
+        ("checkpoint", {"keep_last": 1}, "checkpoint.keep_last"),
+        ("model", {"model_type": "llama"}, "exactly one of 'base'"),
+        ("tokenizer", {"vocab_size": 300}, "belong together"),
+        ("mixer", 3, "mixer: input should be a valid dictionary"),
+        ("data", "text", "data:"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(path: str, value: Any, expected: str) -> None:
+    assert expected in complaint(changed(path, value))
+
+
+def test_all_problems_are_told_at_once() -> None:
+    raw = changed("keeep", 1)
+    raw["stages"][0]["tokens"] = -1
+    raw["mixer"]["gian"] = "x"
+    raw["data"]["sources"][0]["weight"] = 0
+    told = complaint(raw)
+    assert all(part in told for part in ("keeep", "stages.0.tokens", "mixer.gian", "data.sources.0.weight"))
+
+
+def test_overrides_reach_every_depth(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(tomli_w.dumps(RAW))
+    overrides = ["stages.0.lr=1e-4", "seed=7", "mixer.name=t2r", "checkpoint.every_steps=9", "mixer.gain=none"]
+    recipe = recipes.load(path, overrides)
+    assert (recipe.stages[0].lr, recipe.seed, recipe.mixer.name, recipe.checkpoint.every_steps) == (1e-4, 7, "t2r", 9)
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "stages.9.lr=1", "stages.x.lr=1", "base.deep=1"])
+def test_a_wrong_override_is_a_sentence(override: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(tomli_w.dumps(RAW))
+    with pytest.raises(UsageError, match="--set"):
+        recipes.load(path, [override])
+
+
+def test_local_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    raw = changed("data.sources", [{"path": "corpus/*.jsonl"}, {"path": "python-stdlib"}, {"path": "org/set"}])
+    (tmp_path / "r.toml").write_text(tomli_w.dumps(raw | {"base": "base"}))
+    recipe = recipes.load(tmp_path / "r.toml")
+    assert recipe.base == str(tmp_path / "base")
+    assert [source.path for source in recipe.data.sources] == [
+        str(tmp_path / "corpus/*.jsonl"),
+        "python-stdlib",
+        "org/set",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"base = ", b"\xff\xfe", b"[[stages]\n", b"base = 3\nbase = 4"])
+def test_a_malformed_file_is_a_sentence(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError):
+        recipes.load(path, lookup=lookup)
+
+
+def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no recipe at"):
+        recipes.load(tmp_path / "nothing.toml")
+
+
+JUNK = [None, True, -1, 0, 1e308, float("inf"), float("nan"), "", "x" * 300, "☃", [], [1], {}, {"a": 1}, [[]], 2**70]
+
+
+def test_two_thousand_mutations_are_either_valid_or_a_usage_error() -> None:
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(2000):
+        raw = copy.deepcopy(RAW)
+        for _ in range(chance.randrange(1, 4)):
+            _mutate(raw, chance)
+        try:
+            recipes.validate(raw, lookup=lookup)
+        except UsageError:
+            refused += 1
+    assert 500 < refused < 2000
+
+
+def _mutate(value: Any, chance: random.Random) -> None:
+    """Replace, remove, rename or add something somewhere inside."""
+    while True:
+        if not value:
+            return
+        key = chance.choice(list(value)) if isinstance(value, dict) else chance.randrange(len(value))
+        if isinstance(value[key], dict | list) and chance.random() < 0.7:
+            value = value[key]
+            continue
+        action = chance.randrange(4)
+        if action == 0:
+            value[key] = chance.choice(JUNK)
+        elif action == 1:
+            del value[key]
+        elif action == 2 and isinstance(value, dict):
+            value[str(key) + chance.choice("abx_")] = value.pop(key)
+        elif isinstance(value, dict):
+            value[chance.choice(["lr", "zzz", "name", "options", "self", "model_fields"])] = chance.choice(JUNK)
+        return
