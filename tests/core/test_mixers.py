@@ -9,9 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from supra_cli.core.errors import UsageError
-from supra_cli.core.layout import HeadSpec
+from supra_cli.core.layout import HeadSpec, Layout
 from supra_cli.core.mixers import mixers, parse_options
-from supra_cli.core.mixers.parts import log_decay
+from supra_cli.core.mixers.parts import slopes
 
 # float64 throughout but for constants and states in fp32.
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -84,13 +84,13 @@ def test_supra_is_the_papers_formula(kv_heads):
 @torch.no_grad()
 def test_supra_with_a_map_a_head_and_a_gain():
     mixer = build("supra", map="head", gain="head", slopes="retnet")
-    mixer.gain.uniform_(0.5, 2)
+    mixer.norm.gain.uniform_(0.5, 2)
     q, k, v, x = inputs()
     o, _ = mixer(q, k, v, x, rope, None, None)
     q = rope((torch.einsum("bthk,hfk->bthf", q, mixer.E.weight) + mixer.E.bias).relu())
     k = rope((torch.einsum("bthk,hfk->bthf", k, mixer.E_kv.weight) + mixer.E_kv.bias).relu())
     gamma = 1 - 2.0 ** (-5 - torch.arange(4, dtype=torch.float64))
-    expected = group_norm(decayed_sum(q, repeated(k), repeated(v), gamma, K**-0.5)) * mixer.gain
+    expected = group_norm(decayed_sum(q, repeated(k), repeated(v), gamma, K**-0.5)) * mixer.norm.gain
     assert_close(o, expected, **CLOSE)
 
 
@@ -131,7 +131,7 @@ def test_t2r_divides_by_no_less_than_a_hundredth():
 
 
 def test_slopes_of_32_heads_are_the_ones_the_paper_prints():
-    gamma = [math.exp(g) for g in log_decay("alibi", 32)]
+    gamma = [math.exp(-s) for s in slopes("alibi", 32)]
     assert gamma[0] == pytest.approx(0.4313, abs=5e-5)
     assert gamma[-1] == pytest.approx(0.99610, abs=5e-6)
     assert gamma[-1] ** 2048 == pytest.approx(3.35e-4, rel=5e-3)
@@ -140,15 +140,15 @@ def test_slopes_of_32_heads_are_the_ones_the_paper_prints():
 @pytest.mark.parametrize("rule", ["alibi", "retnet"])
 @pytest.mark.parametrize("heads", [1, 2, 3, 7, 12, 40, 71, 128])
 def test_every_head_count_has_distinct_decays(rule, heads):
-    decays = log_decay(rule, heads)
-    assert len(set(decays)) == heads
-    assert all(-1 <= g < 0 for g in decays)
+    found = slopes(rule, heads)
+    assert len(set(found)) == heads
+    assert all(0 < slope <= 1 for slope in found)
 
 
 def test_slopes_of_twelve_heads_follow_alibis_rule_for_other_counts():
     """2^-1 ... 2^-8 of eight heads, then every second one of sixteen."""
     expected = [2.0**-n for n in range(1, 9)] + [2.0**-n for n in (0.5, 1.5, 2.5, 3.5)]
-    assert log_decay("alibi", 12) == pytest.approx([-slope for slope in expected])
+    assert slopes("alibi", 12) == pytest.approx(expected)
 
 
 def test_a_normalised_mixer_asks_for_normalised_targets():
@@ -172,3 +172,99 @@ def test_a_normalised_mixer_asks_for_normalised_targets():
 def test_a_wrong_option_is_named(name, options, said):
     with pytest.raises(UsageError, match=said):
         parse_options(name, options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["retnet", "none"])
+def test_retention_is_supra_without_a_map(rule):
+    mixer = build("retention", slopes=rule)
+    assert not list(mixer.parameters())
+    q, k, v, x = inputs()
+    o, _ = mixer(q, k, v, x, rope, None, None)
+    gamma = 1 - 2.0 ** (-5 - torch.arange(4, dtype=torch.float64)) if rule == "retnet" else torch.ones(4).double()
+    assert_close(o, group_norm(decayed_sum(rope(q), repeated(rope(k)), repeated(v), gamma, K**-0.5)), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normaliser", ["denominator", "norm"])
+def test_gated_is_its_formula(normaliser):
+    mixer = build("gated", normaliser=normaliser, output_gate=True)
+    for parameter in mixer.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.3)
+    q, k, v, x = inputs()
+    o, _ = mixer(q, k, v, x, rope, None, None)
+
+    def phi(heads, learned):
+        heads = torch.einsum("bthk,hfk->bthf", heads, learned.weight) + learned.bias
+        return torch.cat((heads.softmax(-1), (-heads).softmax(-1)), dim=-1)
+
+    q, k = phi(rope(q), mixer.phi_q), repeated(phi(rope(k), mixer.phi_k))
+    gamma = (x @ mixer.decay.weight.T + mixer.decay.bias).sigmoid()
+    kept = torch.zeros(2, 4, T, T, dtype=torch.float64)
+    for i in range(T):
+        for j in range(i + 1):
+            kept[:, :, i, j] = gamma[:, j + 1 : i + 1].prod(dim=1)
+    weights = torch.einsum("bihf,bjhf->bhij", q, k) * kept
+    if normaliser == "denominator":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+    expected = torch.einsum("bhij,bjhd->bihd", weights, repeated(v))
+    expected = group_norm(expected) if normaliser == "norm" else expected
+    gate = 2 * (x @ mixer.gate.weight.T).sigmoid().view(2, T, 4, V)
+    assert_close(o, expected * gate, **CLOSE)
+
+
+@torch.no_grad()
+def test_gated_starts_near_no_decay_and_with_open_gates():
+    mixer = build("gated", output_gate=True)
+    q, k, v, x = inputs()
+    assert_close(mixer.decay(x).sigmoid(), torch.full((2, T, 4), 0.99753, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert_close(mixer(q, k, v, x, rope, None, None)[0], build("gated")(q, k, v, x, rope, None, None)[0], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "sinks"), [(5, 2), (1, 0), (1, 3), (8, 0), (20, 4), (100, 4), (4, 30)])
+def test_window_is_masked_softmax(window, sinks):
+    mixer = build("window", window=window, sinks=sinks)
+    q, k, v, x = inputs()
+    o, _ = mixer(q, k, v, x, rope, None, None)
+    scores = torch.einsum("bihd,bjhd->bhij", rope(q), repeated(rope(k))) * K**-0.5
+    distance, first = steps_back(), torch.arange(T) < sinks
+    seen = (distance >= 0) & ((distance < window) | first)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    assert_close(o, torch.einsum("bhij,bjhd->bihd", weights, repeated(v)), **CLOSE)
+
+
+def pieces(mixer, q, k, v, x, lengths, layouts=None):
+    """The mixer called piece after piece; q and k are rotated already."""
+    state, out, start = None, [], 0
+    for number, length in enumerate(lengths):
+        part = [heads[:, start : start + length] for heads in (q, k, v, x)]
+        o, state = mixer(*part, lambda heads: heads, state, layouts[number] if layouts else None)
+        out.append(o)
+        start += length
+    return torch.cat(out, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "sinks"), [(5, 2), (1, 0), (1, 3), (8, 0), (20, 4), (100, 4), (4, 30)])
+@pytest.mark.parametrize("lengths", [(1,) * T, (10, 1, 1, 25), (3, 34), (36, 1)])
+def test_a_window_of_any_size_can_be_fed_in_pieces(window, sinks, lengths):
+    mixer = build("window", window=window, sinks=sinks)
+    q, k, v, x = inputs()
+    assert_close(pieces(mixer, q, k, v, x, lengths), pieces(mixer, q, k, v, x, (T,)), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in mixers if name != "softmax"])
+def test_padding_between_pieces_is_passed_over(name):
+    """Left padding in a later piece, as when a conversation's turns have different lengths."""
+    mixer = build(name, **({"window": 5, "sinks": 2} if name == "window" else {}))
+    q, k, v, x = inputs()
+    expected = pieces(mixer, q, k, v, x, (20, 17))
+    padded = [
+        torch.cat((heads[:, :20], torch.full_like(heads[:, :3], 7.0), heads[:, 20:]), dim=1) for heads in (q, k, v, x)
+    ]
+    segment = torch.zeros(2, 20, dtype=torch.long)
+    layouts = [None, Layout(torch.cat((segment[:, :3] - 1, segment[:, :17]), dim=1), None)]
+    got = pieces(mixer, *padded, (20, 20), layouts)
+    assert_close(torch.cat((got[:, :20], got[:, 23:]), dim=1), expected, **CLOSE)

@@ -1,37 +1,86 @@
-"""What several mixers are made of: fixed decays, feature maps, the norm of heads."""
+"""What several mixers are made of: a matrix for a state, fixed decays, feature maps, the norm of heads."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-SlopeRule = Literal["alibi", "retnet"]
+from supra_cli.core.mixers import Mixer
+
+SlopeRule = Literal["alibi", "retnet", "none"]
 
 
-def log_decay(rule: SlopeRule, heads: int) -> list[float]:
-    """log γ_h ≤ 0 of every head.
+Gain = Literal["none", "head"]
 
-    alibi: γ_h = exp(-s_h), s_h = 2^{-8(h+1)/H}; where H is no power of two, the slopes of the power n below H and
-    then every second one of 2n's (Press et al. 2022, arXiv:2108.12409, released code). retnet: γ_h = 1 - 2^{-5-h}
-    (arXiv:2307.08621).
+
+class MatrixState(NamedTuple):
+    S: Tensor
+    """[B, H, K, V] fp32."""
+
+
+class MatrixMixer(Mixer):
+    """A mixer whose state is one matrix a head: S_t = γ_t S_{t-1} + k_t v_tᵀ."""
+
+    def state_shape(self) -> tuple[int, int]:
+        """K and V of the state."""
+        return self.spec.head_dim, self.spec.v_dim
+
+    def init_state(self, batch: int, device: torch.device | str) -> MatrixState:
+        shape = (batch, self.spec.heads, *self.state_shape())
+        return MatrixState(torch.zeros(shape, dtype=torch.float32, device=device))
+
+    def reset_parameters(self) -> None:
+        for part in self.children():
+            part.reset_parameters()
+
+
+def log_decay(rule: SlopeRule, heads: int, device: torch.device | str) -> Tensor | None:
+    """g_h = log γ_h ≤ 0 of every head, [H] fp32; None without decay."""
+    if rule == "none":
+        return None
+    return torch.tensor(slopes(rule, heads), dtype=torch.float32, device=device).neg()
+
+
+def slopes(rule: SlopeRule, heads: int) -> list[float]:
+    """s_h = -log γ_h of every head.
+
+    alibi: s_h = 2^{-8(h+1)/H}; where H is no power of two, the slopes of the power n below H and then every second one
+    of 2n's (Press et al. 2022, arXiv:2108.12409, released code). retnet: γ_h = 1 - 2^{-5-h} (arXiv:2307.08621).
     """
     if rule == "retnet":
-        return [math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)]
+        return [-math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)]
     power = 1 << (heads.bit_length() - 1)
-    slopes = _slopes(power) + _slopes(2 * power)[::2]
-    return [-slope for slope in slopes[:heads]]
+    return (_geometric(power) + _geometric(2 * power)[::2])[:heads]
 
 
-def _slopes(power_of_two: int) -> list[float]:
-    return [2.0 ** (-8 * (head + 1) / power_of_two) for head in range(power_of_two)]
+def _geometric(heads: int) -> list[float]:
+    return [2.0 ** (-8 * (head + 1) / heads) for head in range(heads)]
 
 
-def normalise(o: Tensor, eps: float = 1e-5) -> Tensor:
-    """(o - mean) / √(var + eps) over each head of o [B,T,H,V]: GroupNorm with H groups and no affine, in fp32."""
-    return nn.functional.layer_norm(o.float(), o.shape[-1:], eps=eps).to(o.dtype)
+class HeadNorm(nn.Module):
+    """(o - mean) / √(var + 1e-5) over each head of o [B,T,H,V], in fp32: GroupNorm with H groups and no affine.
+
+    With gain = "head", times a learned scale for each head.
+    """
+
+    def __init__(self, heads: int, gain: Gain):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(heads, 1)) if gain == "head" else None
+
+    def forward(self, o: Tensor) -> Tensor:
+        normed = nn.functional.layer_norm(o.float(), o.shape[-1:], eps=1e-5).to(o.dtype)
+        return normed if self.gain is None else normed * self.gain
+
+    def target(self, o: Tensor) -> Tensor:
+        """What normed heads can be asked to equal: o, or without a gain, whose scale they cannot reach, o normed."""
+        return self(o) if self.gain is None else o
+
+    def reset_parameters(self) -> None:
+        if self.gain is not None:
+            nn.init.ones_(self.gain)
 
 
 class DenseMap(nn.Linear):
@@ -60,3 +109,8 @@ class HeadMap(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """v with a value of 1 beside it, so that the sum of weights comes out as one more column of the weighted sum."""
+    return torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)

@@ -1,0 +1,179 @@
+"""A sliding window of softmax attention with sinks, in a state of fixed size: the baseline that needs no training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from supra_cli.core.errors import UsageError
+from supra_cli.core.layout import Layout
+from supra_cli.core.mixers import Mixer, Rotate, mixers
+
+BLOCK = 16
+"""Fewest queries in a block, unless there are fewer tokens."""
+
+
+class WindowState(NamedTuple):
+    """The current document's first tokens and its last ones, keys rotated. What `seen` has not reached holds
+    anything.
+    """
+
+    sink_k: Tensor
+    """[B, sinks, G, K] fp32."""
+    sink_v: Tensor
+    recent_k: Tensor
+    """[B, window - 1, G, K] fp32, the newest last."""
+    recent_v: Tensor
+    seen: Tensor
+    """[B] int64: tokens of the current document so far."""
+
+
+@mixers.register("window")
+class Window(Mixer):
+    """o_i = Σ_j softmax_j(q_i·k_j · scale) v_j  over  i - window < j ≤ i  and  j < sinks,  within i's document
+
+    No parameters; positions stay the base's own. Time and memory are linear in T: each block of queries meets the
+    band of keys that its window reaches, and each query its document's sinks.
+
+    Source: StreamingLLM (Xiao et al. 2024, arXiv:2309.17453), without its renumbering of positions inside the cache.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        window: int = 64
+        """Tokens that a query sees, itself included."""
+        sinks: int = 4
+        """First tokens of the document, which every query sees."""
+
+        def __post_init__(self) -> None:
+            if self.window < 1:
+                raise UsageError(f"mixer.window is {self.window}, expected at least 1")
+            if self.sinks < 0:
+                raise UsageError(f"mixer.sinks is {self.sinks}, expected at least 0")
+
+    def init_state(self, batch: int, device: torch.device | str) -> WindowState:
+        def zeros(tokens: int, width: int) -> Tensor:
+            return torch.zeros((batch, tokens, self.spec.kv_heads, width), dtype=torch.float32, device=device)
+
+        k, v, sinks, recent = self.spec.head_dim, self.spec.v_dim, self.options.sinks, self.options.window - 1
+        seen = torch.zeros(batch, dtype=torch.int64, device=device)
+        return WindowState(zeros(sinks, k), zeros(sinks, v), zeros(recent, k), zeros(recent, v), seen)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        rope: Rotate,
+        state: WindowState | None,
+        layout: Layout | None,
+    ) -> tuple[Tensor, WindowState]:
+        batch, tokens = x.shape[:2]
+        window, sinks = self.options.window, self.options.sinks
+        state = self.init_state(batch, x.device) if state is None else state
+        block = min(tokens, max(window - 1, BLOCK))
+        rows = read_rows(layout, state.seen, tokens, block)
+        q, k, v = (rows.gather(heads) for heads in (rope(q) * self.spec.scale, rope(k), v))
+        near_k, near_v = join(state.recent_k, k), join(state.recent_v, v)
+        far_k, far_v = join(state.sink_k, k), join(state.sink_v, v)
+        sink_at = rows.sinks(state.seen, sinks)
+
+        q = q.unflatten(2, (self.spec.kv_heads, -1)).unflatten(1, (-1, block))
+        near = torch.einsum("bncgrk,bnlgk->bncgrl", q, bands(near_k, window, block))
+        near = hide(near, rows.in_window(state.seen, window, block))
+        far = torch.einsum("bncgrk,bncsgk->bncgrs", q, take(far_k, sink_at).unflatten(1, (-1, block)))
+        # A sink inside the window is in the band already.
+        beyond = torch.arange(sinks, device=x.device) <= rows.position[..., None] - window
+        far = hide(far, beyond.unflatten(1, (-1, block)))
+
+        weights = torch.cat((near, far), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        near, far = weights.split((near.shape[-1], sinks), dim=-1)
+        o = torch.einsum("bncgrl,bnlgv->bncgrv", near, bands(near_v, window, block))
+        o = o + torch.einsum("bncgrs,bncsgv->bncgrv", far, take(far_v, sink_at).unflatten(1, (-1, block)))
+
+        real = (rows.document >= 0).sum(-1)
+        newest = real[:, None] + torch.arange(window - 1, device=x.device)
+        last = (real - 1).clamp(min=0)[:, None]
+        first = take(sink_at, last)[:, 0]
+        seen = torch.where(real > 0, take(rows.position, last)[:, 0] + 1, state.seen)
+        kept = (take(far_k, first), take(far_v, first), take(near_k, newest), take(near_v, newest))
+        return rows.scatter(o.flatten(3, 4).flatten(1, 2), tokens), WindowState(*(part.float() for part in kept), seen)
+
+
+class Rows(NamedTuple):
+    """A batch with each row's real tokens first, then padding up to whole blocks; all [B, T]."""
+
+    order: Tensor | None
+    """Where each token was; None if nothing moved."""
+    document: Tensor
+    """Number of its document, -1 on padding."""
+    start: Tensor
+    """Where that document starts in the row."""
+    goes_on: Tensor
+    """Whether that document is the one that the state belongs to."""
+    position: Tensor
+    """Tokens of the document before this one."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        x = x if self.order is None else take(x, self.order)
+        return pad(x, (0, 0, 0, 0, 0, self.document.shape[1] - x.shape[1]))
+
+    def scatter(self, x: Tensor, tokens: int) -> Tensor:
+        x = x[:, :tokens]
+        return x if self.order is None else take(x, self.order.argsort(-1))
+
+    def sinks(self, seen: Tensor, sinks: int) -> Tensor:
+        """[B, T, sinks]: where in [the state's sinks | the tokens] each token's document has its first ones."""
+        number = torch.arange(sinks, device=seen.device)
+        before = (self.goes_on * seen[:, None])[..., None]
+        here = sinks + self.start[..., None] + number - before
+        return torch.where(number < before, number, here).clamp(max=sinks + self.document.shape[1] - 1)
+
+    def in_window(self, seen: Tensor, window: int, block: int) -> Tensor:
+        """[B, blocks, queries of a block, keys of its band]: whether the key is in the query's window and document."""
+        age = torch.arange(window - 1, 0, -1, device=seen.device)
+        recent = torch.where(age <= seen[:, None], self.document[:, :1], -2)
+        keys = bands(torch.cat((recent, self.document), dim=1), window, block)[:, :, None]
+        queries = self.document.unflatten(1, (-1, block))[..., None]
+        distance = window - 1 + torch.arange(block, device=seen.device)[:, None]
+        distance = distance - torch.arange(keys.shape[-1], device=seen.device)
+        return (keys == queries) & (distance >= 0) & (distance < window)
+
+
+def read_rows(layout: Layout | None, seen: Tensor, tokens: int, block: int) -> Rows:
+    if layout is None:
+        order, document = None, torch.zeros((len(seen), tokens), dtype=torch.int64, device=seen.device)
+    else:
+        order = (layout.segment < 0).long().argsort(dim=-1, stable=True)
+        document = layout.segment.gather(1, order)
+    document = pad(document, (0, -tokens % block), value=-1)
+    index = torch.arange(document.shape[1], device=seen.device)
+    begins = document != torch.cat((document[:, :1], document[:, :-1]), dim=1)
+    start = (index * begins).cummax(-1).values
+    goes_on = document == document[:, :1]
+    return Rows(order, document, start, goes_on, index - start + goes_on * seen[:, None])
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, ...]] for x [B, S, ...] and index [B, ...]."""
+    batch = torch.arange(len(x), device=x.device).view(-1, *[1] * (index.ndim - 1))
+    return x[batch, index]
+
+
+def join(old: Tensor, new: Tensor) -> Tensor:
+    return torch.cat((old.to(new.dtype), new), dim=1)
+
+
+def bands(x: Tensor, window: int, block: int) -> Tensor:
+    """[B, window - 1 + T, ...] -> [B, T / block, window - 1 + block, ...]: what each block of queries can reach."""
+    return x.unfold(1, window - 1 + block, block).movedim(-1, 2)
+
+
+def hide(scores: Tensor, visible: Tensor) -> Tensor:
+    """The scores [B,N,C,G,R,·] with the dtype's minimum where `visible` [B,N,C,·] is false."""
+    return scores.masked_fill(~visible[:, :, :, None, None], torch.finfo(scores.dtype).min)
