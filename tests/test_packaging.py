@@ -24,8 +24,10 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         shutil.copy(ROOT / name, tree)
     for name in ("supra_cli", "kernels", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", "dist"]
-    built = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "dist"]
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", ".", *options], cwd=tree, capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr[-2000:]
     return zipfile.ZipFile(next((tree / "dist").glob("*.whl")))
 

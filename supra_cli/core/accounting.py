@@ -6,18 +6,20 @@ and multiply is counted. So the numbers hold for every base, mixer and stage, ot
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig
 
 from supra_cli.core import hub
@@ -42,6 +44,17 @@ GPUS = {
 
 UTILISATION = 0.4
 """Share of the data sheet's FLOP/s that a well-fed training run reaches; an assumption, not a measurement."""
+
+
+_aten = torch.ops.aten
+# The attention that the CPU runs is not in PyTorch's register; it takes what the others take.
+_FLOPS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -183,7 +196,7 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16) -> Plan:
     """
     config = student_config(recipe)
     with FakeTensorMode(), torch.device("cpu"):
-        student = SupraForCausalLM._from_config(config, dtype=torch.float32).train()
+        student = _built(config, torch.float32)
         stage_plans = tuple(_stage(recipe, spec, student, dtype) for spec in recipe.stages)
     saved = getattr(torch, recipe.checkpoint.dtype)
     return Plan(measure(config, saved), str(dtype).removeprefix("torch."), stage_plans)
@@ -210,59 +223,109 @@ def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalL
     if spec.untie:
         untie(student)
     trained = sum(parameter.numel() for _, parameter in select(student, stage, spec))
-    teacher = _teacher(recipe, spec, dtype) if stage.teacher == "separate" else None
-    rows, micro_rows, length = recipe.rows(spec), recipe.micro_rows(spec), recipe.seq_len(spec)
-    with stage.attached(student):
-        flops, peak, copies = _one_pass(stage, student, teacher, micro_rows, length, dtype)
-        if rows > micro_rows:  # then the later passes find gradients that take room already
-            flops, peak, copies = _one_pass(stage, student, teacher, micro_rows, length, dtype)
-            peak += 4 * trained
-    student.zero_grad(set_to_none=True)
+    teacher = _teacher_config(recipe, spec) if stage.teacher == "separate" else None
+    cost = _cost(recipe, spec, stage, student.config, teacher, dtype)
     gradients = 4 * trained
+    rows, micro_rows, length = recipe.rows(spec), recipe.micro_rows(spec), recipe.seq_len(spec)
     steps = recipe.steps(spec)
-    tokens = steps * rows * length
+    # Later passes of a step find the gradients in place; in a single one they grow as the activations are given back.
+    beside = gradients if rows == micro_rows else 0
     return StagePlan(
         kind=spec.kind,
-        tokens=tokens,
+        tokens=steps * rows * length,
         steps=steps,
         rows=rows,
         micro_rows=micro_rows,
         seq_len=length,
         trainable=trained,
-        flops=flops * tokens // (micro_rows * length),
+        flops=cost.flops * steps * rows // micro_rows,
         memory=Memory(
             weights=_parameter_bytes(student),
-            copies=copies,
+            copies=cost.copies,
             gradients=gradients,
             optimizer=2 * gradients,
-            teacher=_parameter_bytes(teacher) if teacher is not None else 0,
-            activations=max(0, peak - copies - gradients),
+            teacher=0 if teacher is None else _parameter_bytes(_built(teacher, dtype)),
+            activations=max(0, cost.kept - beside) + cost.passing,
         ),
     )
 
 
-def _teacher(recipe: recipes.Recipe, spec: recipes.Stage, dtype: torch.dtype) -> nn.Module | None:
+def _teacher_config(recipe: recipes.Recipe, spec: recipes.Stage) -> SupraConfig | None:
     name = spec.teacher or recipe.base
     if name is None:
         return None
     config = hub.base_config(hub.resolve(name))
-    config = config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
-    return SupraForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
+    return config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
+
+
+class _Cost(NamedTuple):
+    """Of one micro-batch, forward and backward."""
+
+    flops: int
+    copies: int
+    """Bytes of the weights' copies in the computing dtype."""
+    kept: int
+    """Other bytes that the forward pass leaves for the backward pass."""
+    passing: int
+    """Bytes beyond that, and beyond the gradients, that are alive for a moment."""
+
+
+def _cost(
+    recipe: recipes.Recipe,
+    spec: recipes.Stage,
+    stage: Stage,
+    config: SupraConfig,
+    teacher: SupraConfig | None,
+    dtype: torch.dtype,
+) -> _Cost:
+    """The cost with all layers, from models of one and two layers: every further layer of a kind costs the same."""
+    first = config.swap.layers[0]
+
+    def probe(*layers: str, teacher_layers: int = 1) -> _Cost:
+        student = _built(_cut(config, layers), torch.float32).train()
+        if not config.tie_word_embeddings:
+            untie(student)
+        select(student, stage, spec)
+        beside = None if teacher is None else _built(_cut(teacher, teacher.swap.layers[:teacher_layers]), dtype).eval()
+        with stage.attached(student):
+            return _one_pass(stage, student, beside, recipe.micro_rows(spec), recipe.seq_len(spec), dtype)
+
+    one = probe(first)
+    further = [(probe(first, kind), count) for kind, count in Counter(config.swap.layers[1:]).items()]
+    if teacher is not None:
+        further.append((probe(first, teacher_layers=2), len(teacher.swap.layers) - 1))
+    sums = [at_one + sum(count * (two[i] - at_one) for two, count in further) for i, at_one in enumerate(one[:3])]
+    return _Cost(*sums, passing=max(cost.passing for cost in (one, *(two for two, _ in further))))
+
+
+def _cut(config: SupraConfig, layers: Sequence[str]) -> SupraConfig:
+    """`config` with these layers alone."""
+    base = copy.deepcopy(config.plain())
+    if getattr(base, "layer_types", None):
+        base.layer_types = base.layer_types[: len(layers)]
+    base.num_hidden_layers = len(layers)
+    swap = config.swap
+    return SupraConfig.from_base(base, mixer=swap.mixer, options=swap.options, layers=layers)
+
+
+def _built(config: SupraConfig, dtype: torch.dtype) -> SupraForCausalLM:
+    return SupraForCausalLM._from_config(config, dtype=dtype)
 
 
 def _one_pass(
     stage: Stage, student: nn.Module, teacher: nn.Module | None, rows: int, length: int, dtype: torch.dtype
-) -> tuple[int, int, int]:
-    """(FLOPs, highest sum of bytes that one micro-batch makes, those of the weights' copies among them)."""
+) -> _Cost:
     ids = torch.zeros((rows, length), dtype=torch.long)
     batch = _FullBatch(ids, None, ids)
     meter = _Meter(student, teacher)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
-    with FlopCounterMode(display=False) as flops, meter:
+    with meter:
         with autocast:
             loss = stage.loss(student, teacher, batch).sum
+        kept = meter.live - meter.copies
         loss.backward()
-    return flops.get_total_flops(), meter.peak, meter.copies
+    gradients = sum(parameter.nbytes for parameter in student.parameters() if parameter.requires_grad)
+    return _Cost(meter.flops, meter.copies, kept, max(0, meter.peak - meter.copies - max(kept, gradients)))
 
 
 class _FullBatch(Batch):
@@ -274,10 +337,11 @@ class _FullBatch(Batch):
 
 
 class _Meter(TorchDispatchMode):
-    """Follows the bytes of all storages made while it is on, and their highest sum."""
+    """Adds up FLOPs and follows the bytes of all storages made while it is on, and their highest sum."""
 
     def __init__(self, *models: nn.Module | None):
         super().__init__()
+        self.flops = 0
         self.live = 0
         self.peak = 0
         self.copies = 0
@@ -286,7 +350,10 @@ class _Meter(TorchDispatchMode):
         self._known = set(weights)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if count := _FLOPS.get(function.overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=output)
         copied = function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
@@ -311,10 +378,8 @@ class _Meter(TorchDispatchMode):
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """What a model holds between two passes."""
     yield from model.parameters()
     yield from model.buffers()
-    yield from (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
 def _parameter_bytes(model: nn.Module) -> int:

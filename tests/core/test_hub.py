@@ -1,4 +1,4 @@
-"""A name resolves to a directory, an alias or a hub id, in that order; everything else is an error with its exit code."""
+"""A name resolves to a directory, an alias or a hub id, in that order; all else is an error with its exit code."""
 
 from __future__ import annotations
 

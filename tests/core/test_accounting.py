@@ -1,0 +1,159 @@
+"""Plans against published counts, against formulas and against what real tensors take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from supra_cli.core import accounting, hub
+from supra_cli.core import recipe as recipes
+from supra_cli.core.errors import UsageError
+from supra_cli.core.lookup import lookup
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.stages import stages
+
+
+def planned(alias, mixer="supra", keep="none", **options):
+    return accounting.measure(accounting.swapped_config(hub.base_config(hub.resolve(alias)), mixer, options, keep))
+
+
+@pytest.mark.parametrize(("alias", "millions"), [("llama-7b", 537.0), ("mistral-7b", 570.6)])
+def test_new_parameters_are_those_of_the_paper(alias, millions):
+    assert round(planned(alias).new_parameters / 1e6, 1) == millions
+
+
+def test_the_state_of_a_7b_model_is_32_by_32_by_128_by_128_numbers():
+    plan = planned("mistral-7b")
+    assert plan.state_bytes == 4 * 32 * 32 * 128 * 128
+    # In bf16 it would be worth 256 tokens of Mistral's cache; in fp32 it is worth 512.
+    assert plan.break_even_tokens == 512
+
+
+def test_the_base_s_cache_is_two_vectors_a_layer_and_kv_head_up_to_its_window():
+    plan = planned("mistral-7b")
+    assert plan.base_cache_bytes(1000) == 32 * 2 * 8 * 128 * 2 * 1000
+    assert plan.base_cache_bytes(10_000) == plan.base_cache_bytes(4096)
+    assert planned("llama-7b").base_cache_bytes(10_000) == 32 * 2 * 32 * 128 * 2 * 10_000
+
+
+def test_kept_layers_keep_their_cache():
+    plan = planned("llama-7b", keep="every:4")
+    assert plan.layers.count("softmax") == 8
+    assert plan.cache_bytes(1000) == plan.state_bytes + 8 * 2 * 32 * 128 * 2 * 1000
+    assert planned("llama-7b", keep="all").cache_bytes(77) == planned("llama-7b").base_cache_bytes(77)
+
+
+def test_unknown_names_are_usage_errors():
+    for wrong in ({"mixer": "supr"}, {"keep": "every:0"}, {"gian": "head"}):
+        with pytest.raises(UsageError):
+            planned("llama-7b", **wrong)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+}
+
+
+def recipe(*stages, seq_len=64, mixer="supra", **keys):
+    return recipes.validate(
+        {
+            "model": SHAPE,
+            "tokenizer": {"vocab_size": 512},
+            "init": "scratch",
+            "mixer": {"name": mixer},
+            "data": {"seq_len": seq_len, "sources": [{"path": "python-stdlib"}]},
+            "stages": list(stages) or [{"kind": "finetune", "tokens": 10_000, "batch_tokens": 512}],
+            **keys,
+        },
+        lookup=lookup,
+    )
+
+
+def test_steps_and_tokens_are_the_recipe_s():
+    stage = accounting.plan(recipe()).stages[0]
+    assert (stage.rows, stage.steps, stage.tokens) == (8, 20, 20 * 512)
+
+
+def test_weights_gradients_and_moments_are_four_four_and_eight_bytes_a_parameter():
+    plan = accounting.plan(recipe(), torch.float32)
+    memory = plan.stages[0].memory
+    parameters = plan.model.parameters
+    assert (memory.weights, memory.gradients, memory.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert memory.copies == memory.teacher == 0
+
+
+def test_only_what_moves_has_gradients():
+    stage = {"kind": "finetune", "tokens": 1024, "batch_tokens": 512, "train": "mixer"}
+    plan = accounting.plan(recipe(stage), torch.float32)
+    assert plan.stages[0].trainable == plan.model.new_parameters
+    assert plan.stages[0].memory.gradients == 4 * plan.model.new_parameters
+
+
+def test_softmax_flops_are_those_of_the_formula():
+    """Forward 2 and backward 4 a weight and token; scores and values 4·T·D a layer and token, times three as well."""
+    length, layers, model_dim = 64, 2, 64
+    stage = accounting.plan(recipe(mixer="softmax", keep="all"), torch.float32).stages[0]
+    attention = model_dim * model_dim * 2 + 2 * model_dim * 32
+    weights = layers * (attention + 3 * model_dim * 96) + 512 * model_dim
+    formula = stage.tokens * 3 * (2 * weights + layers * 4 * length * model_dim)
+    # The attention's backward pass recomputes the scores: five products instead of four.
+    assert stage.flops == pytest.approx(formula, rel=0.1)
+
+
+def test_recurrent_flops_are_linear_in_the_length():
+    each = [
+        accounting.plan(recipe(seq_len=length), torch.float32).stages[0] for length in (256, 512)
+    ]
+    short, long = (stage.flops / stage.tokens for stage in each)
+    assert long == pytest.approx(short, rel=0.1)
+
+
+def test_smaller_micro_batches_need_less_memory_and_the_same_work():
+    whole = accounting.plan(recipe({"kind": "finetune", "tokens": 4096, "batch_tokens": 4096})).stages[0]
+    parts = accounting.plan(
+        recipe({"kind": "finetune", "tokens": 4096, "batch_tokens": 4096, "micro_batch_tokens": 512})
+    ).stages[0]
+    assert parts.memory.activations < whole.memory.activations / 4
+    assert parts.flops == pytest.approx(whole.flops, rel=0.01)
+
+
+def test_the_counted_peak_is_what_real_tensors_take():
+    """The meter over a real pass of all layers: neither the missing storage nor going by two layers loses anything."""
+    shape = {**SHAPE, "num_hidden_layers": 4}
+    raw = recipe({"kind": "finetune", "tokens": 1024, "batch_tokens": 512}, model=shape, keep="every:2")
+    torch.manual_seed(0)
+    model = SupraForCausalLM._from_config(accounting.student_config(raw), dtype=torch.float32).train()
+    stage = stages.get("finetune")(stages.get("finetune").Options())
+    real = accounting._one_pass(stage, model, None, 8, 64, torch.float32)
+    planned = accounting.plan(raw, torch.float32).stages[0]
+    gradients = planned.memory.gradients
+    assert planned.memory.activations + gradients == pytest.approx(max(real.kept, gradients) + real.passing, rel=0.05)
+    assert planned.flops == real.flops * planned.steps
+
+
+def test_planning_a_7b_recipe_allocates_nothing(monkeypatch):
+    raw = {
+        "base": "mistral-7b",
+        "data": {"seq_len": 2048, "sources": [{"path": "python-stdlib"}]},
+        "stages": [{"kind": "finetune", "tokens": 10_000_000, "batch_tokens": 65_536, "micro_batch_tokens": 2048}],
+    }
+    plan = accounting.plan(recipes.validate(raw, lookup=lookup))
+    assert round(plan.model.new_parameters / 1e6, 1) == 570.6
+    assert plan.memory_bytes > 16 * plan.model.parameters
+    # Forward and backward take about six FLOPs a weight and token.
+    assert plan.flops / plan.tokens == pytest.approx(6 * plan.model.parameters, rel=0.25)
+
+
+def test_a_tied_model_counts_its_embedding_once():
+    config = SupraConfig.from_base(LlamaConfig(**SHAPE | {"vocab_size": 512, "tie_word_embeddings": True}))
+    untied = SupraConfig.from_base(LlamaConfig(**SHAPE | {"vocab_size": 512, "tie_word_embeddings": False}))
+    assert accounting.measure(untied).parameters - accounting.measure(config).parameters == 512 * 64

@@ -1,0 +1,246 @@
+"""Generation against Hugging Face's own, against formulas, and against itself alone, batched and cut short."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from supra_cli.core import generate
+from supra_cli.core.data import tokenizer as bpe
+from supra_cli.core.errors import UsageError
+from supra_cli.core.generate import Sampling, Stats, Writer
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+
+TEXT = ["the quick brown fox jumps over the lazy dog " * 20, "naïve café, 東京, 🦊 and über " * 20]
+PROMPTS = ["the quick", "fox", "naïve café and a rather longer prompt than the others"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return bpe.train(TEXT, 300)
+
+
+@pytest.fixture(scope="module", params=["softmax", "supra", "mixed"])
+def model(request, tokenizer):
+    """A small random model: plain, without any softmax layer, or with one."""
+    mixer = "softmax" if request.param == "softmax" else "supra"
+    layers = [mixer, "softmax" if request.param == "mixed" else mixer, mixer]
+    base = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    return SupraForCausalLM._from_config(SupraConfig.from_base(base, mixer=mixer, layers=layers)).eval()
+
+
+def tokens_of(model, tokenizer, prompt, sampling):
+    """The tokens that a plain loop without any cache generates for one prompt: the specification."""
+    ids = tokenizer(prompt)["input_ids"]
+    generators = [torch.Generator().manual_seed(sampling.seed)]
+    new = []
+    with torch.no_grad():
+        for _ in range(sampling.max_new_tokens):
+            logits = model(torch.tensor([ids + new]), use_cache=False).logits[:, -1]
+            new.append(int(generate.choose(logits, sampling, generators)))
+            if new[-1] == tokenizer.eos_token_id:
+                break
+    return new
+
+
+@pytest.mark.parametrize("sampling", [Sampling(24), Sampling(24, temperature=0.8, top_k=40, top_p=0.9, seed=5)])
+def test_cached_decoding_equals_one_without_a_cache(model, tokenizer, sampling):
+    texts, _ = generate.complete(model, tokenizer, PROMPTS[:1], sampling)
+    tokens = tokens_of(model, tokenizer, PROMPTS[0], sampling)
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert texts[0] == whole.rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("sampling", [Sampling(16), Sampling(16, temperature=1.0, seed=3), Sampling(10, num_beams=3)])
+def test_a_batch_gives_what_each_prompt_alone_gives(model, tokenizer, sampling):
+    batched, _ = generate.complete(model, tokenizer, PROMPTS, sampling)
+    for row, prompt in enumerate(PROMPTS):
+        alone = Sampling(
+            sampling.max_new_tokens, sampling.temperature, num_beams=sampling.num_beams, seed=sampling.seed + row
+        )
+        assert generate.complete(model, tokenizer, [prompt], alone)[0] == [batched[row]]
+
+
+def test_greedy_text_is_that_of_hugging_face_generate(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    plain = LlamaForCausalLM(config).eval()
+    ours = SupraForCausalLM._from_config(SupraConfig.from_base(config)).eval()
+    ours.load_state_dict(plain.state_dict())
+    ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
+    theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    text = tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
+    assert generate.complete(ours, tokenizer, PROMPTS[:1], Sampling(20))[0] == [text.rstrip("\ufffd")]
+
+
+def test_the_same_seed_draws_the_same_and_another_seed_another(model, tokenizer):
+    one, again, other = (
+        generate.complete(model, tokenizer, PROMPTS, Sampling(16, temperature=1.0, seed=seed))[0]
+        for seed in (1, 1, 100)
+    )
+    assert one == again
+    assert one != other
+
+
+def test_a_state_of_recurrent_layers_does_not_grow(tokenizer, model):
+    sizes = []
+    for tokens in (2, 40):
+        stats = Stats()
+        list(generate.stream(model, tokenizer, PROMPTS[:1], Sampling(tokens), stats))
+        sizes.append(stats.cache_bytes)
+    grows = "softmax" in model.supra.layers
+    assert (sizes[1] > sizes[0]) is grows
+    assert sizes[0] > 0
+
+
+def test_stats_count_prompt_and_decoded_tokens(model, tokenizer):
+    stats = generate.complete(model, tokenizer, PROMPTS, Sampling(5))[1]
+    assert stats.prompt_tokens == sum(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    assert stats.new_tokens <= 4 * len(PROMPTS)
+    assert stats.finish == ["length"] * 3 or "eos" in stats.finish
+    assert stats.prefill_tokens_per_second > 0
+
+
+def test_generation_ends_at_the_tokenizer_s_or_the_generation_config_s_end(model, tokenizer, monkeypatch):
+    free = tokens_of(model, tokenizer, PROMPTS[0], Sampling(12))
+    assert generate.eos_ids(model, tokenizer) == {tokenizer.eos_token_id}
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [free[3], 299])
+    assert generate.eos_ids(model, tokenizer) == {free[3], 299, tokenizer.eos_token_id}
+    texts, stats = generate.complete(model, tokenizer, PROMPTS[:1], Sampling(12))
+    assert stats.finish == ["eos"]
+    assert texts[0] == tokenizer.decode(free[: free.index(free[3])], skip_special_tokens=True).rstrip("\ufffd")
+
+
+def test_an_empty_prompt_begins_with_the_beginning_of_text(tokenizer, monkeypatch):
+    ids, mask = generate.encode(tokenizer, [""], "cpu")
+    assert ids.tolist() == [[tokenizer.bos_token_id]]
+    assert mask is None
+
+    class Bare:
+        bos_token_id = eos_token_id = None
+
+        def __call__(self, text):
+            return {"input_ids": []}
+
+    with pytest.raises(UsageError, match="prompt is empty"):
+        generate.encode(Bare(), [""], "cpu")
+
+
+# -- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def frequencies(sampling, probabilities, draws=4000):
+    logits = torch.tensor(probabilities).log()[None].expand(draws, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(draws)]
+    drawn = generate.choose(logits, sampling, generators)
+    return torch.bincount(drawn, minlength=len(probabilities)).double() / draws
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_draws_follow_the_probabilities_and_temperature_sharpens_them(temperature):
+    sharp = torch.tensor([0.1, 0.6, 0.3]).double() ** (1 / temperature)
+    drawn = frequencies(Sampling(temperature=temperature), [0.1, 0.6, 0.3])
+    # Four standard errors of a share among 4,000 draws.
+    torch.testing.assert_close(drawn, sharp / sharp.sum(), atol=0.03, rtol=0)
+
+
+def test_top_k_and_top_p_cut_the_tail():
+    assert frequencies(Sampling(temperature=1.0, top_k=2), [0.1, 0.6, 0.3])[0] == 0
+    assert frequencies(Sampling(temperature=1.0, top_p=0.5), [0.1, 0.6, 0.3]).tolist() == [0, 1, 0]
+    # The smallest set that reaches 0.7 is the first two.
+    assert frequencies(Sampling(temperature=1.0, top_p=0.7), [0.1, 0.6, 0.3])[0] == 0
+
+
+def test_temperature_0_takes_the_most_probable():
+    assert frequencies(Sampling(), [0.1, 0.6, 0.3], draws=3).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"num_beams": 0},
+        {"seed": -1},
+        {"stop": ("",)},
+        {"num_beams": 2, "temperature": 1.0},
+    ],
+)
+def test_impossible_settings_are_usage_errors(wrong):
+    with pytest.raises(UsageError):
+        Sampling(**wrong)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def written(tokenizer, text, stop=(), prompt="naïve"):
+    writer = Writer(tokenizer, tokenizer(prompt)["input_ids"], stop)
+    pieces = []
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if writer.done:
+            break
+        pieces.append(writer.add(token))
+    return [*pieces, writer.close()]
+
+
+@pytest.mark.parametrize("text", [TEXT[0][:200], "🦊🦊 東京 𝔘nicode ﷽ é\n\n  x", "a\ufffdb", ""])
+def test_pieces_are_whole_characters_and_add_up(tokenizer, text):
+    pieces = written(tokenizer, text)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_half_a_character_at_the_end_is_not_written(tokenizer):
+    ids = tokenizer("x🧿", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 3, "the test wants a character of several tokens"
+    writer = Writer(tokenizer, [], ())
+    assert "".join([*map(writer.add, ids[:-1]), writer.close()]) == "x"
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [(("END",), "one "), (("D two",), "one EN"), (("nowhere",), "one END two"), (("two", "END"), "one ")],
+)
+def test_text_ends_before_a_stop_string_and_never_shows_a_part_of_it(tokenizer, stop, expected):
+    pieces = written(tokenizer, "one END two", stop)
+    assert "".join(pieces) == expected
+    shown = ""
+    for piece in pieces:
+        shown += piece
+        assert expected.startswith(shown)
+
+
+def test_a_stop_string_ends_generation(model, tokenizer):
+    free = generate.complete(model, tokenizer, PROMPTS[:1], Sampling(24))[0][0]
+    stop = free[5:8]
+    texts, stats = generate.complete(model, tokenizer, PROMPTS[:1], Sampling(24, stop=(stop,)))
+    assert texts == [free[: free.index(stop)]]
+    assert stats.finish == ["stop"]
