@@ -172,4 +172,4 @@ def test_prefetch_says_what_it_could_not_reach(capsys):
     assert code == 2
     code, out, _ = supra(capsys, "prefetch", "base", "--tasks", "stdlib_ppl,stdlib_cloze", "--json")
     assert code == 0
-    assert json.loads(out)["tasks"]["stdlib_cloze"] == 512
+    assert json.loads(out)["tasks"]["stdlib_cloze"] == 400

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from supra_cli.core.corpus import Document, documents
 
 CONTEXT_LINES = 24
-CONTEXT_CHARACTERS = (200, 900)
+CONTEXT_CHARACTERS = (200, 700)
 LINE_CHARACTERS = (20, 100)
 QUESTIONS_PER_DOCUMENT = 40
 SPREAD = 0.25  # the longest choice is at most this much longer than the shortest
@@ -29,7 +29,7 @@ class Line(NamedTuple):
     text: str
 
 
-def cloze(questions: int = 512, choices: int = 4, seed: int = 0, **_metadata):
+def cloze(questions: int = 400, choices: int = 4, seed: int = 0, **_metadata):
     """{"test": questions}, in an order that any `--limit` may cut; the keyword arguments are lm-eval's task
     metadata."""
     from datasets import Dataset
