@@ -2,8 +2,8 @@
 
     python benchmarks/operator.py [--json] [--output FILE] [--rounds 7] [--lengths 2048 8192 32768]
 
-On a CPU: fp32, B1 H4 D64, one thread, CPU time, in interleaved rounds. `sdpa` is scaled_dot_product_attention (is_causal,
-no mask, contiguous). The matrix-product rate is that of two 1024 x 1024 fp32 matrices, measured in the same rounds.
+On a CPU: fp32, B1 H4 D64, one thread, CPU time, in interleaved rounds. `sdpa` is scaled_dot_product_attention
+(is_causal, no mask, contiguous). The matrix-product rate is that of two 1024 x 1024 fp32 matrices, measured in the same rounds.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Problem:
             "DECAY": (NO_DECAY if g is None else FIXED_DECAY if g.dim() == 1 else TOKEN_DECAY).value,
             "PACKED": segment is not None,
             "OPERAND": tl.bfloat16 if half else tl.float32,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": _precision(),
         }
 
     @property
@@ -60,6 +60,13 @@ class Problem:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+
+def _precision() -> str:
+    """Of fp32 products: three tf32 ones keep fp32's digits on tensor cores; one where PyTorch's own may be tf32."""
+    if torch.version.hip or INTERPRETED:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _document_code(segment: Tensor) -> Tensor:
@@ -167,7 +174,7 @@ def backward(
     BK, BV = _tile(problem.key_dim), _tile(problem.v_dim)
     dq, dk, dv = (torch.empty_like(x) for x in (problem.q, problem.k, problem.v))
     dg = problem.empty(problem.batch, problem.length, problem.heads) if decays else None
-    options = {**problem.shared, "BK": BK, "BV": BV, "num_warps": 4, "num_stages": 2}
+    options = {**problem.shared, "BK": BK, "BV": BV, "num_warps": 8, "num_stages": 2}
     rest = (*problem.sizes, problem.scale)
     per_kv_head = problem.batch * problem.kv_heads * problem.chunks
     q, k, v, g, code = problem.q, problem.k, problem.v, problem.g, problem.code
@@ -183,7 +190,7 @@ def backward(
 
 
 def step(problem: Problem, state: Tensor, out_dtype: torch.dtype, *, norm_eps: float | None = None) -> Tensor:
-    """-> o; `state` [B,H,K,V], fp32 and contiguous, is overwritten. One launch: fit for a CUDA graph."""
+    """-> o; `state` [B,H,K,V], fp32 and contiguous, is overwritten, in one launch."""
     BK = _tile(problem.key_dim, 1 << 20)
     BV = min(16, _tile(problem.v_dim)) if norm_eps is None else _tile(problem.v_dim, 1 << 20)
     o = problem.empty(

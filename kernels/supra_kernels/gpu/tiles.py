@@ -1,8 +1,8 @@
 """What every kernel reads of a chunk: decay sums, documents, weights, tiles.
 
-The log decay from the chunk's start up to and including token i is rate · count_i + rest_i. A fixed decay has rate g and
-counts real tokens; a per-token decay has rate 1, its sum in multiples of 1/256 in `count` (exact in fp32) and what remains
-in `rest`. So a difference of two sums is as exact as fp32 allows, also after gates near -88.
+The log decay from the chunk's start up to and including token i is rate · count_i + rest_i. A fixed decay has rate g
+and counts real tokens; a per-token decay has rate 1, its sum in multiples of 1/256 in `count` (exact in fp32) and what
+remains in `rest`. So a difference of two sums is as exact as fp32 allows, also after gates near -88.
 """
 
 import triton

@@ -1,0 +1,57 @@
+"""The operators as torch.library sees them: schemas, fake implementations, gradients, whole graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from supra_kernels import linear_attention
+from test_linear_attention import inputs, packed
+
+TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def arguments(decay, packing, state, length=40, dtype=torch.float32):
+    q, k, v, g, initial = (None if x is None else x.to(dtype) for x in inputs(1, length, 2, 1, 4, 6, decay, state))
+    leaves = [None if x is None else x.requires_grad_() for x in (q, k, v, g, initial)]
+    return *leaves, packed(1, length) if packing else None, 0.5
+
+
+@pytest.mark.parametrize(("decay", "packing"), [("none", False), ("fixed", True), ("token", False)])
+def test_the_chunked_operator_passes_opcheck(decay, packing):
+    torch.library.opcheck(torch.ops.supra.chunk.default, (*arguments(decay, packing, packing), True), test_utils=TESTS)
+
+
+@pytest.mark.parametrize(("decay", "packing"), [("fixed", True), ("token", False)])
+def test_the_triton_operator_passes_opcheck(decay, packing):
+    pytest.importorskip("triton")
+    torch.library.opcheck(torch.ops.supra.triton.default, arguments(decay, packing, True, 20), test_utils=TESTS)
+
+
+def test_the_decode_step_operator_passes_opcheck():
+    pytest.importorskip("triton")
+    q, k, v, g, state, _, scale = (x.detach() if torch.is_tensor(x) else x for x in arguments("fixed", False, True, 1))
+    torch.library.opcheck(torch.ops.supra.triton_step.default, (q, k, v, g, state, scale))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_caller_holds_the_operator_in_one_graph(dynamic):
+    def call(q, k, v, g):
+        o, S = linear_attention(q * 2, k, v, g, form="chunk")
+        return o.square().sum() + S.sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (40, 70):
+        q, k, v, g, *_ = arguments("fixed", False, False, length)
+        want = torch.autograd.grad(call(q, k, v, g), (q, k, v, g))
+        got = torch.autograd.grad(compiled(q, k, v, g), (q, k, v, g))
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_only_the_final_state_may_be_used():
+    q, k, v, g, state, _, _ = arguments("fixed", False, True, dtype=torch.float64)
+    _, S = linear_attention(q, k, v, g, state=state, form="chunk")
+    _, want = linear_attention(q, k, v, g, state=state, form="naive")
+    leaves = (k, v, g, state)
+    for x, y in zip(torch.autograd.grad(S.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        torch.testing.assert_close(x, y)

@@ -1,0 +1,131 @@
+"""The Triton kernels: against the recurrence in float64 in the interpreter or on a GPU, and compiled for a Hopper GPU.
+
+Small here, because the interpreter takes about a second a case; every kernel, decay and layout runs nonetheless.
+Tolerances as in test_linear_attention.py; on a GPU fp32 products are three tf32 ones, and bf16 has its own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from supra_kernels import linear_attention
+from test_linear_attention import DECAYS, assert_agrees, differentiate, inputs, packed
+
+pytest.importorskip("triton")
+from supra_kernels.gpu import launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(values, segment=None):
+    moved = [None if x is None else x.to(DEVICE) for x in values]
+    got = differentiate("triton", moved, torch.float32, None if segment is None else segment.to(DEVICE))
+    assert_agrees(
+        [None if x is None else x.cpu() for x in got],
+        differentiate("naive", values, torch.float64, segment),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_triton_equals_the_recurrence(decay):
+    check(inputs(1, 131, 2, 1, 8, 20, decay))
+
+
+@pytest.mark.parametrize("decay", ["none", "fixed", "token"])
+def test_triton_keeps_documents_apart_and_skips_padding(decay):
+    check(inputs(2, 90, 2, 1, 8, 8, decay), packed(2, 90, padding=0.2))
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65])
+def test_triton_takes_any_length(length):
+    check(inputs(1, length, 1, 1, 8, 8, "token"))
+
+
+@pytest.mark.parametrize(("key_dim", "v_dim"), [(1, 1), (80, 24), (24, 80)])
+def test_triton_takes_widths_of_several_tiles(key_dim, v_dim):
+    check(inputs(1, 70, 1, 1, key_dim, v_dim, "fixed"))
+
+
+def test_triton_without_an_initial_state():
+    check(inputs(1, 70, 2, 2, 8, 8, "token", state=False))
+
+
+@pytest.mark.parametrize("gamma", [0.2, 0.01])
+def test_a_small_decay_over_129_tokens_gives_no_nan_in_the_final_state(gamma):
+    values = inputs(1, 129, 1, 1, 16, 16, "none")
+    values[3] = torch.tensor([gamma]).log()
+    check(values)
+
+
+@pytest.mark.parametrize(("spans", "packing"), [(2, False), (3, True)])
+def test_a_walk_in_spans_equals_one_walk(spans, packing):
+    q, k, v, g, state = (x.to(DEVICE) for x in inputs(1, 200, 1, 1, 8, 8, "fixed"))
+    segment = packed(1, 200, document=100).to(DEVICE) if packing else None
+    problem = launch.Problem(q, k, v, g, segment, 1.0)
+    for x, reverse in ((problem.k, False), (problem.q, True)):
+        one, end = launch.walk(problem, x, problem.v, state, reverse=reverse, spans=1)
+        cut, cut_end = launch.walk(problem, x, problem.v, state, reverse=reverse, spans=spans)
+        torch.testing.assert_close(cut, one, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(cut_end, end, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", ["none", "fixed", "token"])
+def test_the_decode_step_equals_the_recurrence_and_overwrites_its_state(decay):
+    values = [None if x is None else x.to(DEVICE) for x in inputs(2, 3, 4, 2, 8, 20, decay)]
+    q, k, v, g, state = values
+    want, end = linear_attention(*values[:4], scale=0.3, state=state, form="naive")
+    o, S = linear_attention(q, k, v, g, scale=0.3, state=state, form="triton")
+    assert S.data_ptr() == state.data_ptr()
+    torch.testing.assert_close(o, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
+
+
+def test_prefill_then_steps_equals_one_pass():
+    q, k, v, g, _ = (None if x is None else x.to(DEVICE) for x in inputs(1, 70, 2, 1, 8, 8, state=False))
+    whole, end = linear_attention(q, k, v, g, form="naive")
+    o, S = linear_attention(q[:, :66], k[:, :66], v[:, :66], g, form="triton")
+    outputs = [o]
+    for t in range(66, 70):
+        o, S = linear_attention(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], g, state=S, form="triton")
+        outputs.append(o)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(S, end, atol=1e-4, rtol=1e-5)
+
+
+def test_every_element_of_every_output_is_written(monkeypatch):
+    """What torch.empty and torch.empty_like return is filled with NaN."""
+
+    def poisoned(make):
+        def fill(*size, **options):
+            x = make(*size, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return fill
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    check(inputs(1, 70, 2, 1, 5, 7, "token"))
+    check(inputs(1, 70, 2, 1, 5, 7, "fixed"), packed(1, 70, padding=0.2))
+
+
+def test_bf16_inputs_agree_within_bf16():
+    values = [x.bfloat16().float() for x in inputs(1, 70, 2, 1, 16, 16)]
+    q, k, v, g, state = (x.to(DEVICE) for x in values)
+    o, S = linear_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), g, state=state, form="triton")
+    want, end = linear_attention(*(x.double() for x in values[:4]), state=values[4].double(), form="naive")
+    assert o.dtype == torch.bfloat16
+    assert (o.cpu().double() - want).pow(2).mean().sqrt() <= 5e-3 * want.pow(2).mean().sqrt()
+    assert (S.cpu().double() - end).pow(2).mean().sqrt() <= 5e-3 * end.pow(2).mean().sqrt()
+
+
+def test_a_rerun_gives_the_same_bits():
+    values = [x.to(DEVICE) for x in inputs(1, 70, 2, 1, 8, 8, "token")]
+    first, second = (differentiate("triton", values, torch.float32) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_float64_is_refused():
+    q, k, v, g, _ = (x.double() for x in inputs(1, 5, 1, 1, 4, 4))
+    with pytest.raises(ValueError, match="float64"):
+        linear_attention(q, k, v, g, form="triton")
