@@ -111,6 +111,8 @@ def _verbs() -> Iterator[tuple[str, ModuleType]]:
 def _with_common_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with `--debug` and `--quiet` added, which set the level of the log on stderr."""
     signature = inspect.signature(command, eval_str=True)
+    if "debug" in signature.parameters:  # a group's command, which was given them when the app was first built
+        return command
     common = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
         for name, option in (

@@ -1,0 +1,238 @@
+"""The entry: help, verbs found by their files, exit codes, one sentence for every error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from supra_cli import __main__ as entry
+from supra_cli.core import errors
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def process(*arguments: str, code: str | None = None, **options) -> subprocess.CompletedProcess:
+    """`supra` in a process of its own; `code` replaces the module."""
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "supra_cli"]
+    environment = {**os.environ, **options.pop("env", {})}
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A verb `fail` that raises what it is given."""
+
+    def install(error: BaseException) -> None:
+        def run() -> None:
+            raise error
+
+        class Module:
+            pass
+
+        module = Module()
+        module.run = run
+        monkeypatch.setattr(entry, "_verbs", lambda: iter([("fail", module), ("other", module)]))
+
+    return install
+
+
+def test_help_names_the_four_verbs_first_and_loads_no_torch():
+    code = """
+import sys
+from supra_cli.__main__ import main
+assert main(["--help"]) == 0
+heavy = {"torch", "transformers", "numpy", "pydantic", "datasets", "lm_eval"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    result = process(code=code)
+    assert result.returncode == 0, result.stderr
+    places = [result.stdout.index(f" {verb} ") for verb in ("convert", "uptrain", "eval", "generate", "doctor")]
+    assert places == sorted(places)
+
+
+def test_a_file_in_commands_is_a_verb():
+    names = {name for name, _ in entry._verbs()}
+    files = {path.stem for path in (ROOT / "supra_cli" / "commands").glob("*.py")}
+    assert names == files - {"__init__", "console"}
+
+
+def test_every_verb_has_help_debug_and_quiet(supra):
+    for name, module in entry._verbs():
+        if hasattr(module, "app"):
+            assert supra(name, "--help").code == 0
+            continue
+        result = supra(name, "--help")
+        assert result.code == 0
+        assert "--debug" in result.out
+        assert "--quiet" in result.out
+
+
+def test_the_version_is_printed(supra):
+    import supra_cli
+
+    assert supra("--version").out.strip() == supra_cli.__version__
+
+
+def test_no_arguments_show_the_help(supra):
+    result = supra()
+    assert "convert" in result.out
+    assert "error" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convret"], "Did you mean 'convert'"),
+        (["convert"], "Missing"),
+        (["convert", "tiny", "--mixr", "supra"], "--mixr"),
+        (["convert", "tiny", "--seed", "many"], "--seed"),
+        (["convert", "tiny", "--seed", "-1"], "--seed"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_2_and_one_sentence(supra, arguments, words):
+    result = supra(*arguments)
+    assert result.code == 2
+    assert words in result.error
+    assert result.out == ""
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.SupraError("failed"), 1),
+        (errors.UsageError("wrong"), 2),
+        (errors.NotFoundError("absent"), 3),
+        (errors.NotAuthorisedError("gated"), 4),
+        (errors.ResourceError("no GPU"), 5),
+        (errors.Stopped("stopped"), 75),
+        (KeyboardInterrupt(), 130),
+        (MemoryError(), 5),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 5),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), 5),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 1),
+    ],
+)
+def test_every_kind_of_failure_has_its_exit_code_and_a_sentence(supra, failing, error, code):
+    failing(error)
+    result = supra("fail")
+    assert result.code == code
+    if code != 130:
+        assert len(result.error.split()) > 1
+        assert "internal error" not in result.error
+    assert "Traceback" not in result.err
+
+
+def test_cuda_running_out_of_memory_is_exit_5(supra, failing):
+    import torch
+
+    failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    result = supra("fail")
+    assert result.code == 5
+    assert "smaller batch" in result.error
+
+
+def test_an_internal_error_is_one_sentence_and_a_log_file(supra, failing, monkeypatch, tmp_path):
+    monkeypatch.setattr(entry.tempfile, "gettempdir", lambda: str(tmp_path))
+    failing(KeyError("surprise"))
+    result = supra("fail")
+    assert result.code == 1
+    assert "internal error (KeyError: 'surprise')" in result.error
+    (log,) = tmp_path.glob("supra-error-*.log")
+    assert str(log) in result.error
+    assert "Traceback" in log.read_text()
+
+
+def test_an_internal_error_without_room_for_a_log_is_still_told(supra, failing, monkeypatch):
+    monkeypatch.setattr(entry.tempfile, "gettempdir", lambda: "/nowhere/at/all")
+    failing(KeyError("surprise"))
+    result = supra("fail")
+    assert result.code == 1
+    assert "Traceback" in result.err
+
+
+def test_debug_shows_the_traceback(supra, failing):
+    failing(errors.SupraError("failed"))
+    assert "Traceback" in supra("fail", "--debug").err
+    assert "Traceback" not in supra("fail").err
+
+
+def test_a_closed_pipe_is_quiet():
+    code = """
+import sys
+from supra_cli.__main__ import main
+sys.exit(main(["--version"]))
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert result.returncode == 1
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_without_unicode_never_crashes(encoding):
+    code = """
+import sys
+from supra_cli.__main__ import main
+from supra_cli.commands import console
+assert main(["--help"]) == 0
+console.result("naïve 東京 →")
+console.document({"text": "東京"})
+console.table([("東京", 1)], ("→", "n"))
+"""
+    result = process(code=code, env={"PYTHONIOENCODING": encoding}, encoding=encoding)
+    assert result.returncode == 0, result.stderr
+    assert '"\\u6771\\u4eac"' in result.stdout
+
+
+def test_no_color_is_respected():
+    result = process("--help", env={"NO_COLOR": "1", "FORCE_COLOR": "1"})
+    assert "\x1b[3" not in result.stdout
+
+
+def test_the_shell_completes_verbs():
+    result = process(
+        code="from supra_cli.__main__ import main; main([])",
+        env={"_SUPRA_COMPLETE": "complete_bash", "COMP_WORDS": "supra con", "COMP_CWORD": "1"},
+    )
+    assert result.stdout.split() == ["convert"]
+
+
+def test_a_group_of_verbs_is_a_module_with_an_app(supra, monkeypatch):
+    group = typer.Typer(help="Some verbs.")
+    seen = []
+
+    @group.command("list")
+    def show(name: str) -> None:
+        """Show one."""
+        seen.append(name)
+
+    @group.command("other")
+    def other() -> None:
+        """Show none."""
+
+    module = type("Module", (), {"app": group})
+    monkeypatch.setattr(entry, "_verbs", lambda: iter([("things", module), ("more", module)]))
+    assert supra("things", "list", "one", "--quiet").code == 0
+    assert seen == ["one"]
+
+
+def test_doctor_tells_versions_and_devices(supra):
+    import json
+
+    result = supra("doctor", "--json")
+    assert result.code == 0
+    found = json.loads(result.out)
+    assert found["versions"]["torch"]
+    assert found["auto_device"] in ("cpu", "cuda", "mps")
