@@ -5,6 +5,7 @@ the law.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -31,3 +32,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def build() -> Callable[..., SupraForCausalLM]:
     torch.manual_seed(0)
     return tiny_model
+
+
+@pytest.fixture
+def exact(build: Callable[..., SupraForCausalLM]) -> Callable[..., SupraForCausalLM]:
+    """Models in float64, where two orders of one sum differ only by what is fp32 by design: norms, constants, window
+    states. do.
+    """
+    return partial(build, dtype=torch.float64)

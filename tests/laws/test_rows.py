@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from supra_cli.core.layout import derive
 
-CLOSE = {"atol": 2e-5, "rtol": 2e-4}
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 LENGTHS = (5, 17, 12)
 
 
@@ -29,8 +29,8 @@ def packed(lengths):
 
 
 @torch.no_grad()
-def test_left_padding_changes_no_logit(build, base, mixer, keep):
-    model = build(base, mixer, keep)
+def test_left_padding_changes_no_logit(exact, base, mixer, keep):
+    model = exact(base, mixer, keep)
     rows = [tokens(length, seed=length) for length in LENGTHS]
     ids, mask = left_padded(rows, 20)
     logits = model(ids, attention_mask=mask).logits
@@ -40,9 +40,9 @@ def test_left_padding_changes_no_logit(build, base, mixer, keep):
 
 @torch.no_grad()
 @pytest.mark.parametrize("explicit", [True, False], ids=["positions given", "positions counted"])
-def test_the_state_handed_on_is_the_one_at_each_rows_last_real_token(build, base, mixer, explicit):
+def test_the_state_handed_on_is_the_one_at_each_rows_last_real_token(exact, base, mixer, explicit):
     """A batch padded on the right, continued with three tokens more, is each row continued alone."""
-    model = build(base, mixer)
+    model = exact(base, mixer)
     rows, more = [tokens(length, seed=length) for length in LENGTHS], tokens(len(LENGTHS), 3)
     ids, mask = (side.flip(1) for side in left_padded([row.flip(0) for row in rows], 18))
     memory = model(ids, attention_mask=mask, use_cache=True).past_key_values
@@ -55,8 +55,8 @@ def test_the_state_handed_on_is_the_one_at_each_rows_last_real_token(build, base
 
 
 @torch.no_grad()
-def test_packed_documents_do_not_see_each_other(build, base, mixer, keep):
-    model = build(base, mixer, keep)
+def test_packed_documents_do_not_see_each_other(exact, base, mixer, keep):
+    model = exact(base, mixer, keep)
     rows = [tokens(length, seed=length) for length in (1, 40, 2, 63)]
     logits = model(torch.cat(rows)[None], position_ids=packed(map(len, rows)), use_cache=False).logits[0]
     for part, line in zip(logits.split([len(line) for line in rows]), rows, strict=True):
@@ -64,8 +64,8 @@ def test_packed_documents_do_not_see_each_other(build, base, mixer, keep):
 
 
 @torch.no_grad()
-def test_packed_documents_with_padding_on_either_side_do_not_see_each_other(build, mixer, keep):
-    model = build("llama", mixer, keep)
+def test_packed_documents_with_padding_on_either_side_do_not_see_each_other(exact, mixer, keep):
+    model = exact("llama", mixer, keep)
     rows = [tokens(length, seed=length) for length in (9, 30)]
     pad = torch.zeros(4, dtype=torch.long)
     ids = torch.cat((pad, *rows, pad))[None]
@@ -78,10 +78,10 @@ def test_packed_documents_with_padding_on_either_side_do_not_see_each_other(buil
 
 
 @torch.no_grad()
-def test_after_packed_rows_the_state_is_the_last_documents(build, mixer):
+def test_after_packed_rows_the_state_is_the_last_documents(exact, mixer):
     if mixer == "softmax":
         pytest.skip("packed rows have no softmax cache")
-    model = build("llama", mixer)
+    model = exact("llama", mixer)
     first, second, more = tokens(21, seed=2), tokens(14, seed=3), tokens(1, 4, seed=4)
     memory = model(torch.cat((first, second))[None], position_ids=packed((21, 14)), use_cache=True).past_key_values
     logits = model(more, position_ids=14 + torch.arange(4)[None], past_key_values=memory).logits

@@ -40,12 +40,17 @@ def tiny_config(base: str, **changes: Any) -> PreTrainedConfig:
 
 
 def tiny_model(
-    base: str = "llama", mixer: str = "supra", keep: str = "none", options: dict | None = None, **changes: Any
+    base: str = "llama",
+    mixer: str = "supra",
+    keep: str = "none",
+    options: dict | None = None,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> SupraForCausalLM:
     config = tiny_config(base, **changes)
     kinds = layer_kinds(config.num_hidden_layers, mixer, keep)
     swapped = SupraConfig.from_base(config, mixer=mixer, options=options, layers=kinds)
-    return SupraForCausalLM._from_config(swapped, dtype=torch.float32).eval()
+    return SupraForCausalLM._from_config(swapped, dtype=dtype).eval()
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:
