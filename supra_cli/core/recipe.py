@@ -23,6 +23,8 @@ from supra_cli.core.errors import UsageError, near_miss
 Lookup = Callable[[Literal["mixer", "stage"], str], type]
 """(kind, name) → the options dataclass of that mixer or stage; raises UsageError for an unknown name."""
 
+_SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "recipes"
+
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -211,6 +213,19 @@ def load(path: Path, overrides: Iterable[str] = (), *, lookup: Lookup | None = N
     for override in overrides:
         _override(raw, override)
     return _anchor(validate(raw, str(path), lookup=lookup), Path(path).resolve().parent)
+
+
+def shipped() -> dict[str, Path]:
+    """Name → file of the recipes that come with supra."""
+    return {path.stem: path for path in sorted(_SHIPPED.glob("*.toml"))}
+
+
+def find(name: str) -> Path:
+    """The file of a shipped recipe; UsageError with a near miss for an unknown name."""
+    known = shipped()
+    if name not in known:
+        raise UsageError(f"no shipped recipe '{name}'{near_miss(name, known)}")
+    return known[name]
 
 
 def validate(raw: dict[str, Any], where: str = "recipe", *, lookup: Lookup | None = None) -> Recipe:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from supra_cli.core import corpus
 from supra_cli.core.errors import NotFoundError, SupraError, near_miss
-from supra_cli.core.recipe import Source
+from supra_cli.core.recipe import Data, Source
 
 STDLIB, COPY = "python-stdlib", "copy"
 
@@ -65,6 +65,13 @@ def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
             f"{count.skipped} of {count.records} records of {source.path} have no usable text "
             f"(the first: {count.reason}); allowed is a share of {skip_share}, see data.skip_share"
         )
+
+
+def all_texts(data: Data) -> Iterator[str]:
+    """Every document of the local training sources, to train a tokenizer on."""
+    for source in data.sources:
+        if source.path != COPY:
+            yield from texts(source, "train", data.skip_share)
 
 
 def files(path: str) -> list[Path]:

@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Validated:
-    """Held-out loss in nats per token; `teacher` is the base model's on the same rows, None for a model from scratch."""
+    """Held-out loss in nats per token; `teacher` is the base's on the same rows, None for a model from scratch."""
 
     step: int
     loss: float

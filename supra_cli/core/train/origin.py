@@ -37,6 +37,7 @@ def start(recipe: Recipe, run: RunDirectory, model: Path | None) -> tuple[SupraF
     """
     torch.manual_seed(recipe.seed)
     if model is not None:
+        (run.path / "converted").symlink_to(model.resolve(), target_is_directory=True)
         return _from_directory(recipe, run, model)
     if recipe.init == "scratch":
         return _from_scratch(recipe, run)
@@ -85,7 +86,7 @@ def _from_scratch(recipe: Recipe, run: RunDirectory) -> tuple[SupraForCausalLM, 
         base_config = AutoConfig.from_pretrained(folder)
         _bring_companions(folder, run)
     else:
-        words = bpe.train(_training_texts(recipe), recipe.tokenizer.vocab_size)
+        words = bpe.train(sources.all_texts(recipe.data), recipe.tokenizer.vocab_size)
         words.save_pretrained(run.tokenizer)
         base_config = AutoConfig.for_model(
             **{"vocab_size": len(words), **recipe.model},
@@ -106,12 +107,6 @@ def _bring_companions(folder: Path, run: RunDirectory) -> None:
     run.tokenizer.mkdir(exist_ok=True)
     for name in ["config.json", *companions(folder)]:
         shutil.copyfile(folder / name, run.tokenizer / name)
-
-
-def _training_texts(recipe: Recipe):
-    for source in recipe.data.sources:
-        if source.path != sources.COPY:
-            yield from sources.texts(source, "train", recipe.data.skip_share)
 
 
 def _summary(kinds) -> str:

@@ -2,7 +2,7 @@
 
 - `recipe.toml`, `env.json`, `metrics.jsonl`: the resolved recipe, versions and hardware, one line a step
 - `tokenizer/`: what belongs beside every checkpoint's weights
-- `converted/`: the student before the first step, where the run converted a base
+- `converted/`: the student before the first step: what this run made of its base, or a link to `--model`
 - `step-000500/`: a loadable model directory, with `training/` for resuming and the marker COMPLETE
 - `last`, `best`: links to checkpoints
 """
@@ -76,6 +76,8 @@ class RunDirectory:
         self.sweep()
         for folder in [*self.path.glob("step-*"), *(self.path / name for name in ("converted", "tokenizer", "eval"))]:
             shutil.rmtree(folder, ignore_errors=True)
+        if (self.path / "converted").is_symlink():
+            (self.path / "converted").unlink()
         for name in ("recipe.toml", "env.json", "metrics.jsonl", "last", "best"):
             (self.path / name).unlink(missing_ok=True)
 

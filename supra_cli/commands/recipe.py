@@ -1,0 +1,79 @@
+"""`supra recipe`: the shipped recipes, and whether one's own is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supra_cli.commands import console
+
+app = typer.Typer(help="List, show, copy and validate recipes; print their schema.")
+
+
+@app.command("list")
+def names(json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+    """List the shipped recipes, each with its first comment."""
+    from supra_cli.core import recipe as recipes
+
+    found = recipes.shipped()
+    if json:
+        console.document({name: {"path": str(path), "about": _about(path)} for name, path in found.items()})
+        return
+    console.table([[name, _about(path)] for name, path in found.items()], ["recipe", "about"])
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Shipped recipe.")]) -> None:
+    """Print a shipped recipe."""
+    from supra_cli.core import recipe as recipes
+
+    console.result(recipes.find(name).read_text(encoding="utf-8").rstrip())
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="Shipped recipe.")],
+    target: Annotated[Path, typer.Argument(help="File to write, or folder to write it into.")] = Path("."),
+) -> None:
+    """Copy a shipped recipe, to change it."""
+    from supra_cli.core import recipe as recipes
+    from supra_cli.core.errors import UsageError
+
+    source = recipes.find(name)
+    path = target / source.name if target.is_dir() else target
+    if path.exists():
+        raise UsageError(f"{path} exists already; choose another name")
+    path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    console.result(str(path))
+
+
+@app.command()
+def validate(
+    path: Annotated[Path, typer.Argument(help="Recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in uptrain.")] = None,
+) -> None:
+    """Check a recipe: every problem at once, each with its key; the resolved recipe on stdout when there is none."""
+    from supra_cli.core import recipe as recipes
+    from supra_cli.core.lookup import lookup
+
+    console.result(recipes.dumps(recipes.load(path, overrides or (), lookup=lookup)).rstrip())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, with what each key means."""
+    from supra_cli.core import recipe as recipes
+
+    console.document(recipes.Recipe.model_json_schema())
+
+
+def _about(path: Path) -> str:
+    """The first sentence of the comment at the top of a recipe."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(lines).split(". ")[0].rstrip(".")
