@@ -1,6 +1,7 @@
 """A directory ⇄ a model: strict to read, atomic to write, the base's shards never rewritten."""
 
 from supra_cli.core.checkpoint.conversion import convert
+from supra_cli.core.checkpoint.files import atomic_directory
 from supra_cli.core.checkpoint.reading import (
     check,
     fingerprint,
@@ -12,7 +13,7 @@ from supra_cli.core.checkpoint.reading import (
     tensors,
     verify,
 )
-from supra_cli.core.checkpoint.writing import atomic_directory, save
+from supra_cli.core.checkpoint.writing import save
 
 __all__ = [
     "atomic_directory",

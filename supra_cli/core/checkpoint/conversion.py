@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supra_cli.core.checkpoint.reading import check, read_config, tensors
-from supra_cli.core.checkpoint.writing import atomic_directory, finish, link_shards, tensor_bytes, write_shards
+from supra_cli.core.checkpoint.files import atomic_directory
+from supra_cli.core.checkpoint.reading import check, digest, read_config, tensors
+from supra_cli.core.checkpoint.writing import finish, link_shards, tensor_bytes, write_shards
 from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.swap import layer_kinds
@@ -50,10 +51,11 @@ def convert(
     new = {f"{name}.mixer": layer.mixer for name, layer in skeleton.swapped_layers()}
     total = sum(tensor_bytes(parameter) for layer in new.values() for parameter in layer.parameters())
     with atomic_directory(output, overwrite=overwrite) as directory:
-        placed = link_shards(source, directory, {name: entry.file for name, entry in found.items()})
+        placed, known = link_shards(source, directory, {name: entry.file for name, entry in found.items()})
         placed |= write_shards(_drawn(new, seed), directory, "mixers", total, MIXER_SHARD_BYTES)
-        provenance = {"base": base or str(source), "recipe": recipe, "seed": seed, "tokens": 0}
-        finish(directory, config, placed, source=source, provenance=provenance)
+        parent = digest(known)
+        provenance = {"base": base or str(source), "parent": parent, "recipe": recipe, "seed": seed, "tokens": 0}
+        finish(directory, config, placed, known, source=source, provenance=provenance)
     return output
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from supra_cli.core.checkpoint.files import first_line, read_json, sha256
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
@@ -69,7 +69,7 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     config = read_config(path).plain() if (path / "config.json").is_file() else None
     try:
         return AutoTokenizer.from_pretrained(path, config=config)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
+    except (ValueError, OSError) as error:
         raise SupraError(f"the tokenizer in {path} cannot be read ({first_line(error)}); restore its files") from error
 
 
@@ -193,22 +193,14 @@ def verify(path: Path | str) -> None:
 
 def fingerprint(path: Path | str) -> str | None:
     """One hash for all weights of a directory that supra wrote; None for any other."""
-    files = read_provenance(path).get("files")
+    return digest(read_provenance(path).get("files"))
+
+
+def digest(files: Mapping[str, Any] | None) -> str | None:
+    """One hash of the hashes of files; None without any."""
     if not files:
         return None
     return hashlib.sha256("".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files)).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SupraError(f"{path} is not JSON ({first_line(error)}); restore the file") from error
 
 
 @contextmanager
@@ -222,10 +214,6 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,90 @@
+"""Files that are whole or not there: atomic directories, links instead of copies, hashes, JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from supra_cli.core.errors import SupraError, UsageError
+
+
+@contextmanager
+def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its place if the block ends well, and vanishes if it does not.
+
+    A non-empty `path` is a UsageError unless `overwrite`; a full disk or a missing permission is a SupraError.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, expected a directory to write; choose another output")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UsageError(f"{path} already exists and is not empty; choose another output or overwrite it")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync(temporary)
+        _replace(temporary, path)
+    except OSError as error:
+        raise SupraError(f"cannot write {path} ({first_line(error)}); make room or choose another output") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    _sync_one(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        _sync_one(file)
+    _sync_one(directory)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link to the file that `source` finally names, or a copy where none can be made."""
+    source = source.resolve(strict=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SupraError(f"{path} is not JSON ({first_line(error)}); restore the file") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
