@@ -12,6 +12,9 @@ from torch import Tensor
 from supra_kernels import chunk as chunked
 from supra_kernels.boundaries import compute_dtype
 
+STEP_LENGTH = 4
+"""Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""
+
 library = torch.library.Library("supra", "DEF")
 library.define(
     "chunk(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale, bool keep)"
@@ -22,22 +25,25 @@ library.define(
     " float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "triton(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale) -> (Tensor, Tensor)"
+    "triton(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale, float? norm_eps)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 library.define(
     "triton_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment,"
     " float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-library.define("triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale) -> Tensor")
+library.define(
+    "triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale, float? norm_eps) -> Tensor"
+)
 
 library.impl("chunk", chunked.forward, "CompositeExplicitAutograd")
 library.impl("chunk_backward", chunked.backward, "CompositeExplicitAutograd")
 
 
-def _triton(q, k, v, g, state, segment, scale):
+def _triton(q, k, v, g, state, segment, scale, norm_eps):
     from supra_kernels.gpu import launch
 
-    return launch.forward(launch.Problem(q, k, v, g, segment, scale), state, v.dtype)
+    return launch.forward(launch.Problem(q, k, v, g, segment, scale), state, v.dtype, norm_eps=norm_eps)
 
 
 def _triton_backward(do, dS, q, k, v, g, state, segment, scale, decays):
@@ -50,10 +56,10 @@ def _triton_backward(do, dS, q, k, v, g, state, segment, scale, decays):
     return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), dg, grads.state
 
 
-def _triton_step(q, k, v, g, state, scale):
+def _triton_step(q, k, v, g, state, scale, norm_eps):
     from supra_kernels.gpu import launch
 
-    return launch.step(launch.Problem(q, k, v, g, None, scale), state, v.dtype)
+    return launch.step(launch.Problem(q, k, v, g, None, scale), state, v.dtype, norm_eps=norm_eps)
 
 
 for _key in ("CUDA", "CPU"):
@@ -80,12 +86,13 @@ def _(q, k, v, g, state, segment, scale, keep):
 
 
 @torch.library.register_fake("supra::triton", lib=library)
-def _(q, k, v, g, state, segment, scale):
-    return _output(q, v), _state(q, k, v)
+def _(q, k, v, g, state, segment, scale, norm_eps):
+    S = _state(q, k, v)
+    return _output(q, v), S, S.new_empty(0 if norm_eps is None else q.shape[:3])
 
 
 @torch.library.register_fake("supra::triton_step", lib=library)
-def _(q, k, v, g, state, scale):
+def _(q, k, v, g, state, scale, norm_eps):
     return _output(q, v)
 
 
@@ -104,21 +111,20 @@ def _(do, dS, q, k, v, g, state, segment, scale, decays):
     return _fake_gradients(q, k, v, g, decays)
 
 
-def _save(ctx, q, k, v, g, state, segment, scale, extra):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, state, segment, extra)
-    ctx.scale = scale
-
-
 def _chunk_setup(ctx, inputs, output):
-    q, k, v, g, state, segment, scale, _ = inputs
-    ctx.mark_non_differentiable(output[2])
-    _save(ctx, q, k, v, g, state, segment, scale, output[2])
+    q, k, v, g, state, segment, ctx.scale, _ = inputs
+    starts = output[2]
+    ctx.mark_non_differentiable(starts)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, state, segment, starts)
 
 
 def _triton_setup(ctx, inputs, output):
-    q, k, v, g, state, segment, scale = inputs
-    _save(ctx, q, k, v, g, state, segment, scale, None)
+    q, k, v, g, state, segment, ctx.scale, norm_eps = inputs
+    o, _, inverse = output
+    ctx.mark_non_differentiable(inverse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, state, segment, *((None, None) if norm_eps is None else (o, inverse)))
 
 
 def _chunk_gradients(ctx, do, dS, _):
@@ -128,11 +134,19 @@ def _chunk_gradients(ctx, do, dS, _):
     return *_for_inputs(grads, state, decays), None, None, None
 
 
-def _triton_gradients(ctx, do, dS):
-    q, k, v, g, state, segment, _ = ctx.saved_tensors
+def _triton_gradients(ctx, do, dS, _):
+    q, k, v, g, state, segment, o, inverse = ctx.saved_tensors
     do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
+    if inverse is not None:
+        do = _before_norm(do.float(), o.float(), inverse)
     grads = torch.ops.supra.triton_backward(do, dS, q, k, v, g, state, segment, ctx.scale, decays)
-    return *_for_inputs(grads, state, decays), None, None
+    return *_for_inputs(grads, state, decays), None, None, None
+
+
+def _before_norm(do: Tensor, o: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient of what was normalised: inverse · (do - mean(do) - o · mean(do · o)), means over a head's V numbers."""
+    along = (do * o).mean(-1, keepdim=True)
+    return inverse.unsqueeze(-1) * (do - do.mean(-1, keepdim=True) - o * along)
 
 
 def _for_inputs(grads, state, decays):
@@ -155,8 +169,7 @@ def chunk(
     segment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The chunked PyTorch form (supra_kernels.chunk). Its gradient is written by hand and not itself differentiable."""
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, state))
-    o, S, _ = torch.ops.supra.chunk(q, k, v, g, state, segment, scale, keep)
+    o, S, _ = torch.ops.supra.chunk(q, k, v, g, state, segment, scale, _needs_gradient(q, k, v, g, state))
     return o, S
 
 
@@ -169,6 +182,7 @@ def triton(
     scale: float = 1.0,
     state: Tensor | None = None,
     segment: Tensor | None = None,
+    norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton form (supra_kernels.gpu): chunks in parallel, or without gradients and for few tokens the decode step.
 
@@ -176,12 +190,11 @@ def triton(
     """
     if compute_dtype(q, k, v) == torch.float64:
         raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, state))
-    if q.shape[1] > STEP_LENGTH or segment is not None or needs_grad:
-        return torch.ops.supra.triton(q, k, v, g, state, segment, scale)
+    if q.shape[1] > STEP_LENGTH or segment is not None or _needs_gradient(q, k, v, g, state):
+        return torch.ops.supra.triton(q, k, v, g, state, segment, scale, norm_eps)[:2]
     S = _state(q, k, v).zero_() if state is None else state.to(torch.float32).contiguous()
-    return torch.ops.supra.triton_step(q, k, v, g, S, scale), S
+    return torch.ops.supra.triton_step(q, k, v, g, S, scale, norm_eps), S
 
 
-STEP_LENGTH = 4
-"""Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from supra_kernels.library import STEP_LENGTH, chunk, triton
 from supra_kernels.naive import naive
@@ -23,6 +24,7 @@ def linear_attention(
     scale: float = 1.0,
     state: Tensor | None = None,
     segment: Tensor | None = None,
+    norm_eps: float | None = None,
     form: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale · q_t^T S_t.
@@ -33,16 +35,28 @@ def linear_attention(
     segment [B,T] numbers the documents of a row, non-decreasing over real tokens, -1 on padding. S is zeroed where a
     document starts; a padding token changes nothing, and the output there is finite and meaningless.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
+    With norm_eps, o is normalised over each head's V numbers, (o - mean) / sqrt(variance + norm_eps), as GroupNorm with
+    H groups and no affine does; the Triton form does this in the kernel that makes o.
     Without gradients the step form overwrites `state` and returns it.
     Raises ValueError for shapes that do not fit and for an unknown form.
     """
     _check(q, k, v, g, state, segment)
     if form is None:
-        form = "step" if q.shape[1] <= STEP_LENGTH and segment is None else "chunk"
+        form = default_form(q, segment)
     if form not in FORMS:
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
     with _without_autocast(q.device.type):
-        return FORMS[form](q, k, v, g, scale=scale, state=state, segment=segment)
+        if form == "triton":
+            return triton(q, k, v, g, scale=scale, state=state, segment=segment, norm_eps=norm_eps)
+        o, S = FORMS[form](q, k, v, g, scale=scale, state=state, segment=segment)
+        return (o if norm_eps is None else layer_norm(o, o.shape[-1:], eps=norm_eps)), S
+
+
+def default_form(q: Tensor, segment: Tensor | None) -> str:
+    """Triton on a GPU, where its failure is an error, never a slow path; PyTorch elsewhere and for float64."""
+    if q.is_cuda and q.dtype != torch.float64:
+        return "triton"
+    return "step" if q.shape[1] <= STEP_LENGTH and segment is None else "chunk"
 
 
 def _without_autocast(device: str) -> AbstractContextManager:

@@ -6,6 +6,11 @@ Tolerances as in test_linear_attention.py; on a GPU fp32 products are three tf32
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from supra_kernels import linear_attention
@@ -119,6 +124,24 @@ def test_bf16_inputs_agree_within_bf16():
     assert (S.cpu().double() - end).pow(2).mean().sqrt() <= 5e-3 * end.pow(2).mean().sqrt()
 
 
+def test_the_fused_norm_equals_the_norm_after_the_operator():
+    values = inputs(1, 70, 2, 1, 8, 12, "token")
+
+    def run(form, dtype):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in values]
+        q, k, v, g, state = leaves
+        o, S = linear_attention(q, k, v, g, state=state, norm_eps=1e-5, form=form)
+        do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE, dtype)
+        return [o.cpu(), S.cpu(), *(x.cpu() for x in torch.autograd.grad((o * do).sum() + S.sum(), leaves))]
+
+    assert_agrees(run("triton", torch.float32), run("naive", torch.float64), torch.float32)
+    q, k, v, g, state = (x.to(DEVICE) for x in values)
+    one = [q[:, :1], k[:, :1], v[:, :1], g[:, :1]]
+    want, _ = linear_attention(*one, state=state, norm_eps=1e-5, form="naive")
+    o, _ = linear_attention(*one, state=state, norm_eps=1e-5, form="triton")
+    torch.testing.assert_close(o, want, atol=1e-5, rtol=1e-4)
+
+
 def test_a_rerun_gives_the_same_bits():
     values = [x.to(DEVICE) for x in inputs(1, 70, 2, 1, 8, 8, "token")]
     first, second = (differentiate("triton", values, torch.float32) for _ in range(2))
@@ -129,3 +152,47 @@ def test_float64_is_refused():
     q, k, v, g, _ = (x.double() for x in inputs(1, 5, 1, 1, 4, 4))
     with pytest.raises(ValueError, match="float64"):
         linear_attention(q, k, v, g, form="triton")
+
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from supra_kernels.gpu import launch
+
+FP32 = ("p_g", "p_initial", "p_end", "p_through", "p_state", "p_dg", "p_inverse")
+SHARED = dict(C=64, BK=64, BV=64, DECAY=2, PACKED=True, OPERAND=tl.bfloat16, PRECISION="tf32")
+WALK = dict(SHARED, REVERSE=False, STORE=True, INITIAL=True)
+
+
+def kind(name):
+    if name.startswith("p_"):
+        return "*i32" if name == "p_code" else "*fp32" if name in FP32 else "*bf16"
+    return "fp32" if name in ("scale", "eps") else "i32"
+
+
+for kernel, constants in (
+    (launch.states_kernel, WALK),
+    (launch.output_kernel, dict(SHARED, NORM=True)),
+    (launch.query_key_kernel, SHARED),
+    (launch.value_kernel, SHARED),
+    (launch.decay_kernel, SHARED),
+    (launch.step_kernel, dict(BK=64, BV=16, DECAY=1, NORM=False)),
+):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kind(name) for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 2})
+    assert compiled.asm["cubin"] and compiled.metadata.shared <= 227 * 1024, kernel.__name__
+    print(kernel.__name__)
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    """Triton brings its assembler, so this needs no GPU; the interpreter would not see what does not compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(Path(launch.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) == 6

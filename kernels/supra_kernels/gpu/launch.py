@@ -146,22 +146,23 @@ def forward(
     *,
     norm_eps: float | None = None,
     spans: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """-> o [B,T,H,V] and the final state; with norm_eps, every head's output is normalised before it is stored."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> o [B,T,H,V], the final state, and with norm_eps, which normalises every head's output before it is stored,
+    the factors [B,T,H] by which it did (empty otherwise)."""
     states, end = walk(problem, problem.k, problem.v, state, reverse=False, spans=spans)
     BK = _tile(problem.key_dim)
     BV = _tile(problem.v_dim, 128) if norm_eps is None else _tile(problem.v_dim, 1 << 20)
-    o = problem.empty(
-        problem.batch, problem.length, problem.heads, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype
-    )
+    lead = (problem.batch, problem.length, problem.heads)
+    o = problem.empty(*lead, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype)
+    inverse = problem.empty(0) if norm_eps is None else problem.empty(*lead)
     grid = (problem.batch * problem.heads * problem.chunks * triton.cdiv(problem.v_dim, BV),)
     with _on(problem.q):
         output_kernel[grid](
-            problem.q, problem.k, problem.v, problem.g, problem.code, states, o,
+            problem.q, problem.k, problem.v, problem.g, problem.code, states, o, inverse,
             *problem.sizes, problem.scale, norm_eps or 0.0,
             **problem.shared, BK=BK, BV=BV, NORM=norm_eps is not None, num_warps=4 if BV <= 64 else 8, num_stages=2,
         )  # fmt: skip
-    return o.to(out_dtype), end
+    return o.to(out_dtype), end, inverse
 
 
 def backward(
@@ -199,7 +200,8 @@ def step(problem: Problem, state: Tensor, out_dtype: torch.dtype, *, norm_eps: f
     with _on(problem.q):
         step_kernel[(problem.batch * problem.heads * triton.cdiv(problem.v_dim, BV),)](
             problem.q, problem.k, problem.v, problem.g, state, o,
-            problem.length, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim, problem.scale, norm_eps or 0.0,
+            problem.length, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim, problem.scale,
+            norm_eps or 0.0,
             BK=BK, BV=BV, DECAY=problem.shared["DECAY"], NORM=norm_eps is not None, num_warps=4,
         )  # fmt: skip
     return o.to(out_dtype)

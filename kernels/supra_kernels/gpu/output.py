@@ -17,13 +17,14 @@ from supra_kernels.gpu.tiles import (
 
 @triton.jit
 def output_kernel(
-    p_q, p_k, p_v, p_g, p_code, p_states, p_o,
+    p_q, p_k, p_v, p_g, p_code, p_states, p_o, p_inverse,
     T, N, H, G, K, V, scale, eps,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
     NORM: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one chunk of one head, BV columns of o. With NORM, BV covers V and each row of o is normalised:
-    (o - mean) / sqrt(variance + eps), over the V numbers of a head."""
+    """One program: one chunk of one head, BV columns of o. With NORM, BV covers V and each row of o is normalised over
+    the V numbers of a head, (o - mean) · inverse, inverse = 1 / sqrt(variance + eps); inverse [B,T,H] is stored.
+    """
     tiles_v = tl.cdiv(V, BV)
     pid = tl.program_id(0).to(tl.int64)
     i_v, n, i_bh = pid % tiles_v * BV, pid // tiles_v % N, pid // tiles_v // N
@@ -50,5 +51,8 @@ def output_kernel(
     if NORM:
         inside = (tl.arange(0, BV) < V)[None, :]
         centred = tl.where(inside, b_o - (tl.sum(b_o, 1) / V)[:, None], 0.0)
-        b_o = centred * tl.rsqrt(tl.sum(centred * centred, 1) / V + eps)[:, None]
+        inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / V + eps)
+        b_o = centred * inverse[:, None]
+        o_t = start + tl.arange(0, C)
+        tl.store(p_inverse + (i_b * T + o_t) * H + i_h, inverse, mask=o_t < T)
     store_rows(p_o, b_o, i_b, i_h, start, T, H, V, i_v, C, BV)

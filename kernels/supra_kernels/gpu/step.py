@@ -39,6 +39,6 @@ def step_kernel(
         b_o = tl.sum(b_q[:, None] * b_S, 0) * scale
         if NORM:
             centred = tl.where(m_v, b_o - tl.sum(b_o, 0) / V, 0.0)
-            b_o = centred * tl.rsqrt(tl.sum(centred * centred, 0) / V + eps)
+            b_o = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / V + eps))
         tl.store(p_o + (row * H + i_h) * V + o_v, b_o.to(p_o.dtype.element_ty), mask=m_v)
     tl.store(p_state + o_S, b_S, mask=m_S)

@@ -1,0 +1,89 @@
+"""The Triton kernels at real sizes, in bf16 and fp32, against the chunked PyTorch form in float64.
+
+Tolerances, RMS(error) / RMS(reference): 5e-3 in bf16, whose inputs to a product are rounded at 4e-3 and whose sums are
+fp32; 1e-5 in fp32, three tf32 products for one. Ten times that for the gradient of a decay, a sum of signed terms.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from supra_kernels import linear_attention
+from test_linear_attention import DECAYS, NAMES, inputs, packed
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SHAPES = [(2, 1024, 8, 2, 128, 128), (1, 2000, 4, 4, 64, 64), (1, 333, 4, 1, 256, 256), (1, 8192, 2, 2, 64, 128)]
+
+
+def run(values, form, segment, norm_eps):
+    q, k, v, g, state = (None if x is None else x.detach().requires_grad_() for x in values)
+    o, S = linear_attention(q, k, v, g, scale=0.1, state=state, segment=segment, norm_eps=norm_eps, form=form)
+    rng = torch.Generator().manual_seed(1)
+    do, dS = (torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x) for x in (o, S))
+    if segment is not None:
+        do = do.masked_fill(segment[..., None, None] < 0, 0)
+        o = o.masked_fill(segment[..., None, None] < 0, 0)
+    torch.autograd.backward((o, S), (do, dS))
+    return [o, S, *(None if x is None else x.grad for x in (q, k, v, g, state))]
+
+
+def check(values, tolerance, segment=None, norm_eps=None):
+    got = run([None if x is None else x.cuda() for x in values], "triton", segment, norm_eps)
+    wide = [None if x is None else x.double().cuda() for x in values]
+    for name, x, y in zip(NAMES, got, run(wide, "chunk", segment, norm_eps), strict=True):
+        if y is None:
+            continue
+        limit = tolerance * (10 if name == "dg" else 1) * y.pow(2).mean().sqrt()
+        assert (x.double() - y).pow(2).mean().sqrt() <= limit + 1e-30, name
+
+
+def narrow(values):
+    return [x.bfloat16() if i < 3 else x for i, x in enumerate(values)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_bf16(shape, decay):
+    check(narrow(inputs(*shape, decay)), 5e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decay", ["fixed", "token"])
+def test_fp32(shape, decay):
+    check(inputs(*shape, decay), 1e-5)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_packed_and_padded(decay):
+    segment = packed(2, 1024, padding=0.1, document=200).cuda()
+    check(narrow(inputs(2, 1024, 8, 2, 64, 64, decay)), 5e-3, segment)
+
+
+def test_fused_norm():
+    check(inputs(1, 1000, 4, 2, 64, 64, "fixed"), 1e-4, norm_eps=1e-5)
+
+
+def test_a_rerun_gives_the_same_bits():
+    values = [None if x is None else x.cuda() for x in narrow(inputs(1, 8192, 2, 2, 64, 64, "token"))]
+    first, second = (run(values, "triton", None, None) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 16, 256])
+def test_decode_steps_in_a_cuda_graph(batch):
+    q, k, v, g, state = (x.cuda() for x in inputs(batch, 1, 8, 2, 128, 128))
+    S = state.clone()
+    linear_attention(q, k, v, g, state=S, form="triton")
+    S.copy_(state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = linear_attention(q, k, v, g, state=S, form="triton")
+    S.copy_(state)
+    for _ in range(3):
+        graph.replay()
+    want = state
+    for _ in range(3):
+        wanted, want = linear_attention(q, k, v, g, state=want, form="naive")
+    torch.testing.assert_close(S, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(o, wanted, atol=1e-3, rtol=1e-4)
