@@ -41,6 +41,11 @@ class Swap(NamedTuple):
     def any(self) -> bool:
         return any(kind != SOFTMAX for kind in self.layers)
 
+    def check(self, layers: int) -> None:
+        """Raise a ValueError unless every one of the model's layers has a kind, the mixer's or softmax."""
+        if len(self.layers) != layers or not set(self.layers) <= {self.mixer, SOFTMAX}:
+            raise ValueError(f"expected {layers} layers of kind '{self.mixer}' or '{SOFTMAX}', got {self.layers}")
+
 
 class SupraConfig(PreTrainedConfig):
     """The base's config whole, plus what was exchanged.
@@ -65,11 +70,9 @@ class SupraConfig(PreTrainedConfig):
         """The config of `base` with `mixer` in the layers whose kind in `layers` is not softmax (all, if None)."""
         if isinstance(base, SupraConfig):
             base = base.plain()
-        count = base.num_hidden_layers
-        kinds = [mixer] * count if layers is None else list(layers)
-        if len(kinds) != count or not set(kinds) <= {mixer, SOFTMAX}:
-            raise ValueError(f"layers must name {count} kinds out of '{mixer}' and '{SOFTMAX}', got {kinds}")
+        kinds = [mixer] * base.num_hidden_layers if layers is None else list(layers)
         record = Swap(base.model_type, mixer, asdict(parse_options(mixer, options or {})), kinds)
+        record.check(base.num_hidden_layers)
         config = family(record.base).config(**_fields(base), supra=record._asdict())
         config._attn_implementation = base._attn_implementation
         return config
@@ -121,6 +124,7 @@ class SupraForCausalLM(PreTrainedModel):
     def __init__(self, config: SupraConfig):
         super().__init__(config)
         record = config.swap
+        record.check(config.num_hidden_layers)
         self.arch = archs.get(record.base)
         swap(self, self.arch, mixers.get(record.mixer), parse_options(record.mixer, record.options), record.layers)
 
@@ -193,9 +197,10 @@ class SupraForCausalLM(PreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            layout=layout,
             **kwargs,
         )
+        if self.supra.any:
+            call["layout"] = layout
         if objective is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **call)
         return objective(self.base_model(**call).last_hidden_state, partial(self.arch.head, self))

@@ -385,3 +385,30 @@ def test_tensors_that_transformers_renames_keep_their_names_on_disk(tmp_path):
     assert names == checkpoint.tensors(tmp_path / "out").keys()
     assert "embed_out.weight" in names
     assert "gpt_neox.layers.0.attention.mixer.E.weight" in names
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": "wide"},
+        {"vocab_size": -1},
+        {"num_hidden_layers": 2},
+        {"dtype": 7},
+        {"head_dim": 2**40},
+        {"supra": 3},
+        {"supra": {"base": "llama"}},
+        {"supra": {"base": "llama", "mixer": [], "options": {}, "layers": ["supra"] * 3}},
+        {"supra": {"base": "llama", "mixer": "supra", "options": 1, "layers": ["supra"] * 3}},
+        {"supra": {"base": "llama", "mixer": "supra", "options": {}, "layers": ["supra"]}},
+        {"supra": {"base": "llama", "mixer": "supra", "options": {}, "layers": ["supra", "supra", "mamba"]}},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense_is_one_sentence(converted, change):
+    file = converted / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(SupraError) as caught:
+        checkpoint.load(converted)
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)

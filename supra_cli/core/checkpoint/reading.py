@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import safetensors
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -83,17 +84,33 @@ def read_config(path: Path | str) -> SupraConfig:
     described = read_json(path / "config.json")
     if not isinstance(described, dict) or "model_type" not in described:
         raise SupraError(f"{path / 'config.json'} names no model_type; restore the model's own config.json")
-    if described["model_type"] == SupraConfig.model_type and "base" not in (described.get("supra") or {}):
+    record = described.get("supra")
+    if described["model_type"] == SupraConfig.model_type and not (isinstance(record, dict) and "base" in record):
         raise SupraError(
             f"{path / 'config.json'} has no key 'supra' that names its base; restore the model's own config.json"
         )
-    try:
+    with _describing_a_model(path / "config.json"):
         config = AutoConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError) as error:
-        raise SupraError(
-            f"{path / 'config.json'} cannot be read ({first_line(error)}); restore the model's own config.json"
-        ) from error
-    return config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
+        return config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
+
+
+@contextmanager
+def _describing_a_model(file: Path | str) -> Iterator[None]:
+    """What transformers and PyTorch raise on a config that makes no sense, as a SupraError."""
+    try:
+        yield
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise SupraError(f"{file} describes no model ({words}); restore the model's own config.json") from error
 
 
 def read_provenance(path: Path | str) -> dict[str, Any]:
@@ -149,10 +166,10 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:
-    """Raise a SupraError that names the first tensors that the model of `config` lacks, has too many or in another
+    """Raise a SupraError that names the first tensor that the model of `config` lacks, has too much or in another
     shape.
     """
-    with torch.device("meta"):
+    with _describing_a_model("config.json"), torch.device("meta"):
         model = SupraForCausalLM._from_config(copy.deepcopy(config))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]

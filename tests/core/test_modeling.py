@@ -1,0 +1,154 @@
+"""The config and the model's forward: masks, packing, caches, checkpointed gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+
+from supra_cli.core.errors import UsageError
+from supra_cli.core.mixers import mixers
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+DOCUMENTS = (11, 1, 20)
+
+
+def model(config=None, mixer="softmax", **changes):
+    torch.manual_seed(0)
+    config = SupraConfig.from_base(config or LlamaConfig(**SHAPE), mixer=mixer, **changes)
+    return SupraForCausalLM._from_config(config).eval()
+
+
+def packed():
+    ids = torch.randint(3, 97, (1, sum(DOCUMENTS)), generator=torch.Generator().manual_seed(1))
+    return ids, torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
+
+
+def alone(swapped, ids):
+    return torch.cat([swapped(part).logits for part in ids.split(DOCUMENTS, dim=1)], dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SHAPE),
+        MistralConfig(**SHAPE, sliding_window=5),
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ],
+    ids=["all", "window", "window in some layers"],
+)
+def test_packed_softmax_layers_keep_to_their_document_and_window(config, attention):
+    swapped = model(copy.deepcopy(config))
+    swapped.set_attn_implementation(attention)
+    ids, positions = packed()
+    assert_close(swapped(ids, position_ids=positions, use_cache=False).logits, alone(swapped, ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sliding", [None, 5])
+def test_softmax_heads_of_a_swapped_layer_keep_to_the_bases_window(sliding):
+    swapped = model(MistralConfig(**SHAPE, sliding_window=sliding), mixer="supra")
+    plain = model(MistralConfig(**SHAPE, sliding_window=sliding))
+    plain.load_state_dict({k: v for k, v in swapped.state_dict().items() if ".mixer." not in k})
+    seen = []
+    plain.model.layers[0].self_attn.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True
+    )
+    plain(packed()[0], use_cache=False)
+    (given, expected), layer = seen[0], swapped.model.layers[0].self_attn
+    heads = layer.softmax_heads(given["hidden_states"], given["position_embeddings"])
+    assert_close(layer.o_proj(heads.flatten(-2)), expected)
+
+
+@torch.no_grad()
+def test_packed_rows_with_a_softmax_cache_are_refused():
+    ids, positions = packed()
+    memory = model()(ids[:, :3], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="one document a row"):
+        model()(ids, position_ids=positions, past_key_values=memory)
+
+
+@torch.no_grad()
+def test_a_model_without_softmax_layers_builds_no_mask_however_long_the_batch(monkeypatch):
+    """A [1, 1, 20000, 20000] mask alone would take 400 MB."""
+    swapped, shapes = model(mixer="supra"), []
+    layer = swapped.model.layers[0].self_attn
+    layer.register_forward_hook(lambda *call: shapes.append(call[2]["attention_mask"].shape), with_kwargs=True)
+    ids = torch.randint(3, 97, (1, 20_000))
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    swapped(ids, attention_mask=mask, logits_to_keep=1)
+    assert shapes == [(1, 1, 0, 0)]
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "supra"])
+def test_gradients_are_the_same_with_checkpointed_activations(mixer):
+    ids, positions = packed()
+    gradients = []
+    for checkpointing in (False, True):
+        swapped = model(mixer=mixer).train()
+        if checkpointing:
+            swapped.gradient_checkpointing_enable()
+        swapped(ids, position_ids=positions, objective=lambda hidden, head: head(hidden).square().mean()).backward()
+        gradients.append({name: parameter.grad for name, parameter in swapped.named_parameters()})
+    plain, checkpointed = gradients
+    for name in plain:
+        assert_close(checkpointed[name], plain[name])
+
+
+@pytest.mark.parametrize("mixer", list(mixers))
+def test_it_trains_under_bf16_autocast(mixer):
+    swapped, (ids, positions) = model(mixer=mixer).train(), packed()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = swapped(ids, position_ids=positions, objective=lambda hidden, head: head(hidden).float().square().mean())
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in swapped.parameters())
+
+
+def test_labels_give_the_loss_that_the_base_gives():
+    swapped, (ids, _) = model(), packed()
+    plain = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    plain.load_state_dict(swapped.state_dict())
+    assert torch.equal(swapped(ids, labels=ids).loss, plain(ids, labels=ids).loss)
+
+
+def test_a_config_holds_the_base_whole_and_comes_back_from_json(tmp_path):
+    base = LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
+    config = SupraConfig.from_base(base, mixer="t2r", options={"feature_size": 7}, layers=["t2r", "softmax"])
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, LlamaConfig)
+    assert again.swap == config.swap == ("llama", "t2r", {"feature_size": 7}, ["t2r", "softmax"])
+    assert again.plain().to_diff_dict() | {"architectures": None} == base.to_diff_dict() | {"architectures": None}
+
+
+def test_a_model_can_be_built_on_the_meta_device():
+    with torch.device("meta"):
+        swapped = model(mixer="supra")
+    assert {parameter.device.type for parameter in swapped.parameters()} == {"meta"}
+    assert len(list(swapped.swapped_layers())) == 2
+
+
+@pytest.mark.parametrize("layers", [["supra"], ["supra", "t2r"]])
+def test_layers_must_name_a_kind_for_each(layers):
+    with pytest.raises(ValueError, match="expected 2 layers"):
+        SupraConfig.from_base(LlamaConfig(**SHAPE), mixer="supra", layers=layers)
+
+
+def test_an_architecture_without_a_record_is_named():
+    with pytest.raises(UsageError, match="unknown base architecture 'gpt2'"):
+        SupraConfig.from_base(AutoConfig.for_model("gpt2"))

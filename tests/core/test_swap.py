@@ -1,0 +1,107 @@
+"""Which layers are swapped, and the cache slot that holds a state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from supra_cli.core.errors import UsageError
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.swap import RecurrentLayer, layer_kinds
+
+IDS = torch.arange(3, 20)[None]
+
+
+def model(keep="none", **changes):
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(**(shape | changes))
+    return SupraForCausalLM._from_config(
+        SupraConfig.from_base(config, mixer="supra", layers=layer_kinds(3, "supra", keep))
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("none", ()),
+        ("all", (0, 1, 2, 3, 4, 5)),
+        ("every:2", (1, 3, 5)),
+        ("every:4", (3,)),
+        ("every:6", (5,)),
+        ("first:2", (0, 1)),
+        ("last:1", (5,)),
+        ("0,5,3", (0, 3, 5)),
+        ("2", (2,)),
+    ],
+)
+def test_keep_names_the_softmax_layers(keep, kept):
+    kinds = layer_kinds(6, "supra", keep)
+    assert kinds == ["softmax" if layer in kept else "supra" for layer in range(6)]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    ["", "some", "every:0", "every:7", "every:", "first:-1", "last:x", "6", "0,9", "-1", "1,,2", "all:1", "every:²"],
+)
+def test_a_keep_that_means_nothing_is_a_usage_error_that_lists_what_does(keep):
+    with pytest.raises(UsageError, match="expected none, all, every:N"):
+        layer_kinds(6, "supra", keep)
+
+
+def test_mixers_are_named_below_the_attention_they_sit_in():
+    names = [name for name, _ in model("1").named_parameters() if ".mixer." in name]
+    assert {name.split(".mixer.")[0] for name in names} == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
+
+
+@torch.no_grad()
+def test_a_state_is_put_into_the_slot_of_a_cache_made_by_anyone():
+    swapped = model("1")
+    expected = swapped(IDS).logits[:, -1]
+    for memory in (DynamicCache(), DynamicCache(config=swapped.config)):
+        swapped(IDS[:, :-1], past_key_values=memory)
+        assert [isinstance(layer, RecurrentLayer) for layer in memory.layers] == [True, False, True]
+        assert memory.get_seq_length() == 16
+        torch.testing.assert_close(swapped(IDS[:, -1:], past_key_values=memory).logits[:, -1], expected)
+
+
+@torch.no_grad()
+def test_a_cache_filled_by_another_model_is_refused():
+    memory = model("all")(IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="another model"):
+        model("none")(IDS[:, :1], past_key_values=memory)
+
+
+@torch.no_grad()
+def test_a_cache_can_be_copied_repeated_reordered_and_reset():
+    swapped = model()
+    memory = swapped(IDS, use_cache=True).past_key_values
+    kept = copy.deepcopy(memory)
+    memory.batch_repeat_interleave(3)
+    memory.reorder_cache(torch.tensor([2, 0, 1]))
+    memory.batch_select_indices(torch.tensor([0, 2]))
+    for layer, other in zip(memory.layers, kept.layers, strict=True):
+        assert torch.equal(layer.state.S, other.state.S.expand(2, -1, -1, -1))
+    memory.reset()
+    assert memory.get_seq_length() == 0
+    torch.testing.assert_close(swapped(IDS, past_key_values=memory).logits, swapped(IDS).logits)
+    with pytest.raises(ValueError, match="cannot forget"):
+        kept.crop(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", ["none", "all"])
+def test_a_static_cache_serves_too(keep):
+    swapped = model(keep)
+    memory = StaticCache(config=swapped.config, max_cache_len=32)
+    swapped(IDS[:, :-1], past_key_values=memory)
+    torch.testing.assert_close(swapped(IDS[:, -1:], past_key_values=memory).logits[:, -1], swapped(IDS).logits[:, -1])
