@@ -28,7 +28,7 @@ from supra_cli.core.data.rows import Batch
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import Stage, stages
 from supra_cli.core.swap import SOFTMAX, SwappedAttention, layer_kinds
-from supra_cli.core.train.loop import select, untie
+from supra_cli.core.train.prepare import prepare
 
 if TYPE_CHECKING:
     from supra_cli.core import recipe as recipes
@@ -139,6 +139,7 @@ class StagePlan:
 @dataclass(frozen=True)
 class Plan:
     model: ModelPlan
+    """The student before its first stage."""
     dtype: str
     """What the passes compute in."""
     stages: tuple[StagePlan, ...]
@@ -195,11 +196,11 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16) -> Plan:
     Needs the configurations of the base and the teachers, which are bundled for the aliased models.
     """
     config = student_config(recipe)
+    size = measure(config, getattr(torch, recipe.checkpoint.dtype))
     with FakeTensorMode(), torch.device("cpu"):
         student = _built(config, torch.float32)
         stage_plans = tuple(_stage(recipe, spec, student, dtype) for spec in recipe.stages)
-    saved = getattr(torch, recipe.checkpoint.dtype)
-    return Plan(measure(config, saved), str(dtype).removeprefix("torch."), stage_plans)
+    return Plan(size, str(dtype).removeprefix("torch."), stage_plans)
 
 
 def student_config(recipe: recipes.Recipe) -> SupraConfig:
@@ -220,9 +221,7 @@ def swapped_config(base: object, mixer: str, options: dict, keep: str) -> SupraC
 def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalLM, dtype: torch.dtype) -> StagePlan:
     stage_class = stages.get(spec.kind)
     stage = stage_class(stage_class.Options(**spec.options))
-    if spec.untie:
-        untie(student)
-    trained = sum(parameter.numel() for _, parameter in select(student, stage, spec))
+    trained = sum(parameter.numel() for _, parameter in prepare(student, stage, spec))
     teacher = _teacher_config(recipe, spec) if stage.teacher == "separate" else None
     cost = _cost(recipe, spec, stage, student.config, teacher, dtype)
     gradients = 4 * trained
@@ -283,9 +282,7 @@ def _cost(
 
     def probe(*layers: str, teacher_layers: int = 1) -> _Cost:
         student = _built(_cut(config, layers), torch.float32).train()
-        if not config.tie_word_embeddings:
-            untie(student)
-        select(student, stage, spec)
+        prepare(student, stage, spec)
         beside = None if teacher is None else _built(_cut(teacher, teacher.swap.layers[:teacher_layers]), dtype).eval()
         with stage.attached(student):
             return _one_pass(stage, student, beside, recipe.micro_rows(spec), recipe.seq_len(spec), dtype)

@@ -126,6 +126,22 @@ def test_smaller_micro_batches_need_less_memory_and_the_same_work():
     assert parts.flops == pytest.approx(whole.flops, rel=0.01)
 
 
+def test_activation_checkpointing_trades_memory_for_work():
+    stage = {"kind": "finetune", "tokens": 4096, "batch_tokens": 4096}
+    plain, checkpointed = (
+        accounting.plan(recipe({**stage, "activation_checkpointing": choice}), torch.float32).stages[0]
+        for choice in (False, True)
+    )
+    assert checkpointed.memory.activations < 0.7 * plain.memory.activations
+    assert checkpointed.flops > 1.1 * plain.flops
+
+
+def test_untying_gives_the_head_weights_of_its_own():
+    stage = {"kind": "finetune", "tokens": 1024, "batch_tokens": 512, "untie": True}
+    plan = accounting.plan(recipe(stage, model={**SHAPE, "tie_word_embeddings": True}), torch.float32)
+    assert plan.stages[0].trainable == plan.model.parameters + 512 * 64
+
+
 def test_the_counted_peak_is_what_real_tensors_take():
     """The meter over a real pass of all layers: neither the missing storage nor going by two layers loses anything."""
     shape = {**SHAPE, "num_hidden_layers": 4}
