@@ -14,7 +14,7 @@ from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import stages
 from supra_cli.core.swap import layer_kinds
-from supra_cli.core.train.loop import select
+from supra_cli.core.train.prepare import select
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 

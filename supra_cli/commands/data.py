@@ -26,8 +26,8 @@ def peek(
 ) -> None:
     """Show the first rows exactly as the model will see them, document by document."""
     from supra_cli.core import recipe as recipes
-    from supra_cli.core.data.peek import peek as look
     from supra_cli.core.lookup import lookup
+    from supra_cli.core.train.peek import peek as look
 
     found = look(recipes.load(recipe, overrides or (), lookup=lookup), rows)
     if json:

@@ -127,6 +127,8 @@ class Stage(OpenTable):
     """The gradient is scaled down to this global norm."""
     teacher: str | None = None
     """Model to learn from, where the stage has one; the run's base when left out."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
     untie: bool = False
     """Give the output head weights of its own, where the base ties them to the embedding."""
 
@@ -161,6 +163,10 @@ class Recipe(Table):
     """What is saved, and when."""
     validate_every_steps: Positive = 500
     """Optimizer steps between two validations; there is one at the end in any case."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is not finite: stop, or leave that batch out; no step is taken either way."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go besides the run's metrics.jsonl."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     """Training stages, run in order."""
 
@@ -177,6 +183,11 @@ class Recipe(Table):
         if self.model is not None and self.init != "scratch":
             raise ValueError("[model] has no weights to start from; set init = 'scratch'")
         return self
+
+    def trajectory(self) -> dict[str, Any]:
+        """What decides the bits of the result: everything but how often is saved and validated, and where is logged."""
+        free = {"checkpoint", "validate_every_steps", "non_finite", "track"}
+        return self.model_dump(mode="json", exclude=free)
 
     def seq_len(self, stage: Stage) -> int:
         return stage.seq_len or self.data.seq_len

@@ -16,7 +16,10 @@ RAW: dict[str, Any] = {
     "base": "tiny",
     "mixer": {"name": "supra", "gain": "head"},
     "data": {"seq_len": 64, "sources": [{"path": "python-stdlib", "weight": 2.0}]},
-    "stages": [{"kind": "transfer", "tokens": 1000}, {"kind": "finetune", "tokens": 1001, "batch_tokens": 130, "z_loss": 1e-4}],
+    "stages": [
+        {"kind": "transfer", "tokens": 1000},
+        {"kind": "finetune", "tokens": 1001, "batch_tokens": 130, "z_loss": 1e-4},
+    ],
 }
 
 

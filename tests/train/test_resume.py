@@ -132,7 +132,7 @@ def test_when_nothing_can_be_read_the_error_says_so(recipe_file: Callable[..., P
     run(recipe_file(), output, stop_after=5)
     for path in output.glob("step-*/training/state.json"):
         path.write_text("{")
-    with pytest.raises(SupraError, match="no checkpoint in .* can be read"):
+    with pytest.raises(SupraError, match=r"no checkpoint in .* can be read"):
         run(recipe_file(), output, resume=True)
 
 

@@ -14,8 +14,8 @@ from supra_cli.core import recipe as recipes
 from supra_cli.core.data.rows import IGNORED, Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.stages import chunked, stages
-from supra_cli.core.train.loop import select, untie
 from supra_cli.core.train.optimizer import adamw, lr_factor
+from supra_cli.core.train.prepare import select, untie
 
 
 @pytest.fixture(scope="module")

@@ -132,19 +132,21 @@ class Mixture:
         self._weights = np.asarray(weights) / sum(weights)
         self.names = names
         self._rows = [0] * len(streams)
+        self._tokens = [0] * len(streams)
 
     def batch(self, rows: int, length: int) -> Batch:
-        pairs = [self._next().row(length) for _ in range(rows)]
+        pairs = [self._next(length).row(length) for _ in range(rows)]
         return collate([ids for ids, _ in pairs], [positions for _, positions in pairs])
 
-    def _next(self) -> Stream:
+    def _next(self, length: int) -> Stream:
         behind = self._weights * (sum(self._rows) + 1) - self._rows
         chosen = int(behind.argmax())
         self._rows[chosen] += 1
+        self._tokens[chosen] += length
         return self._streams[chosen]
 
-    def rows_by_source(self) -> dict[str, int]:
-        return dict(zip(self.names, self._rows, strict=True))
+    def tokens_by_source(self) -> dict[str, int]:
+        return dict(zip(self.names, self._tokens, strict=True))
 
     def digests(self) -> dict[str, str]:
         return {name: stream.digest for name, stream in zip(self.names, self._streams, strict=True)}
@@ -152,6 +154,7 @@ class Mixture:
     def state(self) -> dict:
         return {
             "rows": list(self._rows),
+            "tokens": list(self._tokens),
             "streams": [dict(stream.state) for stream in self._streams],
             "digests": self.digests(),
         }
@@ -164,7 +167,7 @@ class Mixture:
                 f"the data changed since the checkpoint was written ({', '.join(changed) or 'other sources'}); "
                 "put back the same files and tokenizer, or start a new run"
             )
-        self._rows = list(state["rows"])
+        self._rows, self._tokens = list(state["rows"]), list(state["tokens"])
         for stream, saved in zip(self._streams, state["streams"], strict=True):
             stream.state = dict(saved)
 

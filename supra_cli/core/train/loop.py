@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from supra_cli.core import checkpoint, hub
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.errors import Stopped, SupraError, UsageError
-from supra_cli.core.stages import Loss, Stage, chunked, stages
+from supra_cli.core.evaluate import perplexity
+from supra_cli.core.stages import stages
 from supra_cli.core.train import origin, state
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
 from supra_cli.core.train.optimizer import adamw, lr_factor, set_lr
+from supra_cli.core.train.prepare import prepare
 from supra_cli.core.train.run import RunDirectory, environment
 from supra_cli.core.train.state import Counters
+from supra_cli.core.train.step import Outcome, Stepper, computing_in, dump
+from supra_cli.core.train.trackers import open_trackers
+
+MOST_SKIPPED = 100
+"""Steps that a run may leave out as not finite before it gives up."""
 
 
 def uptrain(
@@ -103,12 +108,13 @@ class Trainer:
         self._vocabulary_fits()
         self.mixture = rows.training(self.recipe.data, self.tokenizer, self.recipe.seed)
         self.held_out = rows.held_out(self.recipe.data, self.tokenizer)
+        self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))
         if self._checkpoint is not None:
             self.mixture.restore(self._data_state)
 
     def _same_recipe(self) -> None:
         stored = self.run.path / "recipe.toml"
-        if stored.exists() and stored.read_text(encoding="utf-8") != recipes.dumps(self.recipe):
+        if stored.exists() and recipes.load(stored).trajectory() != self.recipe.trajectory():
             raise UsageError(
                 f"the recipe is not the one that {self.run.path} was started with (see its recipe.toml); "
                 "resume with the same recipe and --set, or start a new run"
@@ -160,24 +166,23 @@ class Trainer:
     def _stage(self, spec: recipes.Stage) -> Iterator[Event]:
         stage_class = stages.get(spec.kind)
         stage = stage_class(stage_class.Options(**spec.options))
-        if spec.untie:
-            untie(self.student)
-        trained = select(self.student, stage, spec)
+        trained = prepare(self.student, stage, spec)
         optimizer = adamw(trained, spec)
         if self._checkpoint is not None and self.counters.stage_step:
             state.restore_optimizer(self._checkpoint / "training", optimizer)
             state.restore_random(self._checkpoint / "training")
         self._checkpoint = None
         teacher = self._teacher(spec) if stage.teacher == "separate" else None
+        stepper = Stepper(stage, self.student, teacher, optimizer, spec.clip_norm, self.device, self.dtype)
         steps = self.recipe.steps(spec)
-        parameters = [parameter for _, parameter in trained]
+        moving = sum(parameter.numel() for _, parameter in trained)
         total = sum(parameter.numel() for parameter in self.student.parameters())
-        yield StageStarted(self.counters.stage, spec.kind, steps, sum(p.numel() for p in parameters), total)
+        yield StageStarted(self.counters.stage, spec.kind, steps, moving, total)
         with stage.attached(self.student):
             self._clock = time.perf_counter()
             while self.counters.stage_step < steps:
                 set_lr(optimizer, lr_factor(self.counters.stage_step, steps, spec))
-                yield self._step(stage, spec, teacher, optimizer, parameters)
+                yield from self._step(stepper, spec)
                 yield from self._between_steps(optimizer, steps, spec)
         self.counters.stage, self.counters.stage_step = self.counters.stage + 1, 0
 
@@ -193,67 +198,70 @@ class Trainer:
         if self.stop.is_set() and not run_ends:
             raise Stopped(f"stopped after step {counters.step} with everything saved; go on with --resume")
 
-    def _step(
-        self,
-        stage: Stage,
-        spec: recipes.Stage,
-        teacher: nn.Module | None,
-        optimizer: torch.optim.AdamW,
-        parameters: list,
-    ) -> Step:
+    def _step(self, stepper: Stepper, spec: recipes.Stage) -> Iterator[Event]:
         counters, length = self.counters, self.recipe.seq_len(spec)
         micro_batches = self._micro_batches(self.recipe.rows(spec), self.recipe.micro_rows(spec), length)
-        scored = sum(stage.scored(batch) for batch in micro_batches)
-        sums: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            loss = self._forward(stage, teacher, batch.to(self.device))
-            (loss.sum / scored).backward()
-            for name, value in {"loss": loss.sum.detach(), **loss.metrics}.items():
-                sums[name] = sums.get(name, 0) + value
-        norm = float(nn.utils.clip_grad_norm_(parameters, spec.clip_norm))
-        means = {name: float(value) / scored for name, value in sums.items()}
-        if not (math.isfinite(norm) and math.isfinite(means["loss"])):
+        # Once a stage, at its full rate: that the weights' format can hold the updates.
+        watched = stepper.watch() if counters.stage_step == spec.warmup_steps else None
+        outcome = stepper.take(micro_batches)
+        if not outcome.finite:
+            yield self._not_finite(outcome, micro_batches, spec)
+        elif watched is not None and (share := stepper.swallowed(watched)) > 0.5:
             raise SupraError(
-                f"loss or gradient is not finite in stage {counters.stage} ({spec.kind}), step {counters.step + 1}: "
-                f"loss {means['loss']}, gradient norm {norm}; nothing was updated. Lower the learning rate and --resume"
+                f"{100 * share:.0f} % of the updates in stage {counters.stage} ({spec.kind}) are too small for the "
+                "weights' number format and change nothing; raise the learning rate"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens = self.recipe.rows(spec) * length
         seconds = self._lap()
         counters.stage_step += 1
         counters.step += 1
-        counters.tokens += tokens
+        counters.tokens += self.recipe.rows(spec) * length
         counters.seconds += seconds
         step = Step(
-            counters.stage,
-            counters.stage_step,
-            counters.step,
-            counters.tokens,
-            means.pop("loss"),
-            norm,
-            max(group["lr"] for group in optimizer.param_groups),
-            tokens / seconds,
-            seconds,
-            means,
+            stage=counters.stage,
+            stage_step=counters.stage_step,
+            step=counters.step,
+            tokens=counters.tokens,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            lr=max(group["lr"] for group in stepper.optimizer.param_groups),
+            tokens_per_second=self.recipe.rows(spec) * length / seconds,
+            seconds=seconds,
+            metrics=outcome.metrics,
         )
-        self.run.log({"event": "step", **dataclasses.asdict(step)})
-        return step
+        self.run.log({"event": "step", **dataclasses.asdict(step), "sources": self.mixture.tokens_by_source()})
+        for log in self.trackers:
+            log(step.step, {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.metrics})
+        yield step
+
+    def _not_finite(self, outcome: Outcome, micro_batches: list[Batch], spec: recipes.Stage) -> Note:
+        """Keep the batch and say so; with non_finite = "stop", as an error."""
+        counters = self.counters
+        counters.skipped_steps += 1
+        facts = {
+            "stage": counters.stage,
+            "kind": spec.kind,
+            "step": counters.step + 1,
+            "loss": str(outcome.loss),
+            "grad_norm": str(outcome.grad_norm),
+        }
+        kept = dump(self.run.path / "non-finite" / f"step-{counters.step + 1:06d}", micro_batches, facts)
+        told = (
+            f"loss {outcome.loss} and gradient norm {outcome.grad_norm} in stage {counters.stage} ({spec.kind}), "
+            f"step {counters.step + 1}; nothing was updated and the batch is kept in {kept}"
+        )
+        if self.recipe.non_finite == "stop":
+            raise SupraError(
+                f"{told}; go on without it with --resume --set non_finite=skip, or lower the learning rate"
+            )
+        if counters.skipped_steps > MOST_SKIPPED:
+            raise SupraError(f"{told}; that is the {counters.skipped_steps}th, so it is not the batch: start over")
+        return Note(told)
 
     def _micro_batches(self, rows_in_step: int, rows_at_once: int, length: int) -> list[Batch]:
         return [
             self.mixture.batch(min(rows_at_once, rows_in_step - start), length)
             for start in range(0, rows_in_step, rows_at_once)
         ]
-
-    def _forward(self, stage: Stage, teacher: nn.Module | None, batch: Batch) -> Loss:
-        with self._computing():
-            return stage.loss(self.student, teacher, batch)
-
-    def _computing(self):
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
 
     def _lap(self) -> float:
         if self.device.type == "cuda":
@@ -288,32 +296,21 @@ class Trainer:
     def _validate(self, teacher_loss: float | None) -> Iterator[Event]:
         if not self.held_out:
             return
-        self.student.eval()
-        loss = self._held_out_loss(self.student)
-        self.student.train()
-        counters = self.counters
+        counters, loss = self.counters, self._held_out_loss(self.student)
         if counters.step and (counters.best_loss is None or loss < counters.best_loss):
             counters.best_loss, counters.best_step = loss, counters.step
         self._last_loss = loss
         self.run.log({"event": "validation", "step": counters.step, "loss": loss, "teacher": teacher_loss})
+        for log in self.trackers:
+            log(counters.step, {"held_out_loss": loss})
         yield Validated(counters.step, loss, teacher_loss)
         self._clock = time.perf_counter()
 
-    @torch.no_grad()
     def _held_out_loss(self, model: nn.Module) -> float:
-        total, targets = 0.0, 0
-        for batch in self.held_out:
-            batch = batch.to(self.device)
-            with self._computing():
-                nll, _ = model(
-                    input_ids=batch.input_ids,
-                    position_ids=batch.position_ids,
-                    use_cache=False,
-                    objective=lambda hidden, head, labels=batch.labels: chunked.cross_entropy(hidden, head, labels),
-                )
-            total += float(nll)
-            targets += batch.targets
-        return total / targets
+        """Nats per held-out token."""
+        whole = Batch(*(torch.cat(parts) for parts in zip(*self.held_out, strict=True)))
+        with computing_in(self.dtype, self.device):
+            return perplexity(model, whole.input_ids, whole.position_ids, whole.labels).nats
 
     def _save(self, optimizer: torch.optim.AdamW) -> Iterator[Event]:
         counters = self.counters
@@ -331,7 +328,6 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _provenance(self) -> dict:
-        rows_by_source = self.mixture.rows_by_source()
         return {
             "base": self.origin.base,
             "parent": self.origin.parent,
@@ -339,27 +335,6 @@ class Trainer:
             "step": self.counters.step,
             "tokens": self.counters.tokens,
             "seconds": round(self.counters.seconds, 3),
-            "rows_by_source": rows_by_source,
+            "tokens_by_source": self.mixture.tokens_by_source(),
             "data": self.mixture.digests(),
         }
-
-
-def select(student: nn.Module, stage: Stage, spec: recipes.Stage) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that move in this stage, by name; all others are frozen."""
-    chosen = []
-    for name, parameter in student.named_parameters():
-        moves = stage.trains(name) and (spec.train == "all" or ".mixer." in name)
-        parameter.requires_grad_(moves)
-        if moves:
-            chosen.append((name, parameter))
-    if not chosen:
-        raise UsageError(f"stage '{spec.kind}' has nothing to train: the model has no parameter that it moves")
-    return chosen
-
-
-def untie(student: nn.Module) -> None:
-    """Give the output head its own copy of the embedding's weights."""
-    head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.detach().clone())
-    student.config.tie_word_embeddings = False

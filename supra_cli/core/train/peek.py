@@ -24,9 +24,9 @@ def peek(recipe: Recipe, count: int) -> list[dict[str, Any]]:
     mixture = rows.training(recipe.data, tokenizer, recipe.seed)
     shown = []
     for _ in range(count):
-        before = mixture.rows_by_source()
+        before = mixture.tokens_by_source()
         batch = mixture.batch(1, recipe.data.seq_len)
-        source = next(name for name, drawn in mixture.rows_by_source().items() if drawn > before[name])
+        source = next(name for name, drawn in mixture.tokens_by_source().items() if drawn > before[name])
         ids, positions = batch.input_ids[0], batch.position_ids[0]
         starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
         pieces = [ids[start:end] for start, end in itertools.pairwise(starts)]
