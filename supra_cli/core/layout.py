@@ -73,15 +73,20 @@ def derive(
     return Layout(segment, position.expand(batch, tokens).masked_fill(~real, 0)), position
 
 
-def softmax_mask(layout: Layout, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """[B, 1, T, T], added to the scores: 0 where j ≤ i lie in one document (and i - j < window), the dtype's minimum
-    elsewhere.
+def softmax_mask(
+    layout: Layout | None, tokens: int, *, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """[B, 1, T, T], added to the scores: 0 where j ≤ i lie in one document and i - j < window, elsewhere the minimum.
 
-    Padding sees padding, so no row is empty and every output is finite.
+    Padding sees padding, so no row is empty and every output is finite. None where plain causality says it all.
     """
-    tokens = layout.segment.shape[1]
-    index = torch.arange(tokens, device=layout.segment.device)
-    distance = index[:, None] - index[None, :]
-    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    seen = seen & (layout.segment[:, :, None] == layout.segment[:, None, :])
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    if layout is None and window is None:
+        return None
+    index = torch.arange(tokens, device=device)
+    distance = index[:, None] - index
+    seen = (distance >= 0)[None]
+    if window is not None:
+        seen = seen & (distance < window)
+    if layout is not None:
+        seen = seen & (layout.segment[:, :, None] == layout.segment[:, None, :])
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

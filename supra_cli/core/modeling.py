@@ -218,13 +218,12 @@ class SupraForCausalLM(PreTrainedModel):
             raise ValueError(
                 "packed rows cannot be cached by softmax layers, got position_ids that restart; pass one document a row"
             )
-        window = partial(softmax_mask, layout, self.dtype)
-        kinds = getattr(self.config, "layer_types", None)
+        tokens = layout.segment.shape[1]
+        masked = partial(softmax_mask, layout, tokens, dtype=self.dtype, device=layout.segment.device)
+        kinds, window = getattr(self.config, "layer_types", None), getattr(self.config, "sliding_window", None)
         if kinds is None:
-            return window(getattr(self.config, "sliding_window", None))
-        return {
-            kind: window(self.config.sliding_window if kind == "sliding_attention" else None) for kind in set(kinds)
-        }
+            return masked(window=window)
+        return {kind: masked(window=window if kind == "sliding_attention" else None) for kind in set(kinds)}
 
 
 class Family(NamedTuple):

@@ -50,14 +50,14 @@ class SwappedAttention(nn.Module):
         rope = partial(self.arch.rotate, self, tables=position_embeddings)
         return Softmax(self.mixer.spec, Softmax.Options())(q, k, v, hidden_states, rope, None, layout)[0]
 
-    def softmax(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, layout: Layout | None = None, **kwargs: Any
-    ) -> Tensor:
-        """The base's own attention [B,T,D] on the same input, without a cache and within the same documents."""
-        if layout is not None:
-            attention_mask = softmax_mask(layout, hidden_states.dtype, self.mixer.spec.window)
-        kwargs[self.arch.cache] = None
-        return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)[0]
+    def softmax(self, hidden_states: Tensor, layout: Layout | None = None, **kwargs: Any) -> Tensor:
+        """The base's own attention [B,T,D] on the same input, within the same documents and without a cache.
+
+        Takes what `forward` takes; the mask is made here, as a model without softmax layers hands none over.
+        """
+        x, window = hidden_states, self.mixer.spec.window
+        mask = softmax_mask(layout, x.shape[1], window=window, dtype=x.dtype, device=x.device)
+        return super().forward(x, **{**kwargs, "attention_mask": mask, self.arch.cache: None})[0]
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Rope = None, layout: Layout | None = None, **kwargs: Any

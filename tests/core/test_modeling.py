@@ -58,19 +58,31 @@ def test_packed_softmax_layers_keep_to_their_document_and_window(config, attenti
     assert_close(swapped(ids, position_ids=positions, use_cache=False).logits, alone(swapped, ids))
 
 
+def heard(swapped, **call):
+    """What the first attention layer was given and what it answered."""
+    heard = []
+    hook = swapped.model.layers[0].self_attn.register_forward_hook(
+        lambda module, args, kwargs, output: heard.append((kwargs, output[0])), with_kwargs=True
+    )
+    swapped(use_cache=False, **call)
+    hook.remove()
+    return heard[0]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("sliding", [None, 5])
-def test_softmax_heads_of_a_swapped_layer_keep_to_the_bases_window(sliding):
-    swapped = model(MistralConfig(**SHAPE, sliding_window=sliding), mixer="supra")
-    plain = model(MistralConfig(**SHAPE, sliding_window=sliding))
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_swapped_layer_answers_as_its_base_within_documents_and_window(sliding, packing):
+    config = MistralConfig(**SHAPE, sliding_window=sliding)
+    swapped, plain = model(config, mixer="supra"), model(config)
     plain.load_state_dict({k: v for k, v in swapped.state_dict().items() if ".mixer." not in k})
-    seen = []
-    plain.model.layers[0].self_attn.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True
-    )
-    plain(packed()[0], use_cache=False)
-    (given, expected), layer = seen[0], swapped.model.layers[0].self_attn
-    heads = layer.softmax_heads(given["hidden_states"], given["position_embeddings"])
+    ids, positions = packed()
+    call = {"input_ids": ids, "position_ids": positions if packing else None}
+    _, expected = heard(plain, **call)
+    given, _ = heard(swapped, **call)
+    layer = swapped.model.layers[0].self_attn
+    assert_close(layer.softmax(**given), expected)
+    heads = layer.softmax_heads(given["hidden_states"], given["position_embeddings"], given["layout"])
     assert_close(layer.o_proj(heads.flatten(-2)), expected)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -23,12 +22,10 @@ class Softmax(Mixer):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: NamedTuple | None, layout: Layout | None
     ) -> tuple[Tensor, None]:
+        mask = softmax_mask(layout, x.shape[1], window=self.spec.window, dtype=q.dtype, device=q.device)
         q, k, v = (heads.transpose(1, 2) for heads in (rope(q), rope(k), v))
-        mask = None
-        if layout is not None or self.spec.window is not None:
-            layout = layout or Layout(torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), None)
-            mask = softmax_mask(layout, q.dtype, self.spec.window)
+        grouped = q.shape[1] != k.shape[1]
         o = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.spec.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.spec.scale, enable_gqa=grouped
         )
         return o.transpose(1, 2), None
