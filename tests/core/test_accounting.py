@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 from supra_cli.core import accounting, hub
 from supra_cli.core import recipe as recipes
+from supra_cli.core.accounting.run import one_pass
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
@@ -149,7 +150,7 @@ def test_the_counted_peak_is_what_real_tensors_take():
     torch.manual_seed(0)
     model = SupraForCausalLM._from_config(accounting.student_config(raw), dtype=torch.float32).train()
     stage = stages.get("finetune")(stages.get("finetune").Options())
-    real = accounting._one_pass(stage, model, None, 8, 64, torch.float32)
+    real = one_pass(stage, model, None, 8, 64, torch.float32)
     planned = accounting.plan(raw, torch.float32).stages[0]
     gradients = planned.memory.gradients
     assert planned.memory.activations + gradients == pytest.approx(max(real.kept, gradients) + real.passing, rel=0.05)

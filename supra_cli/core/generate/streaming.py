@@ -1,4 +1,4 @@
-"""Text from a model: `prefill` reads the prompts in one pass, `decode` goes on by one token, in memory that stays.
+"""Prefill, decode, and the stream of text that they make.
 
 Works on every model that `checkpoint.load` returns. Where softmax layers are left, their keys and values grow as ever.
 """
@@ -14,45 +14,13 @@ import torch
 from torch import Tensor
 
 from supra_cli.core.errors import UsageError
+from supra_cli.core.generate.sampling import Sampling, choose
+from supra_cli.core.generate.writer import Writer
 from supra_cli.core.swap import SOFTMAX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen and when to stop."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    """0 takes the most probable token."""
-    top_k: int | None = None
-    """Draw from this many most probable tokens only."""
-    top_p: float | None = None
-    """Draw from the fewest most probable tokens whose probabilities reach this sum."""
-    num_beams: int = 1
-    """Above 1: beam search by Hugging Face's `generate`."""
-    seed: int = 0
-    """Prompt number i (from 0) draws with seed + i."""
-    stop: tuple[str, ...] = ()
-    """A completion ends before the first of these strings."""
-
-    def __post_init__(self) -> None:
-        for name, value, fine, expected in (
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("--top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("--top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--num-beams", self.num_beams, self.num_beams >= 1, "at least 1"),
-            ("--seed", self.seed, 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
-            ("--stop", "''", "" not in self.stop, "some text"),
-        ):
-            if not fine:
-                raise UsageError(f"{name} is {value}, expected {expected}")
-        if self.num_beams > 1 and self.temperature > 0:
-            raise UsageError(f"--num-beams {self.num_beams} searches, it does not draw; leave out --temperature")
 
 
 class Piece(NamedTuple):
@@ -93,9 +61,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> t
     input_ids [B,T] and mask [B,T] (1 on real tokens, None if all are) are padded on the left.
     """
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp_(min=0)
-    output = model(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
-    )
+    output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1], output.past_key_values
 
 
@@ -187,78 +153,6 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list | tuple) else [configured]
     return {int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None}
-
-
-def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token [B] from logits [B,vocab]: the first maximum, or a draw by each row's own generator."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    ordered, order = (logits.float() / sampling.temperature).sort(stable=True, dim=-1, descending=True)
-    probability = ordered[:, : sampling.top_k].softmax(-1)
-    upto = probability.cumsum(-1)
-    if sampling.top_p is not None:
-        probability = probability * ((upto - probability) < sampling.top_p)
-        upto = probability.cumsum(-1)
-    # One uniform number a row, drawn on the CPU, so that a seed means the same on every device.
-    drawn = torch.stack([torch.rand((), generator=generator) for generator in generators])
-    index = torch.searchsorted(upto, drawn.to(upto.device)[:, None] * upto[:, -1:], right=True)
-    last = (probability > 0).sum(-1, keepdim=True) - 1
-    return order.gather(-1, index.minimum(last))[:, 0]
-
-
-class Writer:
-    """One completion's text from its tokens: whole characters only, and nothing of a stop string."""
-
-    # Tokens of the prompt that are decoded along, because some decoders drop the space at the start of a text.
-    _CONTEXT = 8
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()):
-        self._tokenizer = tokenizer
-        self._ids = list(prompt[-self._CONTEXT :])
-        self._shown_from, self._shown_to = 0, len(self._ids)
-        self._stop = tuple(stop)
-        self._held = ""
-        self.done = False
-
-    def add(self, token: int) -> str:
-        """The text that is certain after one more token: no half character, nothing that may become a stop."""
-        self._ids.append(token)
-        shown = self._text(self._ids[self._shown_from : self._shown_to])
-        text = self._text(self._ids[self._shown_from :])
-        if len(text) <= len(shown) or text.endswith("\ufffd"):
-            return ""
-        del self._ids[: self._shown_from]
-        self._shown_from, self._shown_to = self._shown_to - self._shown_from, len(self._ids)
-        return self._release(text[len(shown) :])
-
-    def close(self) -> str:
-        """What was held back, without an incomplete character; nothing comes after it."""
-        if self.done:
-            return ""
-        shown = self._text(self._ids[self._shown_from : self._shown_to])
-        rest = self._release(self._text(self._ids[self._shown_from :])[len(shown) :].rstrip("\ufffd"))
-        held, self._held = ("" if self.done else self._held), ""
-        self.done = True
-        return rest + held
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _release(self, text: str) -> str:
-        """`text` after what was held back, up to the first stop string or to what may become one."""
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self._held, self.done = "", True
-            return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _tokens(
