@@ -1,6 +1,4 @@
-"""The words that architectures and mixers share: the shape of one attention layer, and where documents lie in a
-batch.
-"""
+"""The words that architectures and mixers share: the shape of a layer, and where documents lie in a batch."""
 
 from __future__ import annotations
 

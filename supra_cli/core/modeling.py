@@ -1,6 +1,4 @@
-"""The Hugging Face face of a swapped model: a config, a causal language model, and their registration with the Auto
-classes.
-"""
+"""The Hugging Face face of a swapped model: config, causal language model, registration with the Auto classes."""
 
 from __future__ import annotations
 
@@ -188,12 +186,17 @@ class SupraForCausalLM(PreTrainedModel):
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         layout, position_ids = derive(attention_mask, position_ids, *inputs.shape[:2])
-        if use_cache is None and past_key_values is None and (self.training or objective is not None):
+        packed, attends = layout is not None and layout.packed, SOFTMAX in self.supra.layers
+        if use_cache is None and past_key_values is None and (self.training or packed or objective is not None):
             use_cache = False
+        if packed and attends and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "packed rows cannot be cached by softmax layers, got position_ids that restart; pass one document a row"
+            )
         call = dict(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            attention_mask=self._mask(attention_mask, layout, past_key_values),
+            attention_mask=attention_mask if attends and not packed else self._softmax_mask(layout),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -205,19 +208,18 @@ class SupraForCausalLM(PreTrainedModel):
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **call)
         return objective(self.base_model(**call).last_hidden_state, partial(self.arch.head, self))
 
-    def _mask(self, mask: Tensor | None, layout: Layout | None, memory: Cache | None) -> Any:
-        """The mask that the base hands to its softmax layers: its own business, but for packed rows, which not every
-        base recognises, and for models without softmax layers, which need none at all.
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """`generate` would make the 4-D mask itself for a static cache; `forward` must see where the padding is."""
+        return attention_mask
+
+    def _softmax_mask(self, layout: Layout | None) -> Any:
+        """The 4-D mask of packed rows, which not every base recognises, by kind of layer where the base has several.
+
+        Without softmax layers an empty one, so that the base makes none: it would be quadratic in T.
         """
-        record = self.config.swap
-        if SOFTMAX not in record.layers:
+        if SOFTMAX not in self.supra.layers:
             return torch.empty((1, 1, 0, 0), device=self.device)
-        if layout is None or not layout.packed:
-            return mask
-        if memory is not None:
-            raise ValueError(
-                "packed rows cannot be cached by softmax layers, got position_ids that restart; pass one document a row"
-            )
         tokens = layout.segment.shape[1]
         masked = partial(softmax_mask, layout, tokens, dtype=self.dtype, device=layout.segment.device)
         kinds, window = getattr(self.config, "layer_types", None), getattr(self.config, "sliding_window", None)
@@ -236,9 +238,7 @@ class Family(NamedTuple):
 
 @cache
 def family(base: str) -> Family:
-    """The classes for the base's `model_type`, registered with AutoModelForCausalLM; a UsageError if no arch
-    describes it.
-    """
+    """The classes for a base's `model_type`, registered with AutoModelForCausalLM; a UsageError without an arch."""
     archs.get(base)
     base_config = CONFIG_MAPPING[base]
     base_model = AutoModelForCausalLM._model_mapping[base_config]

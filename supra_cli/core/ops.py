@@ -1,6 +1,4 @@
-"""The operators that mixers are made of; the only importer of `supra_kernels`, which chooses the form by device,
-dtype and length.
-"""
+"""The operators that mixers are made of. `supra_kernels`, imported here alone, picks the form by device and length."""
 
 from __future__ import annotations
 

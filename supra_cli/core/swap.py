@@ -78,9 +78,7 @@ def swapped_class(attention: type[nn.Module]) -> type[SwappedAttention]:
 
 
 def swap(model: nn.Module, arch: Arch, mixer: type[Mixer], options: Mixer.Options, kinds: Sequence[str]) -> None:
-    """Put a mixer, freshly drawn, into every layer of `model` whose kind is not softmax (drawing does nothing on the
-    meta device).
-    """
+    """Put a mixer, freshly drawn (on the meta device: not at all), into every layer whose kind is not softmax."""
     for block, kind in zip(arch.layers(model), kinds, strict=True):
         if kind != SOFTMAX:
             attention = getattr(block, arch.slot)

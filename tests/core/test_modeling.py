@@ -92,6 +92,9 @@ def test_packed_rows_with_a_softmax_cache_are_refused():
     memory = model()(ids[:, :3], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="one document a row"):
         model()(ids, position_ids=positions, past_key_values=memory)
+    with pytest.raises(ValueError, match="one document a row"):
+        model()(ids, position_ids=positions, use_cache=True)
+    assert model()(ids, position_ids=positions).past_key_values is None
 
 
 @torch.no_grad()

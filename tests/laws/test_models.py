@@ -146,6 +146,14 @@ def test_batched_generation_equals_single(build, mixer, keep):
 
 
 @torch.no_grad()
+def test_generation_with_a_static_cache_is_the_same(build, mixer):
+    model, ids = build("llama", mixer), tokens(2, 9)
+    ids[0, :4] = 0
+    given = {"max_new_tokens": 6, "attention_mask": (ids > 0).long(), "eos_token_id": None, "do_sample": False}
+    assert torch.equal(model.generate(ids, cache_implementation="static", **given), model.generate(ids, **given))
+
+
+@torch.no_grad()
 def test_beam_search_finds_what_it_finds_without_a_cache(build, mixer):
     model, ids = build("llama", mixer), tokens(2, 9)
     given = {"max_new_tokens": 6, "num_beams": 4, "eos_token_id": None, "do_sample": False}

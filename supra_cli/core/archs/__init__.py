@@ -30,9 +30,8 @@ class Arch:
     spec: Callable[[nn.Module], HeadSpec]
     """attention -> its shape."""
     qkv: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
-    """(attention, x [B,T,D]) -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]: projected and normed, not rotated, not
-    repeated.
-    """
+    """(attention, x [B,T,D]) -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]: projected and normed, neither rotated nor
+    repeated to H heads."""
     rotate: Callable[[nn.Module, Tensor, Rope], Tensor]
     """(attention, x [B,T,·,K], tables) -> x with this base's positions in it."""
     out: Callable[[nn.Module, Tensor], Tensor]

@@ -1,6 +1,4 @@
-"""The GPT-NeoX layout: one projection with q, k, v interleaved head by head, rotary positions over a part of the
-head.
-"""
+"""The GPT-NeoX layout: one projection, q, k, v interleaved head by head, rotary positions over part of a head."""
 
 from __future__ import annotations
 

@@ -114,9 +114,7 @@ def _describing_a_model(file: Path | str) -> Iterator[None]:
 
 
 def read_provenance(path: Path | str) -> dict[str, Any]:
-    """What supra.json says: recipe, base, parent, tokens, versions, hashes; empty for a model that supra did not
-    write.
-    """
+    """What supra.json says: recipe, base, parent, tokens, versions, hashes; empty where supra did not write it."""
     file = Path(path) / PROVENANCE
     return read_json(file) if file.is_file() else {}
 
@@ -166,9 +164,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:
-    """Raise a SupraError that names the first tensor that the model of `config` lacks, has too much or in another
-    shape.
-    """
+    """Raise a SupraError naming the first tensor that the model of `config` lacks, has not or has in another shape."""
     with _describing_a_model("config.json"), torch.device("meta"):
         model = SupraForCausalLM._from_config(copy.deepcopy(config))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

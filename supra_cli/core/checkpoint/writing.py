@@ -1,6 +1,4 @@
-"""Writing a model directory: the base's shards are linked and never rewritten, what is new goes into shards of its
-own.
-"""
+"""Writing a model directory: the base's shards are linked, never rewritten; what is new gets shards of its own."""
 
 from __future__ import annotations
 

@@ -50,9 +50,7 @@ class Mixer(nn.Module):
         """Draw the parameters; called once, when a model is converted or begun from scratch."""
 
     def target(self, o: Tensor) -> Tensor:
-        """What this mixer's heads can be asked to equal, given the teacher's heads o [B,T,H,V]: o itself, or o
-        normalised as they are.
-        """
+        """What the heads can be asked to equal, given the teacher's o [B,T,H,V]: o, or o normalised as they are."""
         return o
 
 
@@ -60,9 +58,7 @@ mixers: Registry[type[Mixer]] = Registry("mixer", package="supra_cli.core.mixers
 
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Mixer.Options:
-    """The options of the mixer `name` from plain values; an unknown key or a wrong value is a UsageError that names
-    it.
-    """
+    """The options of the mixer `name` from plain values; an unknown key or a wrong value is a UsageError."""
     kind = mixers.get(name).Options
     hints = get_type_hints(kind)
     known = [field.name for field in fields(kind)]

@@ -18,9 +18,7 @@ BLOCK = 16
 
 
 class WindowState(NamedTuple):
-    """The current document's first tokens and its last ones, keys rotated. What `seen` has not reached holds
-    anything.
-    """
+    """The current document's first and last tokens, keys rotated; places that `seen` has not reached hold anything."""
 
     sink_k: Tensor
     """[B, sinks, G, K] fp32."""
