@@ -56,7 +56,11 @@ def environment(device: str) -> dict:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
-    hardware = {"cpu": _processor(), "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}"}
+    hardware = {
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     if device == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name()
     return {"hardware": hardware, "versions": {"python": platform.python_version(), **packages}}

@@ -40,15 +40,25 @@ library.impl("chunk", chunked.forward, "CompositeExplicitAutograd")
 library.impl("chunk_backward", chunked.backward, "CompositeExplicitAutograd")
 
 
-def _triton(q, k, v, g, state, segment, scale, norm_eps):
-    from supra_kernels.gpu import launch
+def _kernels():
+    try:
+        from supra_kernels.gpu import launch
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            "the form triton needs the package triton, which is not installed; form chunk does not"
+        ) from error
+    return launch
 
+
+def _triton(q, k, v, g, state, segment, scale, norm_eps):
+    launch = _kernels()
     return launch.forward(launch.Problem(q, k, v, g, segment, scale), state, v.dtype, norm_eps=norm_eps)
 
 
 def _triton_backward(do, dS, q, k, v, g, state, segment, scale, decays):
-    from supra_kernels.gpu import launch
-
+    launch = _kernels()
     grads = launch.backward(launch.Problem(q, k, v, g, segment, scale), state, do, dS, decays=decays)
     dg = q.new_empty(0, dtype=torch.float32) if grads.g is None else grads.g
     if decays:
@@ -57,8 +67,7 @@ def _triton_backward(do, dS, q, k, v, g, state, segment, scale, decays):
 
 
 def _triton_step(q, k, v, g, state, scale, norm_eps):
-    from supra_kernels.gpu import launch
-
+    launch = _kernels()
     return launch.step(launch.Problem(q, k, v, g, None, scale), state, v.dtype, norm_eps=norm_eps)
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import supra_kernels
 import torch
 from supra_kernels import linear_attention
 from test_linear_attention import inputs, packed
@@ -59,3 +65,15 @@ def test_only_the_final_state_may_be_used():
     leaves = (k, v, g, state)
     for x, y in zip(torch.autograd.grad(S.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_the_package_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from supra_kernels import linear_attention\n"
+        "q = torch.ones(1, 8, 1, 2); linear_attention(q, q, q)\n"
+        "linear_attention(q, q, q, form='triton')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(supra_kernels.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "needs the package triton, which is not installed" in done.stderr.splitlines()[-1]
