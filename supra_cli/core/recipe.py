@@ -51,12 +51,14 @@ class Mixer(OpenTable):
 
 class Source(Table):
     path: str
-    """A file, folder or glob (relative to the recipe), a built-in source (`python-stdlib`, `copy`), or a dataset on the
+    """A file, folder or glob (relative to the recipe), the built-in source `python-stdlib`, or a dataset on the
     hub."""
     text: str = "text"
     """Field or column that holds the text, where records have fields."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of the rows drawn from this source, relative to the other sources' weights."""
+    repeat: bool = False
+    """Draw rows in which passages of this source come twice, for learning to recall, instead of its documents."""
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str | None = None

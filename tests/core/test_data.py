@@ -118,7 +118,7 @@ def test_few_empty_records_are_skipped_and_many_are_an_error(tmp_path: Path) -> 
 def test_hub_names_are_told_from_paths() -> None:
     assert sources.is_on_hub(Source(path="allenai/c4"))
     assert sources.is_on_hub(Source(path="wikitext"))
-    for path in ("python-stdlib", "copy", "data/text.jsonl", "missing.txt", "/abs/path", "*.txt", __file__):
+    for path in ("python-stdlib", "data/text.jsonl", "missing.txt", "/abs/path", "*.txt", __file__):
         assert not sources.is_on_hub(Source(path=path)), path
 
 
@@ -146,7 +146,7 @@ def test_the_cache_is_used_and_never_stale(words, tmp_path: Path, monkeypatch: p
 
 def data(tmp_path: Path, **settings) -> Data:
     path = str(write(tmp_path, "a.jsonl"))
-    return Data(seq_len=24, sources=[{"path": path, "weight": 3.0}, {"path": "copy"}], **settings)
+    return Data(seq_len=24, sources=[{"path": path, "weight": 3.0}, {"path": path, "repeat": True}], **settings)
 
 
 def test_rows_are_the_documents_in_pieces_with_positions_that_restart(words, tmp_path: Path) -> None:
@@ -204,9 +204,9 @@ def test_a_restored_position_gives_the_rows_that_would_have_come(taken: int, wor
         assert all(a.equal(b) for a, b in zip(whole.batch(2, 24), again.batch(2, 24), strict=True))
 
 
-def test_copies_hold_each_passage_twice(words) -> None:
-    stream = rows.Copies(np.arange(3, 300), (0, 1))
-    ids, positions = stream.row(4000)
+def test_repeats_hold_each_passage_twice(words, tmp_path: Path) -> None:
+    stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
+    ids, positions = rows.Repeats(stored, (0, 1)).row(4000)
     starts = [*np.flatnonzero(positions == 0), 4000]
     for start, end in itertools.pairwise(starts[:-1]):
         piece = ids[start:end]

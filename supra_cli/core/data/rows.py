@@ -14,7 +14,7 @@ from torch import Tensor
 
 from supra_cli.core.data import sources
 from supra_cli.core.data.tokens import Tokens, tokenised
-from supra_cli.core.errors import SupraError
+from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.recipe import Data, Source
 
 IGNORED = -100
@@ -94,34 +94,39 @@ class Documents:
         return self._order
 
 
-class Copies:
-    """Synthetic rows for learning to recall: a passage of random tokens, some other tokens, the passage again.
+class Repeats:
+    """Rows for learning to recall: a passage of a token file, some other text of it, the passage again.
 
-    Lengths are drawn between 8 and 128 for the passage and 0 and 64 for what stands between; all tokens are uniform
-    over the vocabulary without the special ones, so nothing but copying can predict the second passage.
+    Lengths are drawn between 8 and 128 for the passage and 0 and 64 for what stands between. Such a piece is a document
+    of its own.
     """
 
-    def __init__(self, ordinary_ids: np.ndarray, seed: tuple[int, ...], joined: bool = False):
-        self._ids = ordinary_ids
+    def __init__(self, tokens: Tokens, seed: tuple[int, ...], joined: bool = False):
+        self._ids = tokens.ids
         self._seed = seed
         self._joined = joined
-        self.digest = "copy"
+        self.digest = tokens.digest
         self.state = {"row": 0}
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [length], positions [length])."""
         random = _random(*self._seed, self.state["row"])
         self.state["row"] += 1
         ids, positions = np.empty(length, np.int64), np.arange(length, dtype=np.int64)
         filled = 0
         while filled < length:
-            passage = random.choice(self._ids, int(random.integers(8, 129)))
-            between = random.choice(self._ids, int(random.integers(0, 65)))
+            passage, between = self._text(random, 8, 128), self._text(random, 0, 64)
             piece = np.concatenate([passage, between, passage])[: length - filled]
             ids[filled : filled + len(piece)] = piece
             if not self._joined:
                 positions[filled : filled + len(piece)] = np.arange(len(piece))
             filled += len(piece)
         return ids, positions
+
+    def _text(self, random: np.random.Generator, least: int, most: int) -> np.ndarray:
+        length = min(int(random.integers(least, most + 1)), len(self._ids))
+        start = int(random.integers(0, len(self._ids) - length + 1))
+        return self._ids[start : start + length]
 
 
 class Mixture:
@@ -187,10 +192,9 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
     joined = data.documents == "joined"
     streams: list[Stream] = []
     for number, source in enumerate(data.sources):
-        if source.path == sources.COPY:
-            streams.append(Copies(_ordinary_ids(tokenizer), (seed, number), joined))
-            continue
         if sources.is_on_hub(source):
+            if source.repeat:
+                raise UsageError(f"data.sources.{number}.repeat: {source.path} is streamed, and only local text can be")
             streams.append(_open_hub(source, "train", tokenizer, joined))
             continue
         tokens = tokenised(source, tokenizer, "train", data.skip_share)
@@ -199,7 +203,7 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
                 f"{source.path} has only {len(tokens.ids)} tokens, fewer than one row of {data.seq_len}; "
                 "add text or lower data.seq_len"
             )
-        streams.append(Documents(tokens, (seed, number), joined))
+        streams.append((Repeats if source.repeat else Documents)(tokens, (seed, number), joined))
     return Mixture(streams, [source.weight for source in data.sources], _names(data.sources))
 
 
@@ -231,10 +235,6 @@ def _open_hub(source: Source, split: str, tokenizer, joined: bool) -> Stream:
     from supra_cli.core.data.streamed import open_hub  # importing datasets takes a second that local text need not pay
 
     return open_hub(source, split, tokenizer, joined)
-
-
-def _ordinary_ids(tokenizer) -> np.ndarray:
-    return np.setdiff1d(np.arange(len(tokenizer)), np.asarray(tokenizer.all_special_ids))
 
 
 def _names(group) -> list[str]:

@@ -17,7 +17,7 @@ from supra_cli.core import corpus
 from supra_cli.core.errors import NotFoundError, SupraError, near_miss
 from supra_cli.core.recipe import Data, Source
 
-STDLIB, COPY = "python-stdlib", "copy"
+STDLIB = "python-stdlib"
 
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _FORMATS = {".jsonl": "records", ".json": "records", ".ndjson": "records", ".parquet": "table"}
@@ -42,7 +42,7 @@ def is_on_hub(source: Source) -> bool:
     """Whether a source can only be a hub dataset: `name` or `org/name`, that is neither built in nor a file here."""
     named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source.path) is not None
     local = Path(source.path).suffix in _LOCAL_SUFFIXES or bool(_pattern_matches(source.path))
-    return named and not local and source.path not in (STDLIB, COPY)
+    return named and not local and source.path != STDLIB
 
 
 def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
@@ -70,7 +70,7 @@ def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
 def all_texts(data: Data) -> Iterator[str]:
     """Every document of the local training sources, to train a tokenizer on."""
     for source in data.sources:
-        if source.path != COPY:
+        if not source.repeat:
             yield from texts(source, "train", data.skip_share)
 
 
@@ -79,8 +79,8 @@ def files(path: str) -> list[Path]:
     found = _pattern_matches(path)
     if not found:
         raise NotFoundError(
-            f"no data at '{path}': expected a file, a folder, a glob, '{STDLIB}', '{COPY}' or a dataset on the hub"
-            + (near_miss(path, [STDLIB, COPY]) if "/" not in path and "." not in path else "")
+            f"no data at '{path}': expected a file, a folder, a glob, '{STDLIB}' or a dataset on the hub"
+            + (near_miss(path, [STDLIB]) if "/" not in path and "." not in path else "")
         )
     return found
 
