@@ -35,10 +35,13 @@ def checkpoint_activations(student: nn.Module, stage: Stage, spec: recipe.Stage)
     """Switch activation checkpointing on or off, as the stage asks."""
     if spec.activation_checkpointing and stage.teacher == "shared":
         raise UsageError(f"stage '{spec.kind}' keeps no activations of the blocks; leave out activation_checkpointing")
+    # transformers 5.23 renamed these from `gradient_checkpointing_*`.
+    word = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
     if spec.activation_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif student.is_gradient_checkpointing:
-        student.gradient_checkpointing_disable()
+        enable = getattr(student, f"{word}_checkpointing_enable")
+        enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(student, f"{word}_checkpointing_disable")()
 
 
 def untie(student: nn.Module) -> None:
@@ -47,3 +50,4 @@ def untie(student: nn.Module) -> None:
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone())
     student.config.tie_word_embeddings = False
+    student.all_tied_weights_keys = student.get_expanded_tied_weights_keys()  # what is left out when saving

@@ -1,0 +1,307 @@
+"""What the loop does with its numbers: sums, refusals, links, logs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from supra_cli.core import checkpoint
+from supra_cli.core import recipe as recipes
+from supra_cli.core.data import rows
+from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.lookup import lookup
+from supra_cli.core.stages import stages
+from supra_cli.core.train import loop
+from supra_cli.core.train.events import Finished, Note, Saved, Step, Validated
+from supra_cli.core.train.optimizer import adamw
+from supra_cli.core.train.prepare import prepare
+from supra_cli.core.train.step import Stepper
+
+Write = Callable[..., Path]
+
+
+def run(recipe: Path, output: Path, **settings) -> list:
+    return list(loop.uptrain(recipes.load(recipe, lookup=lookup), output, **settings))
+
+
+def steps(events: list) -> list[Step]:
+    return [event for event in events if isinstance(event, Step)]
+
+
+def one_stage(kind: str = "finetune", **settings) -> list[dict]:
+    return [{"kind": kind, "tokens": 256, "batch_tokens": 64, "lr": 1e-3, **settings}]
+
+
+def test_micro_batches_of_any_size_are_one_step(recipe_file: Write, tmp_path: Path) -> None:
+    taken = []
+    for micro in (128, 64, 32):
+        recipe = recipe_file(stages=one_stage(batch_tokens=128, micro_batch_tokens=micro))
+        run(recipe, tmp_path / str(micro))
+        taken.append(load_file(tmp_path / str(micro) / "last" / "model-mixers.safetensors"))
+    for other in taken[1:]:
+        for name, value in taken[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_every_stage_lowers_its_own_loss(recipe_file: Write, raw_recipe: dict, tmp_path: Path) -> None:
+    longer = [stage | {"tokens": 3200, "lr": 3e-3, "mixer_lr": 1e-2} for stage in raw_recipe["stages"]]
+    events = steps(run(recipe_file(stages=longer), tmp_path / "run"))
+    for number in range(3):
+        losses = [event.loss for event in events if event.stage == number]
+        assert sum(losses[-10:]) < sum(losses[:10]), number
+
+
+def test_transfer_leaves_the_base_as_it_was(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+    run(recipe_file(stages=one_stage("transfer")), tmp_path / "run")
+    before, after = load_file(base / "model.safetensors"), {}
+    for file in (tmp_path / "run" / "last").glob("*.safetensors"):
+        after |= load_file(file)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_held_out_losses_are_those_of_the_models(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+    """Recomputed row by row on the saved model, and on the base through transformers alone."""
+    from transformers import LlamaForCausalLM
+
+    recipe = recipes.load(recipe_file(), lookup=lookup)
+    last = [event for event in loop.uptrain(recipe, tmp_path / "run") if isinstance(event, Validated)][-1]
+    held_out = rows.held_out(recipe.data, checkpoint.load_tokenizer(base))
+    models = checkpoint.load((tmp_path / "run" / "last").resolve()), LlamaForCausalLM.from_pretrained(base)
+    for model, told in zip(models, (last.loss, last.teacher), strict=True):
+        total = count = 0.0
+        for batch in held_out:
+            for ids, positions, labels in zip(*batch, strict=True):
+                starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
+                for start, end in itertools.pairwise(starts):
+                    logits = model(ids[None, start:end]).logits[0].double()
+                    wanted = labels[start:end]
+                    losses = nn.functional.cross_entropy(logits, wanted, ignore_index=rows.IGNORED, reduction="sum")
+                    total, count = total + losses.item(), count + (wanted != rows.IGNORED).sum().item()
+        assert told == pytest.approx(total / count, rel=1e-5)
+
+
+def test_old_checkpoints_go_and_the_newest_and_the_best_stay(recipe_file: Write, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    events = run(recipe_file(checkpoint={"every_steps": 1, "keep_last": 2}), output)
+    assert len([event for event in events if isinstance(event, Saved)]) == 12
+    left = {path.name for path in output.glob("step-*")}
+    assert {"step-000011", "step-000012", (output / "best").resolve().name} == left
+    assert (output / "last").resolve().name == "step-000012"
+    assert isinstance(events[-1], Finished)
+
+
+def test_provenance_says_what_was_spent_on_what(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+    run(recipe_file(), tmp_path / "run")
+    told = checkpoint.read_provenance((tmp_path / "run" / "last").resolve())
+    assert told["base"] == str(base)
+    assert told["tokens"] == sum(told["tokens_by_source"].values()) == 768
+    assert len(told["data"]) == 2
+    assert recipes.validate(__import__("tomllib").loads(told["recipe"]), lookup=lookup)
+
+
+def plant_nan(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
+    """Make the finetune loss of the given calls NaN."""
+    kind = stages.get("finetune")
+    original, calls = kind.loss, iter(range(10**6))
+
+    def loss(self, *args):
+        result = original(self, *args)
+        return result._replace(sum=result.sum * math.nan) if next(calls) in at else result
+
+    monkeypatch.setattr(kind, "loss", loss)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(
+    recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_nan(monkeypatch, {2})
+    output = tmp_path / "run"
+    with pytest.raises(SupraError, match=r"stage 0 \(finetune\), step 3; nothing was updated"):
+        run(recipe_file(stages=one_stage()), output)
+    kept = output / "non-finite" / "step-000003"
+    assert load_file(kept / "batch.safetensors")["input_ids"].shape == (2, 32)
+    assert json.loads((kept / "facts.json").read_text())["loss"] == "nan"
+
+
+def test_a_batch_that_is_not_finite_can_be_left_out(
+    recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_nan(monkeypatch, {2})
+    events = run(recipe_file(stages=one_stage(), non_finite="skip"), tmp_path / "run")
+    assert [event.step for event in steps(events)] == [1, 2, 3, 4]
+    assert any("step 3; nothing was updated" in event.text for event in events if isinstance(event, Note))
+    weights = load_file(tmp_path / "run" / "last" / "model-mixers.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_stopped_run_goes_on_past_the_batch_with_non_finite_skip(
+    recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_nan(monkeypatch, {2})
+    stage = {"stages": one_stage(), "checkpoint": {"every_steps": 1, "keep_last": 2}}
+    with pytest.raises(SupraError, match="non_finite=skip"):
+        run(recipe_file(**stage), tmp_path / "run")
+    plant_nan(monkeypatch, {0})
+    events = run(recipe_file(**stage, non_finite="skip"), tmp_path / "run", resume=True)
+    assert isinstance(events[-1], Finished)
+
+
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_nan_in_a_weight_or_gradient_is_caught(
+    where: str, recipe_file: Write, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint.convert(base, tmp_path / "student", mixer="supra", options={}, keep="none", seed=0)
+    original = checkpoint.load
+
+    def load(path, **settings):
+        model = original(path, **settings)
+        parameter = next(parameter for name, parameter in model.named_parameters() if ".mixer." in name)
+        if where == "weight":
+            parameter.data.flatten()[0] = math.nan
+        else:
+            parameter.register_hook(lambda gradient: gradient * math.nan)
+        return model
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    with pytest.raises(SupraError, match=r"not finite|nothing was updated"):
+        run(recipe_file(stages=one_stage(), data=_without_validation(recipe_file)), tmp_path / "run", model=folder)
+
+
+def _without_validation(recipe_file: Write) -> dict:
+    import tomllib
+
+    return {**tomllib.loads(recipe_file().read_text())["data"], "validation": []}
+
+
+def test_updates_too_small_for_the_weights_are_an_error(recipe_file: Write, tmp_path: Path) -> None:
+    with pytest.raises(SupraError, match="too small for the weights' number format"):
+        run(recipe_file(stages=one_stage(lr=1e-12)), tmp_path / "run")
+
+
+def test_swallowed_updates_are_counted_as_the_format_loses_them() -> None:
+    parameter = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    spec = recipes.Stage(kind="finetune", tokens=1, lr=1e-3)
+    optimizer = adamw([("weight", parameter)], spec)
+    stepper = Stepper(None, nn.Module(), None, optimizer, 1.0, torch.device("cpu"), torch.float32)
+    for rate, share in ((1e-3, 1.0), (1e-1, 0.0)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        parameter.grad = torch.ones_like(parameter)
+        watched = stepper.watch()
+        optimizer.step()
+        assert stepper.swallowed(watched) == share
+
+
+@pytest.mark.parametrize("kind", ["distill", "finetune"])
+def test_activation_checkpointing_changes_no_bit(kind: str, recipe_file: Write, tmp_path: Path) -> None:
+    kept = {}
+    for flag in (False, True):
+        output = tmp_path / str(flag)
+        run(recipe_file(stages=one_stage(kind, activation_checkpointing=flag)), output)
+        kept[flag] = (output / "last" / "model-mixers.safetensors").read_bytes()
+    assert kept[False] == kept[True]
+
+
+def test_activation_checkpointing_saves_activations(base: Path, tmp_path: Path) -> None:
+    folder = checkpoint.convert(base, tmp_path / "student", mixer="supra", options={}, keep="none", seed=0)
+    student = checkpoint.load(folder).train()
+    batch = rows.Batch(torch.zeros(2, 64, dtype=torch.long), torch.arange(64).expand(2, 64), torch.ones(2, 64).long())
+    kind = stages.get("finetune")
+    stage = kind(kind.Options())
+    saved = {}
+    for flag in (False, True):
+        prepare(student, stage, recipes.Stage(kind="finetune", tokens=1, activation_checkpointing=flag))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            stage.loss(student, None, batch)
+        saved[flag] = sum(sizes)
+    assert saved[True] < 0.5 * saved[False]
+
+
+def test_a_converted_model_with_another_mixer_is_refused(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+    options = {"gain": "head"}
+    folder = checkpoint.convert(base, tmp_path / "student", mixer="supra", options=options, keep="none", seed=0)
+    for mixer in ({"name": "retention"}, {"name": "supra"}):
+        with pytest.raises(UsageError, match="the recipe asks for"):
+            run(recipe_file(mixer=mixer), tmp_path / mixer["name"], model=folder)
+
+
+def test_starting_from_a_converted_model_is_starting_from_its_base(
+    recipe_file: Write, base: Path, tmp_path: Path
+) -> None:
+    folder = checkpoint.convert(base, tmp_path / "student", mixer="supra", options={}, keep="none", seed=0)
+    run(recipe_file(stages=one_stage()), tmp_path / "a", model=folder)
+    run(recipe_file(stages=one_stage()), tmp_path / "b")
+    name = "last/model-mixers.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_model_from_scratch_has_the_bases_shape_and_weights_of_its_own(
+    recipe_file: Write, base: Path, tmp_path: Path
+) -> None:
+    run(recipe_file(init="scratch", seed=5, stages=one_stage()), tmp_path / "run")
+    student = checkpoint.load((tmp_path / "run" / "last").resolve())
+    original = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert student.get_input_embeddings().weight.shape == original.shape
+    assert not torch.allclose(student.get_input_embeddings().weight, original, atol=1e-2)
+
+
+def test_a_plain_model_is_trained_and_saved_as_a_plain_model(recipe_file: Write, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    run(recipe_file(mixer={"name": "softmax"}, stages=one_stage()), tmp_path / "run")
+    assert type(LlamaForCausalLM.from_pretrained((tmp_path / "run" / "last").resolve())) is LlamaForCausalLM
+    assert json.loads((tmp_path / "run" / "last" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_untied_students_are_saved_and_loaded_untied(recipe_file: Write, tmp_path: Path) -> None:
+    run(recipe_file(stages=one_stage("distill", untie=True)), tmp_path / "run")
+    student = checkpoint.load((tmp_path / "run" / "last").resolve())
+    assert not torch.equal(student.get_input_embeddings().weight, student.get_output_embeddings().weight)
+
+
+def test_a_tokenizer_that_does_not_fit_is_a_sentence(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copytree(base, tmp_path / "base")
+    words = AutoTokenizer.from_pretrained(base)
+    words.add_tokens([f"extra{number}" for number in range(50)])
+    words.save_pretrained(tmp_path / "base")
+    with pytest.raises(SupraError, match="they do not belong together"):
+        run(recipe_file(base=str(tmp_path / "base")), tmp_path / "run")
+
+
+def test_a_missing_tracker_is_a_sentence(recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="pip install wandb"):
+        run(recipe_file(track=["wandb"]), tmp_path / "run")
+
+
+def test_a_tracker_hears_every_step(recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[int, dict]] = []
+    handle = SimpleNamespace(log=lambda figures, step: heard.append((step, figures)))
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **_: handle))
+    run(recipe_file(track=["trackio"], stages=one_stage("transfer")), tmp_path / "run")
+    assert [step for step, figures in heard if "loss" in figures] == [1, 2, 3, 4]
+    assert {"layer.0", "layer.1", "output", "lr", "grad_norm"} <= set(heard[1][1])
+
+
+def test_an_unknown_teacher_vocabulary_is_a_sentence(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaConfig.from_pretrained(base, vocab_size=512)
+    LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match="one vocabulary"):
+        run(recipe_file(stages=one_stage("distill", teacher=str(tmp_path / "other"))), tmp_path / "run")
