@@ -1,11 +1,26 @@
-"""The operators that mixers are made of. `supra_kernels`, imported here alone, picks the form by device and length."""
+"""The operators that mixers are made of. `supra_kernels`, imported here alone, picks the form by device and length.
+
+The environment variable SUPRA_KERNEL = naive | torch | triton forces one for debugging.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
+
 import supra_kernels
+import torch
 from torch import Tensor
 
+from supra_cli.core.errors import UsageError, near_miss
 from supra_cli.core.layout import Layout
+
+_log = logging.getLogger(__name__)
+
+_VARIABLE = "SUPRA_KERNEL"
+_FORMS = {"naive": "naive", "torch": "chunk", "triton": "triton"}
+"""What the variable may say, and the form of supra_kernels that it means."""
 
 
 def linear_attention(
@@ -17,13 +32,38 @@ def linear_attention(
     scale: float = 1.0,
     state: Tensor | None = None,
     layout: Layout | None = None,
+    norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(g_t) S_{t-1} + k_t v_tᵀ,  o_t = scale · q_tᵀ S_t,  with S = 0 where a document starts and S kept over
     padding.
 
     q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with G dividing H; g is None, [H] or [B,T,H], a log decay ≤ 0; state
-    [B,H,K,V] or None for zeros. Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, in
-    fp32.
+    [B,H,K,V] or None for zeros. With norm_eps, o is (o - mean) / √(variance + norm_eps) over each head's V numbers.
+    Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, in fp32.
+    Which path ran is logged once for each device and dtype. Raises UsageError for a SUPRA_KERNEL that is unknown, or
+    triton where it cannot run; a failing kernel is an error, never another path.
     """
     segment = None if layout is None else layout.segment
-    return supra_kernels.linear_attention(q, k, v, g, scale=scale, state=state, segment=segment)
+    forced = _forced(q.device.type)
+    form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
+    if not torch.compiler.is_compiling():
+        _tell_once(forced or ("triton" if form == "triton" else "torch"), q.device.type, q.dtype)
+    return supra_kernels.linear_attention(
+        q, k, v, g, scale=scale, state=state, segment=segment, norm_eps=norm_eps, form=form
+    )
+
+
+def _forced(device: str) -> str | None:
+    path = os.environ.get(_VARIABLE)
+    if not path:
+        return None
+    if path not in _FORMS:
+        raise UsageError(f"{_VARIABLE} is '{path}', expected one of {', '.join(_FORMS)}{near_miss(path, _FORMS)}")
+    if path == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(f"{_VARIABLE} is 'triton', which needs a CUDA device, got {device}; unset it or say 'torch'")
+    return path
+
+
+@cache
+def _tell_once(path: str, device: str, dtype: torch.dtype) -> None:
+    _log.info("linear attention: %s on %s in %s", path, device, str(dtype).removeprefix("torch."))

@@ -69,8 +69,7 @@ class Gated(MatrixMixer):
         g = nn.functional.logsigmoid(self.decay(x).float())
         S = None if state is None else state.S
         if self.norm is not None:
-            o, S = linear_attention(q, k, v, g, state=S, layout=layout)
-            o = self.norm(o)
+            o, S = linear_attention(q, k, v, g, state=S, layout=layout, norm_eps=self.norm.eps)
         else:
             o, S = linear_attention(q, k, with_ones(v), g, state=S, layout=layout)
             o = o[..., :-1] / o[..., -1:].clamp(min=1e-6)

@@ -61,17 +61,23 @@ def _geometric(heads: int) -> list[float]:
 
 
 class HeadNorm(nn.Module):
-    """(o - mean) / √(var + 1e-5) over each head of o [B,T,H,V], in fp32: GroupNorm with H groups and no affine.
+    """(o - mean) / √(var + eps) over each head of o [B,T,H,V], in fp32: GroupNorm with H groups and no affine.
 
-    With gain = "head", times a learned scale for each head.
+    With gain = "head", times a learned scale for each head. The operator can normalise in the kernel that makes o: give
+    it `eps`, and what it returns to `scaled`.
     """
+
+    eps = 1e-5
 
     def __init__(self, heads: int, gain: Gain):
         super().__init__()
         self.gain = nn.Parameter(torch.empty(heads, 1)) if gain == "head" else None
 
     def forward(self, o: Tensor) -> Tensor:
-        normed = nn.functional.layer_norm(o.float(), o.shape[-1:], eps=1e-5).to(o.dtype)
+        return self.scaled(nn.functional.layer_norm(o.float(), o.shape[-1:], eps=self.eps).to(o.dtype))
+
+    def scaled(self, normed: Tensor) -> Tensor:
+        """Heads that are normalised already, times the gain."""
         return normed if self.gain is None else normed * self.gain
 
     def target(self, o: Tensor) -> Tensor:

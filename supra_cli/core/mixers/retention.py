@@ -45,8 +45,9 @@ class Retention(MatrixMixer):
     ) -> tuple[Tensor, MatrixState]:
         g = log_decay(self.options.slopes, self.spec.heads, q.device)
         S = None if state is None else state.S
-        o, S = linear_attention(rope(q), rope(k), v, g, scale=self.spec.head_dim**-0.5, state=S, layout=layout)
-        return self.norm(o), MatrixState(S)
+        scale, eps = self.spec.head_dim**-0.5, self.norm.eps
+        o, S = linear_attention(rope(q), rope(k), v, g, scale=scale, state=S, layout=layout, norm_eps=eps)
+        return self.norm.scaled(o), MatrixState(S)
 
     def target(self, o: Tensor) -> Tensor:
         return self.norm.target(o)
