@@ -29,6 +29,18 @@ def documents(segment: Tensor) -> Documents:
     return Documents(real, number, continues)
 
 
+def numbered(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Offsets [documents + 1] of documents laid end to end, 0 first and T last -> the document of each token [1,T]."""
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens is [documents + 1] int, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if not torch.compiler.is_compiling():
+        ends, rising = cu_seqlens[[0, -1]].tolist(), bool((cu_seqlens.diff() >= 0).all())
+        if ends != [0, length] or not rising:
+            raise ValueError(f"cu_seqlens rises from 0 to T = {length}, got {cu_seqlens.tolist()}")
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return (torch.searchsorted(cu_seqlens, tokens, right=True) - 1).unsqueeze(0)
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from supra_kernels.boundaries import numbered
 from supra_kernels.library import STEP_LENGTH, chunk, triton
 from supra_kernels.naive import naive
 from supra_kernels.step import step
@@ -24,6 +25,7 @@ def linear_attention(
     scale: float = 1.0,
     state: Tensor | None = None,
     segment: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     norm_eps: float | None = None,
     form: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -34,12 +36,17 @@ def linear_attention(
     state [B,H,K,V] is S_0 (None: zeros) and belongs to the document of the row's first real token.
     segment [B,T] numbers the documents of a row, non-decreasing over real tokens, -1 on padding. S is zeroed where a
     document starts; a padding token changes nothing, and the output there is finite and meaningless.
+    cu_seqlens [documents + 1], the offsets of documents laid end to end in one row (B = 1), says the same as a segment.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
     With norm_eps, o is normalised over each head's V numbers, (o - mean) / sqrt(variance + norm_eps), as GroupNorm with
     H groups and no affine does; the Triton form does this in the kernel that makes o.
     Without gradients the step form overwrites `state` and returns it.
     Raises ValueError for shapes that do not fit and for an unknown form.
     """
+    if cu_seqlens is not None:
+        if segment is not None or q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens stands in place of segment and for B = 1, got B = {q.shape[0]}")
+        segment = numbered(cu_seqlens, q.shape[1])
     _check(q, k, v, g, state, segment)
     if form is None:
         form = default_form(q, segment)
