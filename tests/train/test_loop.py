@@ -19,6 +19,7 @@ from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
 from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.evaluate import perplexity
 from supra_cli.core.lookup import lookup
 from supra_cli.core.stages import stages
 from supra_cli.core.train import loop
@@ -88,6 +89,17 @@ def test_held_out_losses_are_those_of_the_models(recipe_file: Write, base: Path,
                     losses = nn.functional.cross_entropy(logits, wanted, ignore_index=rows.IGNORED, reduction="sum")
                     total, count = total + losses.item(), count + (wanted != rows.IGNORED).sum().item()
         assert told == pytest.approx(total / count, rel=1e-5)
+
+
+def test_held_out_losses_during_a_transfer_are_the_students(recipe_file: Write, tmp_path: Path) -> None:
+    """Not those of the softmax path, which answers for every layer while the loss is taken."""
+    recipe = recipes.load(recipe_file(stages=one_stage("transfer")), lookup=lookup)
+    last = [event for event in loop.uptrain(recipe, tmp_path / "run") if isinstance(event, Validated)][-1]
+    saved = (tmp_path / "run" / "last").resolve()
+    held_out = rows.held_out(recipe.data, checkpoint.load_tokenizer(saved))
+    whole = rows.Batch(*(torch.cat(parts) for parts in zip(*held_out, strict=True)))
+    assert last.loss == pytest.approx(perplexity(checkpoint.load(saved), *whole).nats, rel=1e-6)
+    assert abs(last.loss - last.teacher) > 1e-4
 
 
 def test_old_checkpoints_go_and_the_newest_and_the_best_stay(recipe_file: Write, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Stage(ABC):
         return batch.targets
 
     def attached(self, student: nn.Module) -> AbstractContextManager:
-        """What has to be in place around the whole stage; undone when it ends."""
+        """What has to be in place around `loss` and its backward pass; between steps the student is itself again."""
         return nullcontext()
 
     @abstractmethod

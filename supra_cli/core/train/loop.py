@@ -25,7 +25,7 @@ from supra_cli.core.evaluate import perplexity
 from supra_cli.core.stages import stages
 from supra_cli.core.train import origin, state
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
-from supra_cli.core.train.optimizer import adamw, lr_factor, set_lr
+from supra_cli.core.train.optimizer import adamw, lr_factor, masters_in_place, release, set_lr
 from supra_cli.core.train.prepare import prepare
 from supra_cli.core.train.run import RunDirectory, environment
 from supra_cli.core.train.state import Counters
@@ -167,7 +167,7 @@ class Trainer:
         stage_class = stages.get(spec.kind)
         stage = stage_class(stage_class.Options(**spec.options))
         trained = prepare(self.student, stage, spec)
-        optimizer = adamw(trained, spec)
+        optimizer = adamw(trained, spec, self.dtype)
         if self._checkpoint is not None and self.counters.stage_step:
             state.restore_optimizer(self._checkpoint / "training", optimizer)
             state.restore_random(self._checkpoint / "training")
@@ -178,15 +178,15 @@ class Trainer:
         moving = sum(parameter.numel() for _, parameter in trained)
         total = sum(parameter.numel() for parameter in self.student.parameters())
         yield StageStarted(self.counters.stage, spec.kind, steps, moving, total)
-        with stage.attached(self.student):
-            self._clock = time.perf_counter()
-            while self.counters.stage_step < steps:
-                set_lr(optimizer, lr_factor(self.counters.stage_step, steps, spec))
-                yield from self._step(stepper, spec)
-                yield from self._between_steps(optimizer, steps, spec)
+        self._clock = time.perf_counter()
+        while self.counters.stage_step < steps:
+            set_lr(optimizer, lr_factor(self.counters.stage_step, steps, spec))
+            yield from self._step(stepper, spec)
+            yield from self._between_steps(optimizer, steps, spec)
+        release(optimizer)
         self.counters.stage, self.counters.stage_step = self.counters.stage + 1, 0
 
-    def _between_steps(self, optimizer: torch.optim.AdamW, steps: int, spec: recipes.Stage) -> Iterator[Event]:
+    def _between_steps(self, optimizer: torch.optim.Optimizer, steps: int, spec: recipes.Stage) -> Iterator[Event]:
         counters = self.counters
         stage_ends = counters.stage_step == steps
         run_ends = stage_ends and counters.stage + 1 == len(self.recipe.stages)
@@ -223,7 +223,7 @@ class Trainer:
             tokens=counters.tokens,
             loss=outcome.loss,
             grad_norm=outcome.grad_norm,
-            lr=max(group["lr"] for group in stepper.optimizer.param_groups),
+            lr=max(float(group["lr"]) for group in stepper.optimizer.param_groups),
             tokens_per_second=self.recipe.rows(spec) * length / seconds,
             seconds=seconds,
             metrics=outcome.metrics,
@@ -312,11 +312,11 @@ class Trainer:
         with computing_in(self.dtype, self.device):
             return perplexity(model, whole.input_ids, whole.position_ids, whole.labels).nats
 
-    def _save(self, optimizer: torch.optim.AdamW) -> Iterator[Event]:
+    def _save(self, optimizer: torch.optim.Optimizer) -> Iterator[Event]:
         counters = self.counters
         dtype = getattr(torch, self.recipe.checkpoint.dtype)
-        masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
-        with self.run.writing(counters.step) as folder:
+        with self.run.writing(counters.step) as folder, masters_in_place(optimizer):
+            masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
             checkpoint.save(self.student, folder, source=self.run.tokenizer, provenance=self._provenance(), dtype=dtype)
             state.save(folder / "training", counters, optimizer, masters, self.mixture.state())
         path = self.run.step_path(counters.step)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.stages import Stage
+from supra_cli.core.train import lowbit
 
 SAMPLED_NUMBERS = 1 << 16
 """How many weights `Stepper.swallowed` watches."""
@@ -60,9 +61,10 @@ class Stepper:
         scored = sum(self._stage.scored(batch) for batch in micro_batches)
         sums: dict[str, Tensor] = {}
         for batch in micro_batches:
-            with computing_in(self._dtype, self._device):
-                loss = self._stage.loss(self._student, self._teacher, batch.to(self._device))
-            (loss.sum / scored).backward()
+            with self._stage.attached(self._student):
+                with computing_in(self._dtype, self._device):
+                    loss = self._stage.loss(self._student, self._teacher, batch.to(self._device))
+                (loss.sum / scored).backward()
             for name, value in {"loss": loss.sum.detach(), **loss.metrics}.items():
                 sums[name] = sums.get(name, 0) + value
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._clip_norm))
@@ -90,7 +92,7 @@ class Stepper:
             if "exp_avg" not in state:
                 continue
             stride = max(1, -(-parameter.numel() // before.numel()))
-            meant = state["exp_avg"].flatten()[::stride][: before.numel()] != 0
+            meant = lowbit.values(state["exp_avg"]).flatten()[::stride][: before.numel()] != 0
             same = parameter.detach().flatten()[::stride][: before.numel()] == before
             still += int((same & meant).sum())
             moved += int(meant.sum())
