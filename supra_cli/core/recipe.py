@@ -121,6 +121,9 @@ class Stage(OpenTable):
     """Course of the learning rate after the warm-up."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Where the schedule ends, as a share of the peak."""
+    optimizer: Literal["adamw", "adamw8bit", "adamw-offload"] = "adamw"
+    """`adamw` with all its state on the device; `adamw8bit` with moments in 8 bits (torchao); `adamw-offload` with fp32
+    weights and moments in CPU memory and the weights on the device in the computing dtype."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     weight_decay: Rate = 0.0

@@ -1,14 +1,17 @@
-"""AdamW over four groups of parameters, and the course of the learning rate."""
+"""AdamW, in three places for its state, over four groups of parameters, and the course of the learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from supra_cli.core import recipe
+from supra_cli.core.train import lowbit
+from supra_cli.core.train.offload import OffloadedAdamW
 
 
 def is_mixer(name: str) -> bool:
@@ -16,8 +19,14 @@ def is_mixer(name: str) -> bool:
     return ".mixer." in name
 
 
-def adamw(parameters: Iterable[tuple[str, nn.Parameter]], stage: recipe.Stage) -> torch.optim.AdamW:
-    """AdamW on (name, parameter) pairs: base and mixer parameters at their own peak rates, decay on matrices only."""
+def adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]], stage: recipe.Stage, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """AdamW on (name, parameter) pairs: base and mixer parameters at their own peak rates, decay on matrices only.
+
+    With `adamw-offload` the parameters are in `dtype` from here to `release`, and what the optimizer holds are their
+    fp32 masters. Raises UsageError for `adamw8bit` without torchao.
+    """
     mixer_lr = stage.lr if stage.mixer_lr is None else stage.mixer_lr
     groups: dict[tuple[bool, bool], dict] = {}
     for name, parameter in parameters:
@@ -33,7 +42,29 @@ def adamw(parameters: Iterable[tuple[str, nn.Parameter]], stage: recipe.Stage) -
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=stage.betas, eps=1e-8, fused=True)
+    settings = {"lr": 0.0, "betas": stage.betas, "eps": 1e-8}
+    match stage.optimizer:
+        case "adamw8bit":
+            return lowbit.adamw8bit(list(groups.values()), **settings)
+        case "adamw-offload":
+            return OffloadedAdamW(list(groups.values()), dtype, **settings)
+    return torch.optim.AdamW(list(groups.values()), fused=True, **settings)
+
+
+def masters_in_place(optimizer: torch.optim.Optimizer) -> AbstractContextManager:
+    """While this lasts, the model's parameters are in fp32, wherever the optimizer keeps them."""
+    return optimizer.masters_in_place() if isinstance(optimizer, OffloadedAdamW) else nullcontext()
+
+
+def release(optimizer: torch.optim.Optimizer) -> None:
+    """End the optimizer's hold on the model: its parameters are on the device and in fp32 again."""
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.release()
+
+
+def moment_bytes(optimizer: str, numbers: int) -> int:
+    """Of both moments of a parameter of that many numbers, wherever they lie."""
+    return lowbit.moment_bytes(numbers) if optimizer == "adamw8bit" else 2 * 4 * numbers
 
 
 def lr_factor(step: int, steps: int, stage: recipe.Stage) -> float:
@@ -54,4 +85,8 @@ def lr_factor(step: int, steps: int, stage: recipe.Stage) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        rate = group["peak_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from supra_cli.core.checkpoint.writing import sha256
 from supra_cli.core.errors import SupraError
+from supra_cli.core.train import lowbit
+
+_IN = "/"
+"""Between a moment and the part of it that a tensor is: `exp_avg/codes.<parameter>`."""
 
 
 @dataclasses.dataclass
@@ -36,14 +40,15 @@ class Counters:
 
 
 def save(
-    folder: Path, counters: Counters, optimizer: torch.optim.AdamW, masters: dict[str, Tensor], data: dict
+    folder: Path, counters: Counters, optimizer: torch.optim.Optimizer, masters: dict[str, Tensor], data: dict
 ) -> None:
     """Write the training state into `folder`; `masters` holds fp32 weights that the model's own files do not."""
     folder.mkdir(parents=True)
     moments = {
-        f"{key}.{name}": value.detach().cpu().contiguous()
+        f"{key}{_IN}{part}.{name}" if part else f"{key}.{name}": plain.detach().cpu().contiguous()
         for name, state in _named_states(optimizer)
         for key, value in state.items()
+        for part, plain in lowbit.parts(value).items()
     }
     save_file(moments, folder / "optimizer.safetensors")
     if masters:
@@ -83,17 +88,23 @@ def restore_masters(folder: Path, model: nn.Module) -> None:
                 parameter.copy_(masters[name])
 
 
-def restore_optimizer(folder: Path, optimizer: torch.optim.AdamW) -> None:
-    moments = load_file(folder / "optimizer.safetensors")
+def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    saved: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for label, tensor in load_file(folder / "optimizer.safetensors").items():
+        place, _, name = label.partition(".")
+        key, _, part = place.partition(_IN)
+        saved.setdefault(name, {}).setdefault(key, {})[part] = tensor
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            state = {
-                key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments
-            }
-            if state:
+            if name in saved:
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                    key: plain[""] if key == "step" else lowbit.whole(_moved(plain, parameter.device))
+                    for key, plain in saved[name].items()
                 }
+
+
+def _moved(plain: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {part: tensor.to(device) for part, tensor in plain.items()}
 
 
 def restore_random(folder: Path) -> None:
@@ -105,7 +116,7 @@ def restore_random(folder: Path) -> None:
                 torch.cuda.set_rng_state(random[f"cuda.{index}"], index)
 
 
-def _named_states(optimizer: torch.optim.AdamW):
+def _named_states(optimizer: torch.optim.Optimizer):
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if parameter in optimizer.state:

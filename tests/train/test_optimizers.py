@@ -1,0 +1,220 @@
+"""AdamW with 8-bit moments and with its state in CPU memory, against PyTorch's AdamW in fp32."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from supra_cli.core import recipe as recipes
+from supra_cli.core.errors import Stopped, UsageError
+from supra_cli.core.lookup import lookup
+from supra_cli.core.train import loop, lowbit, optimizer, state
+from supra_cli.core.train.events import Finished, Step
+
+Write = Callable[..., Path]
+KINDS = ["adamw", "adamw8bit", "adamw-offload"]
+
+
+def settings(kind: str, **more) -> recipes.Stage:
+    return recipes.Stage(kind="finetune", tokens=1, optimizer=kind, lr=3e-3, weight_decay=0.1, **more)
+
+
+def network() -> nn.Module:
+    """Two matrices of 4096 and 8192 numbers, whose moments are quantised, and two vectors, whose are not."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 128))
+
+
+def train(model: nn.Module, made: torch.optim.Optimizer, steps: int, micro_batches: int = 2) -> list[float]:
+    """Fit a fixed random map, in several passes a step and with clipping; the loss of every step."""
+    torch.manual_seed(1)
+    inputs, target = torch.randn(256, 64), torch.randn(64, 128) / 8
+    held = [parameter for group in made.param_groups for parameter in group["params"]]
+    losses = []
+    for _ in range(steps):
+        optimizer.set_lr(made, 1.0)
+        total = 0.0
+        for rows in inputs.chunk(micro_batches):
+            wanted = (rows @ target).to(model[0].weight.dtype)
+            loss = (model(rows.to(model[0].weight.dtype)) - wanted).square().mean() / micro_batches
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(held, 0.1)
+        made.step()
+        made.zero_grad(set_to_none=True)
+        losses.append(total)
+    return losses
+
+
+def fitted(kind: str, steps: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.optim.Optimizer, list]:
+    model = network()
+    made = optimizer.adamw(model.named_parameters(), settings(kind), dtype)
+    return model, made, train(model, made, steps)
+
+
+def test_offloaded_adamw_is_adamw_bit_for_bit_in_float32() -> None:
+    plain, _, losses = fitted("adamw", 20)
+    offloaded, made, others = fitted("adamw-offload", 20)
+    optimizer.release(made)
+    assert others == losses
+    for name, value in plain.state_dict().items():
+        assert offloaded.state_dict()[name].equal(value), name
+
+
+def test_offloaded_weights_below_float32_are_rounded_masters() -> None:
+    model, made, _ = fitted("adamw-offload", 20, torch.bfloat16)
+    masters = [parameter.detach().clone() for group in made.param_groups for parameter in group["params"]]
+    names = [name for group in made.param_groups for name in group["names"]]
+    on_device = dict(model.named_parameters())
+    for name, master in zip(names, masters, strict=True):
+        assert on_device[name].dtype == torch.bfloat16
+        assert on_device[name].grad is None
+        assert on_device[name].equal(master.bfloat16())
+    assert not all(master.equal(master.bfloat16().float()) for master in masters)
+    with optimizer.masters_in_place(made):
+        assert all(on_device[name].equal(master) for name, master in zip(names, masters, strict=True))
+    assert on_device[names[0]].dtype == torch.bfloat16
+    optimizer.release(made)
+    assert all(on_device[name].equal(master) for name, master in zip(names, masters, strict=True))
+
+
+def test_offloaded_gradients_are_added_up_in_float32() -> None:
+    """256 + 256 × 0.5 is 384; in bfloat16, 256 + 0.5 is 256 however often."""
+    weight = nn.Parameter(torch.zeros(1))
+    made = optimizer.adamw([("weight", weight)], settings("adamw-offload"), torch.bfloat16)
+    (weight * 256).sum().backward()
+    for _ in range(256):
+        (weight * 0.5).sum().backward()
+    (group,) = made.param_groups
+    assert group["params"][0].grad.item() == 384
+
+
+def test_a_released_model_trains_without_its_optimizer() -> None:
+    model, made, _ = fitted("adamw-offload", 1, torch.bfloat16)
+    optimizer.release(made)
+    model(torch.randn(2, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_adamw_with_8_bit_moments_follows_adamw() -> None:
+    """50 steps end within 10 % of the way that fp32 moments lead, in root mean square over each matrix.
+
+    A code of the 8-bit map is off by up to 3 % of a number near its block's largest, more below, and the errors of
+    single numbers and steps are independent; 5 % was measured. Vectors keep fp32 moments and differ by what the
+    matrices do.
+    """
+    start = network()
+    plain, _, losses = fitted("adamw", 50)
+    eight, _, others = fitted("adamw8bit", 50)
+    assert others[-1] == pytest.approx(losses[-1], rel=0.02)
+    assert losses[-1] < 0.5 * losses[0]
+    for layer in (0, 2):
+        way = plain[layer].weight - start[layer].weight
+        apart = eight[layer].weight - plain[layer].weight
+        assert 0 < apart.norm() < 0.1 * way.norm()
+
+
+def test_8_bit_moments_take_the_bytes_that_are_planned() -> None:
+    model, made, _ = fitted("adamw8bit", 1)
+    for parameter in model.parameters():
+        moments = [made.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")]
+        taken = sum(part.nbytes for moment in moments for part in lowbit.parts(moment).values())
+        assert taken == optimizer.moment_bytes("adamw8bit", parameter.numel())
+    matrix = model[2].weight.numel()
+    assert optimizer.moment_bytes("adamw8bit", matrix) < 0.3 * optimizer.moment_bytes("adamw", matrix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_goes_on_from_its_saved_state_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+    model, made, _ = fitted(kind, 5, torch.bfloat16)
+    state.save(tmp_path / "training", state.Counters(), made, {}, {})
+    with optimizer.masters_in_place(made):
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+    other = network()
+    other.load_state_dict(weights)
+    restored = optimizer.adamw(other.named_parameters(), settings(kind), torch.bfloat16)
+    state.restore_optimizer(tmp_path / "training", restored)
+    assert train(other, restored, 5) == train(model, made, 5)
+    for one, two in zip((model, made), (other, restored), strict=True):
+        for key, value in flat(one.state_dict()).items():
+            assert flat(two.state_dict())[key].equal(value), key
+
+
+def flat(tree: object, place: str = "") -> dict[str, torch.Tensor]:
+    """Every plain tensor in nested containers, by its place."""
+    if isinstance(tree, torch.Tensor):
+        return {f"{place}/{part}": tensor for part, tensor in lowbit.parts(tree).items()}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {key: value for name, item in pairs for key, value in flat(item, f"{place}/{name}").items()}
+
+
+# -- in the loop ------------------------------------------------------------------------------------------------------
+
+
+def run(recipe: Path, output: Path, stop_after: int | None = None, **given) -> list:
+    stop, events = threading.Event(), []
+    try:
+        for event in loop.uptrain(recipes.load(recipe, lookup=lookup), output, stop=stop, **given):
+            events.append(event)
+            if isinstance(event, Step) and event.step == stop_after:
+                stop.set()
+    except Stopped:
+        assert stop_after is not None
+    return events
+
+
+def stages(raw: dict, kind: str) -> list[dict]:
+    return [stage | {"optimizer": kind} for stage in raw["stages"]]
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    files = [*(output / "last").glob("*.safetensors"), *(output / "last" / "training").glob("*.safetensors")]
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_stopped_run_resumes_to_the_same_bits(
+    kind: str, dtype: torch.dtype, recipe_file: Write, raw_recipe: dict, tmp_path: Path
+) -> None:
+    recipe = recipe_file(stages=stages(raw_recipe, kind))
+    run(recipe, tmp_path / "whole", dtype=dtype)
+    for step in (2, 4, 7):
+        run(recipe, tmp_path / "stopped", stop_after=step, dtype=dtype, resume=step > 2)
+    run(recipe, tmp_path / "stopped", dtype=dtype, resume=True)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    moments = load_file(tmp_path / "whole" / "last" / "training" / "optimizer.safetensors")
+    assert any("/codes." in name for name in moments) == (kind == "adamw8bit")
+
+
+def test_an_offloaded_run_on_the_cpu_is_the_plain_run(recipe_file: Write, raw_recipe: dict, tmp_path: Path) -> None:
+    for kind in ("adamw", "adamw-offload"):
+        events = run(recipe_file(stages=stages(raw_recipe, kind)), tmp_path / kind)
+        assert isinstance(events[-1], Finished)
+    assert weights(tmp_path / "adamw-offload") == weights(tmp_path / "adamw")
+
+
+def test_checkpoints_of_an_offloaded_run_hold_the_masters(
+    recipe_file: Write, raw_recipe: dict, tmp_path: Path
+) -> None:
+    run(recipe_file(stages=stages(raw_recipe, "adamw-offload")), tmp_path / "run", dtype=torch.bfloat16)
+    saved = {}
+    for file in (tmp_path / "run" / "last").glob("*.safetensors"):
+        saved |= load_file(file)
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert not all(value.equal(value.bfloat16().float()) for value in saved.values())
+
+
+def test_8_bit_moments_without_torchao_are_one_sentence(
+    recipe_file: Write, raw_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UsageError, match="pip install torchao"):
+        run(recipe_file(stages=stages(raw_recipe, "adamw8bit")), tmp_path / "run")
