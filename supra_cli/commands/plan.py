@@ -88,6 +88,9 @@ def _show_stages(plan: Plan) -> None:
     memory = [(stage.kind, *(console.size(getattr(stage.memory, part)) for part in parts)) for stage in plan.stages]
     copies = "copies" if plan.dtype == "float32" else f"{plan.dtype} copies"
     console.table(memory, ("memory of", "weights", copies, *parts[2:]))
+    for stage in plan.stages:
+        if stage.memory.host:
+            console.result(f"{stage.kind} keeps {console.size(stage.memory.host)} more in CPU memory")
 
 
 def model_rows(plan: ModelPlan) -> list[tuple[str, str]]:

@@ -92,6 +92,58 @@ def test_weights_gradients_and_moments_are_four_four_and_eight_bytes_a_parameter
     assert memory.copies == memory.teacher == 0
 
 
+def with_optimizer(name: str, dtype: torch.dtype = torch.bfloat16):
+    stage = {"kind": "finetune", "tokens": 4096, "batch_tokens": 2048, "micro_batch_tokens": 512, "optimizer": name}
+    return accounting.plan(recipe(stage), dtype).stages[0]
+
+
+def test_8_bit_moments_are_two_bytes_a_number_and_their_blocks_scales():
+    """Matrices of at least 4096 numbers in blocks of 256; their scales are fp32 and each moment has a table of codes."""
+    sizes = [parameter.numel() for parameter in meta_model().parameters()]
+    coded = [size for size in sizes if size >= 4096 and size % 256 == 0]
+    rest = sum(sizes) - sum(coded)
+    assert coded
+    assert rest
+    wanted = 2 * sum(coded) + 2 * 4 * sum(coded) // 256 + 2 * 1024 * len(coded) + 8 * rest
+    memory = with_optimizer("adamw8bit").memory
+    assert memory.optimizer == wanted
+    assert memory.host == 0
+
+
+def test_offloading_leaves_the_device_two_bytes_a_parameter():
+    plain, offloaded = with_optimizer("adamw"), with_optimizer("adamw-offload")
+    parameters = plain.trainable
+    memory = offloaded.memory
+    assert (memory.weights, memory.copies, memory.gradients, memory.optimizer) == (2 * parameters, 0, 0, 0)
+    assert memory.host == (4 + 4 + 8) * parameters
+    assert plain.memory.host == 0
+    assert memory.total < plain.memory.total
+    assert offloaded.flops == plain.flops
+
+
+def test_what_does_not_move_stays_in_float32_when_offloading():
+    stage = {"kind": "finetune", "tokens": 1024, "batch_tokens": 512, "train": "mixer", "optimizer": "adamw-offload"}
+    plan = accounting.plan(recipe(stage))
+    moving, parameters = plan.model.new_parameters, plan.model.parameters
+    assert plan.stages[0].memory.weights == 4 * (parameters - moving) + 2 * moving
+    assert plan.stages[0].memory.host == 16 * moving
+
+
+def test_checkpointed_blocks_give_their_copies_of_the_weights_back():
+    stage = {"kind": "finetune", "tokens": 4096, "batch_tokens": 512}
+    plain, checkpointed = (
+        accounting.plan(recipe({**stage, "activation_checkpointing": choice})).stages[0].memory
+        for choice in (False, True)
+    )
+    assert plain.copies > 1.9 * (sum(p.numel() for p in meta_model().parameters() if p.ndim > 1) - 2 * 512 * 64)
+    assert checkpointed.copies == 2 * 512 * 64  # the head's, which is no part of a block
+
+
+def meta_model() -> SupraForCausalLM:
+    with torch.device("meta"):
+        return SupraForCausalLM._from_config(accounting.student_config(recipe()))
+
+
 def test_only_what_moves_has_gradients():
     stage = {"kind": "finetune", "tokens": 1024, "batch_tokens": 512, "train": "mixer"}
     plan = accounting.plan(recipe(stage), torch.float32)

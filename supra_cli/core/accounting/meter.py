@@ -23,7 +23,10 @@ _FLOPS = {
 
 
 class Meter(TorchDispatchMode):
-    """Adds up FLOPs and follows the bytes of all storages made while it is on, and their highest sum."""
+    """Adds up FLOPs and follows the bytes of all storages made while it is on, and their highest sum.
+
+    `copies` are those among them that are weights in another dtype.
+    """
 
     def __init__(self, *models: nn.Module | None):
         super().__init__()
@@ -54,13 +57,13 @@ class Meter(TorchDispatchMode):
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
-        if copied:
-            self.copies += size
-        weakref.finalize(storage, self._forget, key, size)
+        self.copies += size * copied
+        weakref.finalize(storage, self._forget, key, size, copied)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int, copied: bool) -> None:
         self._known.discard(key)
         self.live -= size
+        self.copies -= size * copied
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

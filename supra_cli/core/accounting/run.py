@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
@@ -20,6 +20,7 @@ from supra_cli.core.accounting.model import ModelPlan, measure, swapped_config
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import Stage, stages
+from supra_cli.core.train.optimizer import moment_bytes
 from supra_cli.core.train.prepare import prepare
 
 if TYPE_CHECKING:
@@ -34,28 +35,34 @@ GPUS = {
 }
 """Memory in GB and dense bf16 TFLOP/s, as in the vendors' data sheets."""
 
+OFFLOAD = "adamw-offload"
+"""The optimizer that keeps its state in CPU memory."""
+
 UTILISATION = 0.4
 """Share of the data sheet's FLOP/s that a well-fed training run reaches; an assumption, not a measurement."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part at the fullest moment of a training step."""
+    """Bytes by part at the fullest moment of a training step, on the device but for `host`."""
 
     weights: int
-    """fp32 masters."""
+    """In fp32; with the optimizer's state offloaded, those that move in the computing dtype."""
     copies: int
-    """The masters' copies in the computing dtype."""
+    """The fp32 weights' copies in the computing dtype."""
     gradients: int
     optimizer: int
-    """AdamW's two moments, fp32."""
+    """AdamW's two moments, in fp32 or 8 bits."""
     teacher: int
     """Weights of a separate teacher."""
     activations: int
     """Everything else that is alive when most is, in one micro-batch."""
+    host: int
+    """fp32 weights, gradients and moments in CPU memory, where the optimizer keeps them there."""
 
     @property
     def total(self) -> int:
+        """On the device."""
         return self.weights + self.copies + self.gradients + self.optimizer + self.teacher + self.activations
 
 
@@ -127,10 +134,12 @@ def student_config(recipe: recipes.Recipe) -> SupraConfig:
 def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalLM, dtype: torch.dtype) -> StagePlan:
     stage_class = stages.get(spec.kind)
     stage = stage_class(stage_class.Options(**spec.options))
-    trained = sum(parameter.numel() for _, parameter in prepare(student, stage, spec))
+    moving = [parameter.numel() for _, parameter in prepare(student, stage, spec)]
+    trained, offloaded = sum(moving), spec.optimizer == OFFLOAD
     teacher = _teacher_config(recipe, spec) if stage.teacher == "separate" else None
     cost = _cost(recipe, spec, stage, student.config, teacher, dtype)
-    gradients = 4 * trained
+    gradients = 0 if offloaded else 4 * trained
+    moments = sum(moment_bytes(spec.optimizer, numbers) for numbers in moving)
     rows, micro_rows, length = recipe.rows(spec), recipe.micro_rows(spec), recipe.seq_len(spec)
     steps = recipe.steps(spec)
     # Later passes of a step find the gradients in place; in a single one they grow as the activations are given back.
@@ -145,12 +154,13 @@ def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalL
         trainable=trained,
         flops=cost.flops * steps * rows // micro_rows,
         memory=Memory(
-            weights=_parameter_bytes(student),
+            weights=_parameter_bytes(student) - (4 - dtype.itemsize) * trained * offloaded,
             copies=cost.copies,
             gradients=gradients,
-            optimizer=2 * gradients,
+            optimizer=0 if offloaded else moments,
             teacher=0 if teacher is None else _parameter_bytes(_built(teacher, dtype)),
             activations=max(0, cost.kept - beside) + cost.passing,
+            host=(4 + 4) * trained + moments if offloaded else 0,
         ),
     )
 
@@ -168,7 +178,7 @@ class Cost(NamedTuple):
 
     flops: int
     copies: int
-    """Bytes of the weights' copies in the computing dtype."""
+    """Bytes of the weights' copies in the computing dtype that the forward pass leaves for the backward pass."""
     kept: int
     """Other bytes that the forward pass leaves for the backward pass."""
     passing: int
@@ -188,7 +198,9 @@ def _cost(
 
     def probe(*layers: str, teacher_layers: int = 1) -> Cost:
         student = _built(_cut(config, layers), torch.float32).train()
-        prepare(student, stage, spec)
+        trained = prepare(student, stage, spec)
+        if spec.optimizer == OFFLOAD:
+            offload(trained, dtype)
         beside = None if teacher is None else _built(_cut(teacher, teacher.swap.layers[:teacher_layers]), dtype).eval()
         with stage.attached(student):
             return one_pass(stage, student, beside, recipe.micro_rows(spec), recipe.seq_len(spec), dtype)
@@ -215,6 +227,17 @@ def _built(config: SupraConfig, dtype: torch.dtype) -> SupraForCausalLM:
     return SupraForCausalLM._from_config(config, dtype=dtype)
 
 
+def offload(trained: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
+    """Let the device have what it has under the offloading optimizer: weights in `dtype`, gradients for a moment."""
+    for _, parameter in trained:
+        parameter.data = parameter.data.to(dtype)
+        parameter.register_post_accumulate_grad_hook(_drop)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
 def one_pass(
     stage: Stage, student: nn.Module, teacher: nn.Module | None, rows: int, length: int, dtype: torch.dtype
 ) -> Cost:
@@ -226,10 +249,10 @@ def one_pass(
     with meter:
         with autocast:
             loss = stage.loss(student, teacher, batch).sum
-        kept = meter.live - meter.copies
+        copies, kept = meter.copies, meter.live - meter.copies
         loss.backward()
-    gradients = sum(parameter.nbytes for parameter in student.parameters() if parameter.requires_grad)
-    return Cost(meter.flops, meter.copies, kept, max(0, meter.peak - meter.copies - max(kept, gradients)))
+    gradients = sum(parameter.nbytes for parameter in student.parameters() if parameter.grad is not None)
+    return Cost(meter.flops, copies, kept, max(0, meter.peak - copies - max(kept, gradients)))
 
 
 class FullBatch(Batch):
