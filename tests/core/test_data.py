@@ -219,11 +219,23 @@ def test_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -> None:
         rows.training(Data(seq_len=512, sources=[{"path": str(tmp_path / "a.txt")}]), words, 0)
 
 
-def test_held_out_rows_are_the_same_every_time_and_no_more_than_asked_for(words, tmp_path: Path) -> None:
-    settings = data(tmp_path, validation=[{"path": str(write(tmp_path, "a.jsonl"))}], validation_tokens=100)
+def test_held_out_rows_are_spread_evenly_and_the_same_every_time(words, tmp_path: Path) -> None:
+    source = {"path": str(write(tmp_path, "a.jsonl"))}
+    stored = tokens.tokenised(Source(**source), words, "train", 0.0)
+    settings = data(tmp_path, validation=[source], validation_tokens=100)
     first, second = (rows.held_out(settings, words) for _ in range(2))
-    assert sum(batch.input_ids.numel() for batch in first) == 96
     assert all(a.input_ids.equal(b.input_ids) for a, b in zip(first, second, strict=True))
+    there = len(stored.ids) // 24
+    got = torch.cat([batch.input_ids for batch in first]).tolist()
+    assert len(got) == 4
+    assert got[0] == stored.ids[:24].tolist()
+    assert got[-1] == stored.ids[24 * (there - 1) : 24 * there].tolist()
+
+
+def test_held_out_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("short")
+    with pytest.raises(SupraError, match="gives 0 rows of 24 tokens"):
+        rows.held_out(data(tmp_path, validation=[{"path": str(tmp_path / "b.txt")}]), words)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 31])

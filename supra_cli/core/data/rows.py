@@ -208,27 +208,30 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
 
 
 def held_out(data: Data, tokenizer, rows_at_once: int = 8) -> list[Batch]:
-    """The validation rows of a recipe, in the documents' own order: the same ones at every call."""
-    batches = []
-    joined = data.documents == "joined"
+    """The validation rows of a recipe, the same ones at every call: spread evenly over a local source's text."""
+    pairs = []
     for source in data.validation:
-        wanted = data.validation_tokens // len(data.validation)
-        if sources.is_on_hub(source):
-            stream: Stream = _open_hub(source, "validation", tokenizer, joined)
-        else:
-            tokens = tokenised(source, tokenizer, "validation", data.skip_share)
-            stream, wanted = Documents(tokens, None, joined), min(wanted, len(tokens.ids))
-        rows = wanted // data.seq_len
-        if rows == 0:
-            raise SupraError(
-                f"{source.path} gives {wanted} tokens for validation, fewer than one row of {data.seq_len}; "
-                "add text or raise data.validation_tokens"
-            )
-        pairs = [stream.row(data.seq_len) for _ in range(rows)]
-        for start in range(0, rows, rows_at_once):
-            some = pairs[start : start + rows_at_once]
-            batches.append(collate([ids for ids, _ in some], [positions for _, positions in some]))
-    return batches
+        wanted = data.validation_tokens // len(data.validation) // data.seq_len
+        pairs += _spread_rows(source, tokenizer, data, wanted)
+    chunks = [pairs[start : start + rows_at_once] for start in range(0, len(pairs), rows_at_once)]
+    return [collate([ids for ids, _ in some], [positions for _, positions in some]) for some in chunks]
+
+
+def _spread_rows(source: Source, tokenizer, data: Data, wanted: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    joined = data.documents == "joined"
+    if sources.is_on_hub(source):
+        stream, there = _open_hub(source, "validation", tokenizer, joined), wanted
+    else:
+        tokens = tokenised(source, tokenizer, "validation", data.skip_share)
+        stream, there = Documents(tokens, None, joined), len(tokens.ids) // data.seq_len
+    if min(wanted, there) == 0:
+        raise SupraError(
+            f"{source.path} gives {there} rows of {data.seq_len} tokens for validation and data.validation_tokens asks "
+            f"for {wanted}; at least one is needed"
+        )
+    chosen = set(np.linspace(0, there - 1, min(wanted, there)).round().astype(int).tolist())
+    rows = (stream.row(data.seq_len) for _ in range(there))
+    return [row for number, row in enumerate(rows) if number in chosen]
 
 
 def _open_hub(source: Source, split: str, tokenizer, joined: bool) -> Stream:
