@@ -59,7 +59,6 @@ def run(
     if dry_run:
         _show_plan(document, source, size, json)
         return
-    _check_free(output, overwrite)
     _convert(source, output, mixer=mixer, options=options, keep=keep, seed=seed, overwrite=overwrite)
     if json:
         console.document(document)
@@ -75,6 +74,7 @@ def run(
 def _convert(source: Source, output: Path, **settings: Any) -> None:
     from supra_cli.core import checkpoint, hub
 
+    checkpoint.check_free(output, settings["overwrite"])  # before anything is downloaded
     folder = hub.fetch(source)
     checkpoint.convert(folder, output, base=hub.lasting_name(source, folder), **settings)
 
@@ -102,14 +102,6 @@ def _options(overrides: list[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             options[name] = value
     return options
-
-
-def _check_free(output: Path, overwrite: bool) -> None:
-    """Refuse an occupied output before anything is downloaded."""
-    from supra_cli.core.errors import UsageError
-
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} is not empty; choose another --output, or replace it with --overwrite")
 
 
 def _show_plan(document: dict[str, Any], source: Source, size: ModelPlan, json: bool) -> None:

@@ -32,7 +32,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run directory.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what is in the run directory first.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the run directory first.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[
         str, typer.Option("--dtype", help="What is computed in: auto, float32 or bfloat16; masters stay float32.")

@@ -165,12 +165,21 @@ def test_an_output_that_is_not_empty_is_refused_and_kept(base, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("kept")
-    with pytest.raises(UsageError, match="already exists"):
-        checkpoint.convert(base, output, **MIXER)
+    for overwrite, told in ((False, "is not empty"), (True, "no model")):
+        with pytest.raises(UsageError, match=told):
+            checkpoint.convert(base, output, overwrite=overwrite, **MIXER)
     assert contents(output) == {"precious": b"kept"}
-    checkpoint.convert(base, output, overwrite=True, **MIXER)
-    assert not (output / "precious").exists()
-    assert checkpoint.load(output)
+
+
+def test_a_model_can_be_overwritten_by_another_but_not_by_what_is_made_from_it(base, converted, tmp_path):
+    before = contents(base)
+    for output in (base, base / ".."):
+        (base / ".." / "config.json").touch()
+        with pytest.raises(UsageError, match="would be lost"):
+            checkpoint.convert(base, output, overwrite=True, **MIXER)
+    assert contents(base) == before
+    checkpoint.convert(base, converted, overwrite=True, **(MIXER | {"keep": "all"}))
+    assert not checkpoint.load(converted).supra.any
 
 
 # -- save

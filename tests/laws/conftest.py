@@ -37,6 +37,6 @@ def build() -> Callable[..., SupraForCausalLM]:
 @pytest.fixture
 def exact(build: Callable[..., SupraForCausalLM]) -> Callable[..., SupraForCausalLM]:
     """Models in float64, where two orders of one sum differ only by what is fp32 by design: norms, constants, window
-    states. do.
+    states.
     """
     return partial(build, dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch import nn
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
-from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
 from supra_cli.core.lookup import lookup
 from supra_cli.core.stages import stages
@@ -100,6 +100,22 @@ def test_held_out_losses_during_a_transfer_are_the_students(recipe_file: Write, 
     whole = rows.Batch(*(torch.cat(parts) for parts in zip(*held_out, strict=True)))
     assert last.loss == pytest.approx(perplexity(checkpoint.load(saved), *whole).nats, rel=1e-6)
     assert abs(last.loss - last.teacher) > 1e-4
+
+
+def test_a_new_run_clears_the_old_one_only_when_it_can_start(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(recipe_file(stages=one_stage()), output)
+    before = sorted(output.rglob("*"))
+    with pytest.raises(NotFoundError):
+        run(recipe_file(base="no-such-model"), output, overwrite=True)
+    for model in (output / "converted", output / "last"):
+        with pytest.raises(UsageError, match="which a new run clears"):
+            run(recipe_file(), output, overwrite=True, model=model)
+    assert sorted(output.rglob("*")) == before
+    (output / "notes.txt").write_text("kept")
+    run(recipe_file(stages=one_stage(tokens=64)), output, overwrite=True)
+    assert (output / "last").resolve().name == "step-000001"
+    assert (output / "notes.txt").exists()
 
 
 def test_old_checkpoints_go_and_the_newest_and_the_best_stay(recipe_file: Write, tmp_path: Path) -> None:

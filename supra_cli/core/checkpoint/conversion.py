@@ -39,6 +39,8 @@ def convert(
     the source in supra.json.
     """
     source, output = Path(source), Path(output)
+    if source.resolve().is_relative_to(output.resolve()):
+        raise UsageError(f"{output} is, or holds, the model to convert, which would be lost; choose another output")
     config = read_config(source)
     if config.swap.any:
         raise UsageError(f"{source} is converted already, to mixer '{config.swap.mixer}'; convert its base instead")

@@ -18,13 +18,10 @@ from supra_cli.core.errors import SupraError, UsageError
 def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place if the block ends well, and vanishes if it does not.
 
-    A non-empty `path` is a UsageError unless `overwrite`; a full disk or a missing permission is a SupraError.
+    An occupied `path` is a UsageError, see `check_free`; a full disk or a missing permission is a SupraError.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file, expected a directory to write; choose another output")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UsageError(f"{path} already exists and is not empty; choose another output or overwrite it")
+    check_free(path, overwrite)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -36,6 +33,21 @@ def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
         raise SupraError(f"cannot write {path} ({first_line(error)}); make room or choose another output") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise a UsageError unless a directory can be written to `path`: nothing is there, or with `overwrite` a model.
+
+    Whatever else lies there is not ours to delete.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, expected a directory to write; choose another --output")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{path} is not empty; choose another --output, or replace it with --overwrite")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path} holds files but no model, so it is not overwritten; choose another --output")
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -22,8 +22,7 @@ class Loss(NamedTuple):
 
 
 class Stage(ABC):
-    """One loss. `teacher` says what the loss learns from: nothing, the student's own softmax path, or a second model.
-    """
+    """One loss. `teacher` says what it learns from: nothing, the student's own softmax path, or a second model."""
 
     @dataclass(frozen=True)
     class Options: ...

@@ -60,8 +60,6 @@ def uptrain(
             f"{output} is not empty; go on with --resume, start over with --overwrite, or choose another -o"
         )
     with run.locked():
-        if overwrite:
-            run.clear()
         trainer = Trainer(recipe, run, device, dtype, stop or threading.Event())
         yield from trainer.open(model, resume)
         if trainer.counters.finished:
@@ -98,6 +96,7 @@ class Trainer:
         if self._checkpoint is None:
             if resume:
                 yield Note(f"no complete checkpoint in {self.run.path}; starting from the beginning")
+            origin.check(self.recipe, self.run, model)
             self.run.clear()
             (self.run.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
             self.student, self.origin = origin.start(self.recipe, self.run, model)

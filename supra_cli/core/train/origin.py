@@ -30,6 +30,19 @@ class Origin:
     """Hash of the weights it started from, where supra wrote them."""
 
 
+def check(recipe: Recipe, run: RunDirectory, model: Path | None) -> None:
+    """Fetch the model to start from, so that one that is not there does not cost the run that is cleared for it.
+
+    UsageError when it lies in that run.
+    """
+    if model is None and recipe.base is None:
+        return
+    folder = model if model is not None else hub.fetch(hub.resolve(recipe.base))
+    checkpoint.read_config(folder)
+    if folder.resolve().is_relative_to(run.path.resolve()):
+        raise UsageError(f"{folder} lies in {run.path}, which a new run clears; choose another --output")
+
+
 def start(recipe: Recipe, run: RunDirectory, model: Path | None) -> tuple[SupraForCausalLM, Origin]:
     """The fp32 student before its first step: a converted model, a base converted now, or fresh weights.
 
