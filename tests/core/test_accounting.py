@@ -98,7 +98,7 @@ def with_optimizer(name: str, dtype: torch.dtype = torch.bfloat16):
 
 
 def test_8_bit_moments_are_two_bytes_a_number_and_their_blocks_scales():
-    """Matrices of at least 4096 numbers in blocks of 256; their scales are fp32 and each moment has a table of codes."""
+    """Of matrices of 4096 numbers and more, in blocks of 256: fp32 scales, and a table of codes for each moment."""
     sizes = [parameter.numel() for parameter in meta_model().parameters()]
     coded = [size for size in sizes if size >= 4096 and size % 256 == 0]
     rest = sum(sizes) - sum(coded)
