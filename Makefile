@@ -15,11 +15,15 @@ $(BIN)/supra: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/supra
-	$(OFFLINE) $(BIN)/supra convert tiny --output $(DEMO)/converted --overwrite
-	$(OFFLINE) $(BIN)/supra uptrain --recipe recipes/demo.toml --model $(DEMO)/converted --output $(DEMO)/uptrained --overwrite
-	$(OFFLINE) $(BIN)/supra eval $(DEMO)/uptrained/last --tasks stdlib_cloze,stdlib_ppl
-	$(OFFLINE) $(BIN)/supra generate tiny -p 'def read(self, size=-1):' --max-new-tokens 48
-	$(OFFLINE) $(BIN)/supra generate $(DEMO)/uptrained/last -p 'def read(self, size=-1):' --max-new-tokens 48
+	$(OFFLINE) $(BIN)/supra convert tiny --output runs/tiny-supra --overwrite
+	$(OFFLINE) $(BIN)/supra uptrain --recipe recipes/demo.toml --model runs/tiny-supra --output $(DEMO) --overwrite
+	$(OFFLINE) $(BIN)/supra eval runs/tiny-supra --tasks stdlib_cloze,stdlib_ppl --limit 100 > /dev/null
+	$(OFFLINE) $(BIN)/supra eval $(DEMO) --tasks stdlib_cloze,stdlib_ppl --limit 100 > /dev/null
+	$(OFFLINE) $(BIN)/supra report $(DEMO)
+	@echo; echo 'The teacher goes on:'
+	$(OFFLINE) $(BIN)/supra generate tiny --prompt 'def read(self, size=-1):' --max-new-tokens 48 --quiet
+	@echo; echo 'The student goes on, in constant memory:'
+	$(OFFLINE) $(BIN)/supra generate $(DEMO) --prompt 'def read(self, size=-1):' --max-new-tokens 48 --quiet
 
 lint: $(BIN)/supra
 	$(BIN)/ruff check .

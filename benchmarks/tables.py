@@ -1,0 +1,86 @@
+"""Writes the tables of README.md from the files in benchmarks/results/, so that no number there is typed by hand:
+
+    python benchmarks/tables.py            # rewrite
+    python benchmarks/tables.py --check    # exit 1 if README.md is not what the files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def demo() -> str:
+    found = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    header = ["", "teacher", "student before", "student after", "recovery"]
+    names = {"nats_per_token": "nats per token"}
+    body = [
+        [
+            f"`{line['task']}` {names.get(line['metric'], line['metric'])}",
+            *(_figure(line[key]) for key in ("teacher", "before", "after")),
+            "" if line["recovery"] is None else f"{100 * line['recovery']:.0f} %",
+        ]
+        for line in found["report"]["lines"]
+    ]
+    nats, tokens, seconds = found["nats_per_token"], found["tokens"]["student"], found["seconds"]["student"]
+    told = (
+        f"{tokens:,} tokens of uptraining, {seconds:.0f} seconds on {found['environment']['threads']} threads of a "
+        f"{found['environment']['cpus']}-core CPU. On the recipe's held-out rows the student ends "
+        f"{found['above_teacher']:.2f} nats per token above its teacher ({nats['student']:.2f} against "
+        f"{nats['teacher']:.2f}); a model of the same shape trained from scratch on as many tokens of the same text ends "
+        f"at {nats['from_scratch']:.2f}."
+    )
+    return f"{_markdown(header, body)}\n{told}\n"
+
+
+def operator() -> str:
+    found = json.loads(next(RESULTS.glob("operator*-cpu.json")).read_text(encoding="utf-8"))
+    rows = [
+        [
+            target["what"],
+            f"{target['bound']} {target['target']:g}",
+            f"{target['measured']:.2f}",
+            "yes" if target["met"] else "no",
+        ]
+        for target in found["targets"]
+    ]
+    return _markdown(["CPU, fp32, one thread, B1 H4 D64", "asked", "measured", "met"], rows)
+
+
+def render(text: str) -> str:
+    """`text` with every block between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
+    tables = {"demo": demo, "operator": operator}
+    return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    wanted = render(text)
+    if arguments.check:
+        return int(text != wanted)
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
