@@ -54,7 +54,7 @@ def read(run: Path) -> Report:
 def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """task → metric → the newest comparison that was noted."""
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
-    return {task: content["results"] for task, content in files.items() if content.get("results")}
+    return {task: content["results"]["metrics"] for task, content in files.items() if content.get("results")}
 
 
 def _lines(task: str, metric: str, row: dict[str, Any], before: dict[str, Any]) -> list[Line]:

@@ -89,6 +89,32 @@ def test_the_newest_output_is_scored_beside_the_base_that_it_came_from(models, c
     assert json.loads(again)["results"] == document["results"]
 
 
+def test_a_report_shows_a_run_before_and_after_beside_its_teacher(models, tmp_path, capsys):
+    """In a run directory as `uptrain` leaves it, whichever was scored last."""
+    run, base = tmp_path / "run", models / "base"
+    given = {"mixer": "supra", "options": {}, "keep": "none", "base": str(base)}
+    for seed, name in enumerate(("converted", "step-000001")):
+        checkpoint.convert(base, run / name, seed=seed, **given)
+    (run / "recipe.toml").touch()
+    (run / "last").symlink_to("step-000001")
+    spent = run / "last" / "supra.json"
+    spent.write_text(json.dumps(json.loads(spent.read_text()) | {"tokens": 64, "seconds": 2.0}))
+    scores = {}
+    for name in ("last", "converted"):
+        code, out, err = supra(capsys, "eval", str(run / name), "--tasks", "stdlib_ppl", "--limit", "2", "--json")
+        assert code == 0, err
+        scores[name] = json.loads(out)["results"]["stdlib_ppl"]["nats_per_token"]
+    code, out, err = supra(capsys, "report", str(run), "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    (nats,) = (line for line in told["lines"] if line["metric"] == "nats_per_token")
+    assert nats["teacher"] == scores["last"]["teacher"]
+    assert nats["before"] == scores["converted"]["student"]
+    assert nats["after"] == scores["last"]["student"] != nats["before"]
+    assert (told["tokens"], told["seconds"]) == (64, 2.0)
+    assert "stdlib_ppl" in supra(capsys, "report", str(run))[1]
+
+
 def test_people_get_a_table(capsys):
     code, out, _ = supra(capsys, "eval", "runs/student", "--tasks", "stdlib_cloze", "--limit", "4")
     assert code == 0

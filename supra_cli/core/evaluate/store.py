@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 def folder_of(path: Path, weights: str, *, owned: bool) -> Path:
     """Where records of the model at `path` live.
 
-    `<run>/eval` for what supra wrote itself (`owned`, the run being the folder of a step's folder); the user's cache
-    for a model from the hub or from elsewhere, into whose folder nothing is written.
+    For what supra wrote itself (`owned`): `<run>/eval` for a step of a run, a folder `eval` within any other. For a
+    model from the hub or from elsewhere, into whose folder nothing is written: the user's cache.
     """
     path = path.resolve()
-    if owned and (path.parent / "recipe.toml").exists():
+    if owned and path.name.startswith("step-") and (path.parent / "recipe.toml").exists():
         return path.parent / "eval"
     if owned and (path / "supra.json").exists():
         return path / "eval"
