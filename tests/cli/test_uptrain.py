@@ -1,0 +1,269 @@
+"""`supra uptrain`, `recipe`, `data peek` and `report` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+TEXT = "def read(self, size=-1):\n    return self.buffer[:size]\n" * 100
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def recipe(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a recipe of one stage of two steps, with top-level keys replaced, beside its text."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text.txt").write_text(TEXT)
+
+    def write(**replaced: Any) -> Path:
+        raw = {
+            "base": str(base),
+            "data": {
+                "seq_len": 32,
+                "sources": [{"path": "text.txt"}],
+                "validation": [{"path": "text.txt"}],
+                "validation_tokens": 64,
+            },
+            "stages": [{"kind": "finetune", "tokens": 128, "batch_tokens": 64, "lr": 1e-3}],
+        }
+        path = folder / "small.toml"
+        path.write_text(tomli_w.dumps(raw | replaced))
+        return path
+
+    return write
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_prints_its_model_and_tells_the_rest_on_stderr(supra, recipe):
+    result = supra("uptrain", "--recipe", recipe())
+    assert result.code == 0, result.err
+    assert result.out.strip() == "runs/small/last"
+    for word in ("stage 0 (finetune): 2 steps", "step 2/2", "held out, step 0", "teacher", "saved runs/small/step-"):
+        assert word in result.err
+    assert (Path("runs/small/last") / "config.json").is_file()
+    assert {"recipe.toml", "env.json", "metrics.jsonl"} <= {path.name for path in Path("runs/small").iterdir()}
+
+
+def test_json_is_one_document_about_the_end(supra, recipe):
+    result = supra("uptrain", "--recipe", recipe(), "-o", "out", "--json")
+    document = json.loads(result.out)
+    assert document["path"] == "out/last"
+    assert document["tokens"] == 128
+    assert document["loss"] > 0
+    assert document["teacher_loss"] > 0
+    assert set(document) == {"path", "loss", "teacher_loss", "tokens", "seconds"}
+
+
+def test_set_changes_what_is_run_and_is_stored_with_it(supra, recipe):
+    result = supra("uptrain", "--recipe", recipe(), "-o", "out", "--set", "stages.0.tokens=64", "--set", "seed=3")
+    assert result.code == 0, result.err
+    stored = tomllib.loads(Path("out/recipe.toml").read_text())
+    assert (stored["stages"][0]["tokens"], stored["seed"]) == (64, 3)
+    records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["event"] == "step"] == [1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw-offload"])
+def test_an_optimizer_is_a_key_of_the_stage(optimizer, supra, recipe):
+    result = supra("uptrain", "--recipe", recipe(), "-o", "out", "--set", f"stages.0.optimizer={optimizer}")
+    assert result.code == 0, result.err
+    assert tomllib.loads(Path("out/recipe.toml").read_text())["stages"][0]["optimizer"] == optimizer
+
+
+def test_a_run_from_a_converted_model_takes_that_one(supra, recipe, base):
+    assert supra("convert", base, "-o", "converted").code == 0
+    assert supra("uptrain", "--recipe", recipe(), "--model", "converted", "-o", "out").code == 0
+    assert (Path("out/converted")).resolve() == Path("converted").resolve()
+    other = supra("uptrain", "--recipe", recipe(keep="first:1"), "--model", "converted", "-o", "other")
+    assert other.code == 2
+    assert "the recipe asks for" in other.error
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(supra, recipe, tmp_path):
+    result = supra("uptrain", "--recipe", recipe(), "-o", "out", "--dry-run")
+    assert result.code == 0, result.err
+    assert "finetune" in result.out
+    assert "activations" in result.out
+    assert list(tmp_path.iterdir()) == []
+    document = json.loads(supra("uptrain", "--recipe", recipe(), "--dry-run", "--json").out)
+    assert (document["steps"], document["tokens"]) == (2, 128)
+
+
+# -- refusals: one sentence, the documented exit code, nothing lost ----------------------------------------------------
+
+
+def test_a_recipe_that_is_not_there_is_exit_2(supra):
+    result = supra("uptrain", "--recipe", "nowhere.toml")
+    assert result.code == 2
+    assert "nowhere.toml" in result.error
+    assert "supra recipe list" in result.error
+
+
+def test_a_recipe_that_is_not_toml_is_exit_2(supra, tmp_path):
+    (tmp_path / "broken.toml").write_text("base = \n")
+    result = supra("uptrain", "--recipe", "broken.toml")
+    assert result.code == 2
+    assert "not valid TOML" in result.error
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stages.0.lr", "key=value"),
+        ("stages.0.learning_rate=1", "stages.0.learning_rate: unknown"),
+        ("stages.0.optimizer=adamw9bit", "stages.0.optimizer"),
+        ("stages.0.lr=fast", "stages.0.lr"),
+        ("stages.1.lr=1", "not one of the 1 entries"),
+        ("stages.0.kind=finetun", "did you mean 'finetune'"),
+        ("mixer.name=supr", "did you mean 'supra'"),
+        ("seed.x=1", "'seed' is a value, not a table"),
+        ("keep=every:0", "every:0"),
+    ],
+)
+def test_a_set_that_cannot_be_is_exit_2_and_says_why(override, told, supra, recipe):
+    result = supra("uptrain", "--recipe", recipe(seed=1), "--set", override)
+    assert result.code == 2, result.err
+    assert told in result.err
+    assert "Traceback" not in result.err
+
+
+def test_all_problems_of_a_recipe_come_at_once(supra, recipe):
+    result = supra("uptrain", "--recipe", recipe(sed=1), "--set", "stages.0.lr=-1", "--set", "data.seq_len=0")
+    assert result.code == 2
+    for place in ("sed: unknown key; did you mean 'seed'?", "stages.0.lr", "data.seq_len"):
+        assert place in result.err
+
+
+def test_resume_and_overwrite_exclude_each_other(supra, recipe, tmp_path):
+    result = supra("uptrain", "--recipe", recipe(), "-o", "out", "--resume", "--overwrite")
+    assert result.code == 2
+    assert "give one of them" in result.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_occupied_directory_is_exit_2_and_left_alone(supra, recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("precious")
+    result = supra("uptrain", "--recipe", recipe(), "-o", "out")
+    assert result.code == 2
+    assert "--resume" in result.error
+    assert contents(tmp_path / "out") == {"notes.txt": b"precious"}
+
+
+def test_a_finished_run_is_refused_then_resumed_in_vain_then_overwritten(supra, recipe, tmp_path):
+    assert supra("uptrain", "--recipe", recipe(), "-o", "out").code == 0
+    before = contents(tmp_path / "out" / "step-000002")
+    assert supra("uptrain", "--recipe", recipe(), "-o", "out").code == 2
+    resumed = supra("uptrain", "--recipe", recipe(), "-o", "out", "--resume")
+    assert resumed.code == 0
+    assert "already finished" in resumed.err
+    assert contents(tmp_path / "out" / "step-000002") == before
+    changed = supra("uptrain", "--recipe", recipe(), "-o", "out", "--resume", "--set", "seed=9")
+    assert changed.code == 2
+    assert "the recipe is not the one" in changed.error
+    assert supra("uptrain", "--recipe", recipe(), "-o", "out", "--overwrite").code == 0
+
+
+def test_a_data_file_that_is_not_there_is_exit_3(supra, recipe):
+    result = supra("uptrain", "--recipe", recipe(data={"seq_len": 32, "sources": [{"path": "missing.txt"}]}))
+    assert result.code == 3, result.err
+    assert "missing.txt" in result.error
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("--set", "base"), ("--model", "model")])
+def test_a_directory_that_is_no_model_is_exit_3(flag, kind, supra, recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    given = f"base={tmp_path / 'empty'}" if kind == "base" else tmp_path / "empty"
+    result = supra("uptrain", "--recipe", recipe(), flag, given)
+    assert result.code == 3, result.err
+    assert "empty" in result.error
+
+
+def test_an_unknown_device_or_dtype_is_exit_2(supra, recipe):
+    for flag, value in (("--device", "gpu"), ("--dtype", "float12")):
+        result = supra("uptrain", "--recipe", recipe(), flag, value)
+        assert result.code == 2
+        assert value in result.error
+
+
+# -- recipes, data, reports -------------------------------------------------------------------------------------------
+
+
+def test_shipped_recipes_are_listed_shown_and_copied(supra, tmp_path):
+    listed = json.loads(supra("recipe", "list", "--json").out)
+    assert {"demo", "tinyllama-24gb", "mistral-80gb"} <= set(listed)
+    assert all(entry["about"] for entry in listed.values())
+    shown = supra("recipe", "show", "demo").out
+    assert tomllib.loads(shown)["base"] == "tiny"
+    assert supra("recipe", "copy", "demo", "mine.toml").out.strip() == "mine.toml"
+    assert (tmp_path / "mine.toml").read_text().strip() == shown.strip()
+    again = supra("recipe", "copy", "demo", "mine.toml")
+    assert again.code == 2
+    assert "exists already" in again.error
+
+
+def test_an_unknown_shipped_recipe_is_exit_2_with_a_near_miss(supra):
+    for verb in ("show", "copy"):
+        result = supra("recipe", verb, "dmo")
+        assert result.code == 2
+        assert "did you mean 'demo'" in result.error
+
+
+def test_a_valid_recipe_is_printed_with_its_defaults_and_is_itself_a_recipe(supra, recipe, tmp_path):
+    result = supra("recipe", "validate", recipe())
+    assert result.code == 0, result.err
+    resolved = tomllib.loads(result.out)
+    assert resolved["stages"][0]["optimizer"] == "adamw"
+    (tmp_path / "resolved.toml").write_text(result.out)
+    assert supra("recipe", "validate", "resolved.toml").out == result.out
+    assert supra("recipe", "validate", recipe(), "--set", "stages.0.lr=x").code == 2
+
+
+def test_the_schema_says_what_every_key_means(supra):
+    schema = json.loads(supra("recipe", "schema").out)
+    for title, table in {"recipe": schema, **schema["$defs"]}.items():
+        assert [name for name, key in table["properties"].items() if not key.get("description")] == [], title
+    assert schema["$defs"]["Stage"]["properties"]["optimizer"]["enum"] == ["adamw", "adamw8bit", "adamw-offload"]
+
+
+def test_peek_shows_rows_as_the_model_will_see_them(supra, recipe):
+    document = json.loads(supra("data", "peek", recipe(), "-n", "3", "--json").out)
+    assert len(document) == 3
+    for row in document:
+        assert row["tokens"] == 32 == sum(piece["tokens"] for piece in row["documents"])
+    assert "self.buffer" in "".join(piece["text"] for piece in document[0]["documents"])
+    plain = supra("data", "peek", recipe())
+    assert plain.code == 0
+    assert "row 1 from" in plain.out
+
+
+def test_peek_at_a_missing_file_is_exit_3(supra, recipe):
+    result = supra("data", "peek", recipe(data={"seq_len": 32, "sources": [{"path": "missing.txt"}]}))
+    assert result.code == 3
+    assert "missing.txt" in result.error
+
+
+def test_a_report_before_anything_was_scored_is_exit_3_and_says_how(supra, recipe):
+    assert supra("uptrain", "--recipe", recipe(), "-o", "out").code == 0
+    result = supra("report", "out")
+    assert result.code == 3
+    assert "supra eval out/last" in result.error
+
+
+def test_a_report_of_something_else_is_exit_3(supra, tmp_path):
+    result = supra("report", tmp_path)
+    assert result.code == 3
+    assert "no finished run" in result.error
