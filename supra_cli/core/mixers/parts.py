@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,25 +38,27 @@ class MatrixMixer(Mixer):
 
 def log_decay(rule: SlopeRule, heads: int, device: torch.device | str) -> Tensor | None:
     """g_h = log γ_h ≤ 0 of every head, [H] fp32; None without decay."""
-    if rule == "none":
-        return None
-    return torch.tensor(slopes(rule, heads), dtype=torch.float32, device=device).neg()
+    return None if rule == "none" else slopes(rule, heads, device).neg().float()
 
 
-def slopes(rule: SlopeRule, heads: int) -> list[float]:
-    """s_h = -log γ_h of every head.
+def slopes(rule: SlopeRule, heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """s_h = -log γ_h of every head, [H] float64 (fp32 on a device without).
 
     alibi: s_h = 2^{-8(h+1)/H}; where H is no power of two, the slopes of the power n below H and then every second one
     of 2n's (Press et al. 2022, arXiv:2108.12409, released code). retnet: γ_h = 1 - 2^{-5-h} (arXiv:2307.08621).
+    Computed on the device: a copy of numbers from the host would keep a decode step out of a CUDA graph.
     """
     if rule == "retnet":
-        return [-math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)]
-    power = 1 << (heads.bit_length() - 1)
-    return (_geometric(power) + _geometric(2 * power)[::2])[:heads]
+        return torch.log1p(-_powers_of_two(-5, -1, heads, device)).neg()
+    n = 1 << (heads.bit_length() - 1)
+    first = _powers_of_two(-8 / n, -8 / n, n, device)
+    return first if n == heads else torch.cat((first, _powers_of_two(-4 / n, -8 / n, heads - n, device)))
 
 
-def _geometric(heads: int) -> list[float]:
-    return [2.0 ** (-8 * (head + 1) / heads) for head in range(heads)]
+def _powers_of_two(exponent: float, step: float, count: int, device: torch.device | str) -> Tensor:
+    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    last = exponent + step * (count - 1)
+    return torch.logspace(exponent, last, count, base=2.0, dtype=dtype, device=device)
 
 
 class HeadNorm(nn.Module):
