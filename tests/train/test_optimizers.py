@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from supra_cli.core.train import loop, lowbit, optimizer, state
 from supra_cli.core.train.events import Finished, Step
 
 Write = Callable[..., Path]
-KINDS = ["adamw", "adamw8bit", "adamw-offload"]
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed (extra 'lowbit')")
+KINDS = ["adamw", pytest.param("adamw8bit", marks=needs_torchao), "adamw-offload"]
 
 
 def settings(kind: str, **more) -> recipes.Stage:
@@ -103,6 +105,7 @@ def test_a_released_model_trains_without_its_optimizer() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@needs_torchao
 def test_adamw_with_8_bit_moments_follows_adamw() -> None:
     """50 steps end within 10 % of the way that fp32 moments lead, in root mean square over each matrix.
 
@@ -121,6 +124,7 @@ def test_adamw_with_8_bit_moments_follows_adamw() -> None:
         assert 0 < apart.norm() < 0.1 * way.norm()
 
 
+@needs_torchao
 def test_8_bit_moments_take_the_bytes_that_are_planned() -> None:
     model, made, _ = fitted("adamw8bit", 1)
     for parameter in model.parameters():
