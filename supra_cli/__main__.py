@@ -66,6 +66,8 @@ def build() -> typer.Typer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `supra` with `arguments` (the process's own when None) and return its exit code, the error already told."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Python leaves None where a stream was closed (`>&-`).
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows `?` instead of crashing
             stream.reconfigure(errors="replace")

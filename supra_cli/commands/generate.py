@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,7 @@ def run(
 
     if not prompts:
         raise UsageError("nothing to go on from: give a text with -p")
+    prompts, stop = ([_text(text) for text in texts] for texts in (prompts, stop or ()))
     source = hub.resolve(model) if model is not None else hub.resolve(str(hub.newest_output()))
     console.note(f"model: {source}")
 
@@ -51,7 +53,7 @@ def run(
         top_p=top_p,
         num_beams=num_beams,
         seed=seed,
-        stop=tuple(stop or ()),
+        stop=tuple(stop),
     )
     target = devices.resolve(device)
     folder = hub.fetch(source)
@@ -65,6 +67,18 @@ def run(
     pieces = generate.stream(network, tokenizer, prompts, sampling, stats)
     _print(pieces, len(prompts), stream)
     console.note(_figures(stats))
+
+
+def _text(argument: str) -> str:
+    """An argument as the text that its bytes are in UTF-8, whatever the locale; a UsageError if they are none."""
+    from supra_cli.core.errors import UsageError
+
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise UsageError(
+            f"{argument!r} is not UTF-8, expected text in UTF-8; convert it, for example with iconv"
+        ) from None
 
 
 def _print(pieces: Any, rows: int, stream: bool) -> None:

@@ -132,7 +132,7 @@ def base_config(source: Source) -> PretrainedConfig:
             raise NotFoundError(f"{source.repo} is no model: it holds no config.json")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SupraError(f"{folder}/config.json cannot be read as a model's configuration: {reason}") from error
 
@@ -193,9 +193,9 @@ def _complete(folder: Path, source: Source) -> Path:
     index = folder / "model.safetensors.index.json"
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SupraError(f"{index} is damaged; copy or download the model again") from error
-    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+    if missing := sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file()):
         raise SupraError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(shards)} shards); fetch it again")
     if not shards and not (folder / "model.safetensors").is_file():
         raise NotFoundError(f"{source.repo or folder} holds no safetensors weights; supra reads no other format")

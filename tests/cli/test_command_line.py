@@ -180,6 +180,19 @@ sys.exit(main(["--version"]))
     assert result.stderr == ""
 
 
+def test_closed_streams_are_no_error():
+    code = """
+import sys
+sys.stdout = sys.stderr = None  # as Python leaves them after `>&- 2>&-`
+from supra_cli.__main__ import main
+from supra_cli.commands import console
+assert main(["--version"]) == 0
+console.raw("text")
+console.note("text")
+"""
+    assert process(code=code).returncode == 0
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_without_unicode_never_crashes(encoding):
     code = """

@@ -47,7 +47,9 @@ def test_several_prompts_are_a_batch(supra, base):
     ("arguments", "words"),
     [
         ((), "-p"),
+        (("-p", b"caf\xe9".decode(errors="surrogateescape")), "is not UTF-8"),
         (("-p", "x", "--top-p", "2"), "--top-p is 2.0"),
+        (("-p", "x", "--temperature", "1e-42"), "--temperature is 1e-42"),
         (("-p", "x", "--max-new-tokens", "0"), "--max-new-tokens is 0"),
         (("-p", "x", "--num-beams", "2", "--temperature", "1"), "--num-beams"),
         (("-p", "x", "--device", "tpu"), "unknown device 'tpu'"),

@@ -292,6 +292,8 @@ def damage(name: str, directory: Path) -> None:
             (directory / "model.safetensors.index.json").write_text("{")
         case "index without a map":
             (directory / "model.safetensors.index.json").write_text("[]")
+        case "index to numbers":
+            (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
         case "config of garbage":
             (directory / "config.json").write_text("{")
         case "config without a base":
@@ -311,6 +313,7 @@ DAMAGES = {
     "missing shard": "model-mixers.safetensors is missing",
     "index of garbage": "index.json is not JSON",
     "index without a map": "no weight_map",
+    "index to numbers": "no weight_map",
     "config of garbage": "config.json is not JSON",
     "config without a base": "no key 'supra'",
 }
@@ -330,6 +333,19 @@ def test_transformers_loading_is_as_strict(converted, name):
     damage(name, converted)
     with pytest.raises((SupraError, RuntimeError)):
         AutoModelForCausalLM.from_pretrained(converted)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"files": [1]}', '{"files": {"model-base.safetensors": 1}}'])
+def test_provenance_that_supra_did_not_write_is_named(converted, text):
+    (converted / "supra.json").write_text(text)
+    with pytest.raises(SupraError, match=r"supra\.json is not what supra writes"):
+        checkpoint.read_provenance(converted)
+
+
+def test_a_tokenizer_without_content_is_named(converted):
+    (converted / "tokenizer.json").write_text("{}")
+    with pytest.raises(SupraError, match=r"the tokenizer in .* cannot be read"):
+        checkpoint.load_tokenizer(converted)
 
 
 def test_a_flipped_bit_is_found_by_verify(converted):

@@ -71,6 +71,7 @@ def test_steps_are_whole_rows_and_whole_steps() -> None:
         ("mixer.gain", "heads", "mixer.gain:"),
         ("mixer.name", "supr", "did you mean 'supra'?"),
         ("stages.0.kind", "transfre", "did you mean 'transfer'?"),
+        ("data.seq_len", 1, "data.seq_len: input should be greater than or equal to 2, got 1"),
         ("stages.0.tokens", 0, "stages.0.tokens: input should be greater than 0, got 0"),
         ("stages.0.lr", float("nan"), "stages.0.lr: input should be a finite number"),
         ("stages.0.micro_batch_tokens", 10**6, "more than batch_tokens"),

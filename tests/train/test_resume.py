@@ -181,6 +181,8 @@ def test_an_occupied_directory_is_refused_and_left_alone(recipe_file: Callable[.
     with pytest.raises(UsageError, match="not empty"):
         run(recipe_file(), output)
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
+    with pytest.raises(UsageError, match="is a file"):
+        run(recipe_file(), output / "notes.txt")
 
 
 def test_a_second_run_in_the_same_directory_is_refused(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     config = read_config(path).plain() if (path / "config.json").is_file() else None
     try:
         return AutoTokenizer.from_pretrained(path, config=config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
         raise SupraError(f"the tokenizer in {path} cannot be read ({first_line(error)}); restore its files") from error
 
 
@@ -116,7 +116,13 @@ def _describing_a_model(file: Path | str) -> Iterator[None]:
 def read_provenance(path: Path | str) -> dict[str, Any]:
     """What supra.json says: recipe, base, parent, tokens, versions, hashes; empty where supra did not write it."""
     file = Path(path) / PROVENANCE
-    return read_json(file) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
+    files = found.get("files") or {} if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(known, dict) and "sha256" in known for known in files.values()
+    ):
+        raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
+    return found
 
 
 def tensors(path: Path) -> dict[str, Entry]:
@@ -158,9 +164,10 @@ def shards(path: Path) -> list[str]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     index = read_json(path / INDEX)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        raise SupraError(f"{path / INDEX} has no weight_map; restore the file")
-    return index["weight_map"]
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise SupraError(f"{path / INDEX} has no weight_map from tensors to files; restore the file")
+    return placed
 
 
 def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:

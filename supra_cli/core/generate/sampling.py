@@ -32,7 +32,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value, fine, expected in (
             ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("--temperature", self.temperature, _is_temperature(self.temperature), "0 (greedy) or 1e-6 and more"),
             ("--top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
             ("--top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("--num-beams", self.num_beams, self.num_beams >= 1, "at least 1"),
@@ -43,6 +43,11 @@ class Sampling:
                 raise UsageError(f"{name} is {value}, expected {expected}")
         if self.num_beams > 1 and self.temperature > 0:
             raise UsageError(f"--num-beams {self.num_beams} searches, it does not draw; leave out --temperature")
+
+
+def _is_temperature(value: float) -> bool:
+    """Below 1e-6 the quotient of logits and temperature leaves the range of fp32."""
+    return value == 0 or 1e-6 <= value < float("inf")
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:

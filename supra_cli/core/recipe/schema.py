@@ -11,6 +11,7 @@ Lookup = Callable[[Literal["mixer", "stage"], str], type]
 """(kind, name) → the options dataclass of that mixer or stage; raises UsageError for an unknown name."""
 
 Positive = Annotated[int, Field(gt=0)]
+Row = Annotated[int, Field(ge=2)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -54,7 +55,7 @@ class Source(Table):
 
 
 class Data(Table):
-    seq_len: Positive = 2048
+    seq_len: Row = 2048
     """Tokens in a row."""
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Training text, mixed by weight."""
@@ -92,7 +93,7 @@ class Stage(OpenTable):
     """Tokens in an optimizer step, rounded down to whole rows."""
     micro_batch_tokens: Positive | None = None
     """Tokens in one forward and backward pass; the whole batch when left out."""
-    seq_len: Positive | None = None
+    seq_len: Row | None = None
     """Tokens in a row in this stage; the recipe's `data.seq_len` when left out."""
     train: Literal["all", "mixer"] = "all"
     """Which parameters move: all of them, or the mixers' alone."""

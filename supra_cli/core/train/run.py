@@ -30,6 +30,9 @@ class RunDirectory:
         self.path = Path(path)
 
     def exists(self) -> bool:
+        """Whether anything is there already; UsageError for a file."""
+        if self.path.is_file():
+            raise UsageError(f"{self.path} is a file, expected a directory to write; choose another --output")
         return self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir())
 
     @contextmanager
