@@ -21,7 +21,7 @@ def core(*names: str) -> tuple[str, ...]:
 TIERS = (
     ("supra_cli.__main__",),
     ("supra_cli.commands",),
-    core("train", "evaluate", "generate", "checkpoint", "accounting", "report", "lookup", "hub"),
+    core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
     core("modeling", "data", "stages"),
     core("swap"),
     core("archs", "mixers"),
