@@ -13,8 +13,6 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if os.path.dirname(os.path.abspath(__file__)) in sys.path:
-    sys.path.remove(os.path.dirname(os.path.abspath(__file__)))  # operator.py there would hide the standard library's
 sys.path[:0] = [ROOT, os.path.join(ROOT, "kernels")]
 
 import argparse  # noqa: E402

@@ -17,8 +17,6 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if os.path.dirname(os.path.abspath(__file__)) in sys.path:
-    sys.path.remove(os.path.dirname(os.path.abspath(__file__)))  # operator.py there would hide the standard library's
 sys.path[:0] = [ROOT, os.path.join(ROOT, "kernels")]
 
 import argparse  # noqa: E402

@@ -1,0 +1,87 @@
+"""GPU tests and every GPU benchmark in one call of at most ten minutes; a short table last, JSON beside it.
+
+    python benchmarks/gpu.py [--output DIR]
+
+Needs torch, triton, transformers, safetensors, pytest and numpy, no network, no installation of this package. JSON goes
+to DIR, else to $OUT, else to benchmarks/results. Each part is a process with its own limit, so that one that fails
+leaves the others be; the exit code is 1 if any did.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = [
+    "-m",
+    "pytest",
+    "-q",
+    "-m",
+    "gpu",
+    "-o",
+    "addopts=",
+    "-p",
+    "no:cacheprovider",
+    "tests/kernels/test_triton_gpu.py",
+]
+PARTS = {
+    "tests": (200, TESTS),
+    "operator": (100, ["benchmarks/operator_speed.py", "--lengths", "2048", "8192", "32768"]),
+    "decode-step": (60, ["benchmarks/decode.py", "--what", "step", "--rounds", "50"]),
+    "decode-model": (120, ["benchmarks/decode.py", "--what", "model"]),
+    "train": (50, ["benchmarks/train.py"]),
+    "train-1b": (
+        60,
+        ["benchmarks/train.py", "--model", "tinyllama-1.1b", "--shapes", "4x2048", "1x8192", "--rounds", "3"],
+    ),
+}
+"""Name of a part -> (seconds that it may take, arguments of the interpreter)."""
+
+
+def run(name: str, seconds: int, arguments: list[str], output: Path) -> dict:
+    if name != "tests":
+        arguments = [*arguments, "--device", "cuda", "--output", str(output / f"{name}-gpu.json")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    print(f"== {name}", flush=True)
+    start = time.perf_counter()
+    try:
+        code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    verdict = "ok" if code == 0 else f"over {seconds} s" if code is None else f"exit {code}"
+    return {"part": name, "verdict": verdict, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def targets(output: Path, began: float) -> list[dict]:
+    """Of the results written since `began`, in seconds since the epoch."""
+    files = [output / f"{name}-gpu.json" for name in PARTS]
+    fresh = [path for path in files if path.is_file() and path.stat().st_mtime >= began]
+    return [target for path in fresh for target in json.loads(path.read_text(encoding="utf-8"))["targets"]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=default, help="folder for the JSON")
+    output = parser.parse_args().output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    parts = [run(name, *part, output) for name, part in PARTS.items()]
+    met = targets(output, began)
+    (output / "gpu.json").write_text(json.dumps({"parts": parts, "targets": met}, indent=1) + "\n", encoding="utf-8")
+    print("== summary")
+    for part in parts:
+        print(f"{part['part']:14} {part['verdict']:12} {part['seconds']:6.1f} s")
+    for target in met:
+        found = "not measured" if target["measured"] is None else f"{target['measured']:.3g}"
+        print(f"{target['what']}: {found} ({target['bound']} {target['target']:g})")
+    return 0 if all(part["verdict"] == "ok" for part in parts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
