@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import supra_kernels
 import torch
+from cases import inputs, packed
 from supra_kernels import linear_attention
-from test_linear_attention import inputs, packed
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import DECAYS, assert_agrees, differentiate, inputs, packed
 from supra_kernels import linear_attention
-from test_linear_attention import DECAYS, assert_agrees, differentiate, inputs, packed
 
 pytest.importorskip("triton")
 from supra_kernels.gpu import launch

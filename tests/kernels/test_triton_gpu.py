@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import DECAYS, NAMES, inputs, packed
 from supra_kernels import linear_attention
-from test_linear_attention import DECAYS, NAMES, inputs, packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

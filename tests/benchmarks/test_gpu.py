@@ -1,0 +1,126 @@
+"""What `make gpu` runs, where there may be nothing but torch, triton, transformers, safetensors, pytest and numpy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MistralConfig
+
+from benchmarks import gpu
+from supra_cli.core.bench import decode
+from supra_cli.core.bench.models import draw
+from supra_cli.core.bench.roofline import counted_flops, operator_flops
+from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.ops import linear_attention
+
+ROOT = Path(__file__).resolve().parents[2]
+ABSENT = (
+    "typer", "pydantic", "rich", "lm_eval", "datasets", "accelerate", "tomli_w", "hypothesis", "pytest_timeout",
+    "supra_cli.commands", "supra_cli.core.recipe",
+)  # fmt: skip
+BLOCK = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))\n"
+
+
+def alone(code: str) -> subprocess.CompletedProcess:
+    """`code` in a process that can import none of ABSENT and sees no installation of this package."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-c", BLOCK + code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_the_gpu_tests_are_collected_with_little_installed():
+    arguments = [*gpu.TESTS[2:], "--collect-only"]
+    done = alone(f"import pytest; sys.exit(pytest.main({arguments}))")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_decode_steps_in_a_cuda_graph" in done.stdout
+
+
+def test_the_benchmarks_run_with_little_installed(tmp_path):
+    code = f"""
+import runpy
+for name, *given in (
+    ("operator_speed", "--lengths", "65"),
+    ("decode", "--positions", "3", "5"),
+    ("train", "--shapes", "1x9"),
+):
+    sys.argv = [name, "--device", "cpu", "--rounds", "1", "--output", "{tmp_path}/" + name + ".json", *given]
+    runpy.run_path("benchmarks/" + name + ".py", run_name="__main__")
+from supra_cli.core.bench import decode
+decode.measure_graphed(model="tiny", batch=2, context=8, rounds=1, device="cpu")
+"""
+    done = alone(code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("operator_speed", "decode", "train"):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert all(row["matrix_gflops"] > 0 and row["roofline_ms"] > 0 for row in found["rows"])
+
+
+def test_all_parts_fit_in_ten_minutes_and_exist():
+    assert sum(seconds for seconds, _ in gpu.PARTS.values()) <= 595
+    for _, arguments in gpu.PARTS.values():
+        assert any((ROOT / argument).is_file() for argument in arguments)
+
+
+def test_no_benchmark_hides_a_module_of_the_standard_library():
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert not names & set(sys.stdlib_module_names)
+
+
+def test_a_part_that_fails_leaves_the_others_be(monkeypatch, tmp_path, capfd):
+    good = tmp_path / "good.py"
+    met = {"what": "x", "bound": "at least", "target": 1, "measured": 2.5}
+    good.write_text(f"import json, sys; json.dump({{'targets': [{met}]}}, open(sys.argv[-1], 'w'))")
+    parts = {"bad": (20, ["-c", "raise SystemExit(3)"]), "slow": (0.2, ["-c", "import time; time.sleep(9)"])}
+    monkeypatch.setattr(gpu, "PARTS", {**parts, "good": (20, [str(good)])})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
+    assert gpu.main() == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [part["verdict"] for part in found["parts"]] == ["exit 3", "over 0.2 s", "ok"]
+    assert capfd.readouterr().out.splitlines()[-1] == "x: 2.5 (at least 1)"
+
+
+SMALL = MistralConfig(
+    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, sliding_window=None,
+)  # fmt: skip
+
+
+class HostTraffic(TorchDispatchMode):
+    """What a CUDA graph cannot hold: tensors made from numbers of the host, and numbers asked of the device."""
+
+    FORBIDDEN = ("aten.lift_fresh", "aten._local_scalar_dense", "aten.nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen += [name for name in self.FORBIDDEN if str(function).startswith(name)]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "supra"])
+def test_a_decode_step_can_be_captured(kind):
+    model = draw(SupraConfig.from_base(SMALL, mixer=kind), "cpu", torch.float32).eval()
+    step, cache = decode._one_token(model, 2, 16)
+    before = [layer.state.S if kind == "supra" else layer.keys for layer in cache.layers]
+    with HostTraffic() as traffic:
+        step()
+    assert not traffic.seen
+    after = [layer.state.S if kind == "supra" else layer.keys for layer in cache.layers]
+    assert [x.data_ptr() for x in before] == [x.data_ptr() for x in after]
+
+
+def test_flops_are_counted_inside_the_operator_too():
+    q, k, v = (torch.randn(1, 128, 2, 64, requires_grad=True) for _ in range(3))
+    forward, backward = operator_flops(128 * 2, 64, 64, 64)
+    assert counted_flops(lambda: linear_attention(q, k, v)) == forward
+    assert counted_flops(lambda: linear_attention(q, k, v)[0].sum().backward()) == forward + backward
