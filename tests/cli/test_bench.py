@@ -1,0 +1,40 @@
+"""`supra bench`: figures as a table and as one JSON document, a wrong value as one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from supra_cli.__main__ import main
+
+
+@pytest.mark.parametrize(
+    "given", [("operator", "--tokens", "65"), ("decode", "--position", "3"), ("train", "--shape", "1x9")]
+)
+def test_the_document_has_figures_beside_the_machines_rates(given, capfd, tmp_path):
+    path = tmp_path / "deep" / "found.json"
+    assert main(["bench", *given, "--device", "cpu", "--rounds", "1", "--json", "--quiet", "-o", str(path)]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["benchmark"] == given[0]
+    assert all(row["roofline_ms"] > 0 and row["matrix_gflops"] > 0 for row in found["rows"])
+    assert json.loads(path.read_text())["rows"] == found["rows"]
+
+
+def test_the_table_names_the_machine(capfd):
+    assert main(["bench", "operator", "--tokens", "9", "--device", "cpu", "--rounds", "1", "--quiet"]) == 0
+    out = capfd.readouterr().out
+    assert "matrix_gflops" in out
+    assert "1 rounds" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("train", "--shape", "8by5"), "'8by5', expected batch and tokens like 8x512"),
+        (("operator", "--device", "gpu"), "unknown device 'gpu'"),
+    ],
+)
+def test_a_wrong_value_is_a_usage_error(given, said, capfd):
+    assert main(["bench", *given]) == 2
+    assert said in capfd.readouterr().err
