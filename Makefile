@@ -31,7 +31,7 @@ lint: $(BIN)/supra
 test: lint
 	$(OFFLINE) $(BIN)/python -m pytest
 
-# Takes the interpreter as it is, so that a borrowed GPU machine needs no installation: torch, triton, transformers, pytest.
+# Takes $(PYTHON) as it is: a borrowed GPU machine needs torch, triton, transformers and pytest, no installation.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 

@@ -222,8 +222,6 @@ class Filled(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length
-
 
 def _one_token(model: nn.Module, batch: int, context: int) -> tuple[Run, Cache]:
     """A step of one token for each of `batch` texts of `context` tokens, and the cache that it reads."""
