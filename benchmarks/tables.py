@@ -35,8 +35,8 @@ def demo() -> str:
         f"{tokens:,} tokens of uptraining, {seconds:.0f} seconds on {found['environment']['threads']} threads of a "
         f"{found['environment']['cpus']}-core CPU. On the recipe's held-out rows the student ends "
         f"{found['above_teacher']:.2f} nats per token above its teacher ({nats['student']:.2f} against "
-        f"{nats['teacher']:.2f}); a model of the same shape trained from scratch on as many tokens of the same text ends "
-        f"at {nats['from_scratch']:.2f}."
+        f"{nats['teacher']:.2f}); a model of the same shape trained from scratch on as many tokens of the same text "
+        f"ends at {nats['from_scratch']:.2f}."
     )
     return f"{_markdown(header, body)}\n{told}\n"
 

@@ -85,6 +85,8 @@ class Trainer:
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.stop = stop
         self.counters = Counters()
+        self._last_loss: float | None = None
+        self._validated_step: int | None = None
         self._checkpoint: Path | None = None
         self._clock = time.perf_counter()
 
@@ -159,8 +161,6 @@ class Trainer:
             self.counters.tokens,
             self.counters.seconds,
         )
-
-    _last_loss: float | None = None
 
     def _stage(self, spec: recipes.Stage) -> Iterator[Event]:
         stage_class = stages.get(spec.kind)
@@ -296,9 +296,7 @@ class Trainer:
         if not self.held_out:
             return
         counters, loss = self.counters, self._held_out_loss(self.student)
-        if counters.step and (counters.best_loss is None or loss < counters.best_loss):
-            counters.best_loss, counters.best_step = loss, counters.step
-        self._last_loss = loss
+        self._last_loss, self._validated_step = loss, counters.step
         self.run.log({"event": "validation", "step": counters.step, "loss": loss, "teacher": teacher_loss})
         for log in self.trackers:
             log(counters.step, {"held_out_loss": loss})
@@ -312,7 +310,12 @@ class Trainer:
             return perplexity(model, whole.input_ids, whole.position_ids, whole.labels).nats
 
     def _save(self, optimizer: torch.optim.Optimizer) -> Iterator[Event]:
-        counters = self.counters
+        """Save everything; `best` is the saved step with the lowest held-out loss."""
+        counters, loss = self.counters, self._last_loss
+        validated = loss is not None and self._validated_step == counters.step
+        best = validated and (counters.best_loss is None or loss < counters.best_loss)
+        if best:
+            counters.best_loss, counters.best_step = loss, counters.step
         dtype = getattr(torch, self.recipe.checkpoint.dtype)
         with self.run.writing(counters.step) as folder, masters_in_place(optimizer):
             masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
@@ -320,7 +323,7 @@ class Trainer:
             state.save(folder / "training", counters, optimizer, masters, self.mixture.state())
         path = self.run.step_path(counters.step)
         self.run.link("last", path)
-        if counters.best_step == counters.step:
+        if best:
             self.run.link("best", path)
         self.run.prune(self.recipe.checkpoint.keep_last)
         yield Saved(path)

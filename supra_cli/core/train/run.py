@@ -24,16 +24,18 @@ from supra_cli.core.errors import UsageError
 
 MARKER = "COMPLETE"
 
+_BEFORE_A_CHECKPOINT = {".lock", "recipe.toml", "env.json", "metrics.jsonl", "tokenizer", "converted", "non-finite"}
+
 
 class RunDirectory:
     def __init__(self, path: Path):
         self.path = Path(path)
 
     def exists(self) -> bool:
-        """Whether anything is there already; UsageError for a file."""
+        """Whether there is something to lose, more than what a run writes before its first checkpoint."""
         if self.path.is_file():
             raise UsageError(f"{self.path} is a file, expected a directory to write; choose another --output")
-        return self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir())
+        return self.path.exists() and any(entry.name not in _BEFORE_A_CHECKPOINT for entry in self.path.iterdir())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -58,7 +60,8 @@ class RunDirectory:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(path.parent for path in self.path.glob(f"step-*/{MARKER}"))
+        found = [path.parent for path in self.path.glob(f"step-[0-9]*/{MARKER}")]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
