@@ -149,7 +149,6 @@ class Trainer:
             )
 
     def train(self) -> Iterator[Event]:
-        self.baseline: nn.Module | None = None
         if self._checkpoint is None:
             yield from self._validate(self._teacher_loss())
         while self.counters.stage < len(self.recipe.stages):

@@ -77,9 +77,11 @@ class Stepper:
 
     def watch(self) -> list[tuple[Tensor, Tensor]]:
         """(parameter, its sampled values now) for `swallowed`, about `SAMPLED_NUMBERS` values in all."""
+        return [(parameter, self._sample(parameter.detach()).clone()) for parameter in self._parameters]
+
+    def _sample(self, values: Tensor) -> Tensor:
         total = sum(parameter.numel() for parameter in self._parameters)
-        stride = max(1, total // SAMPLED_NUMBERS)
-        return [(parameter, parameter.detach().flatten()[::stride].clone()) for parameter in self._parameters]
+        return values.flatten()[:: max(1, total // SAMPLED_NUMBERS)]
 
     def swallowed(self, watched: list[tuple[Tensor, Tensor]]) -> float:
         """Share of the sampled weights with a moment of their own that the step left exactly as they were.
@@ -91,9 +93,8 @@ class Stepper:
             state = self.optimizer.state.get(parameter, {})
             if "exp_avg" not in state:
                 continue
-            stride = max(1, -(-parameter.numel() // before.numel()))
-            meant = lowbit.values(state["exp_avg"]).flatten()[::stride][: before.numel()] != 0
-            same = parameter.detach().flatten()[::stride][: before.numel()] == before
+            meant = self._sample(lowbit.values(state["exp_avg"])) != 0
+            same = self._sample(parameter.detach()) == before
             still += int((same & meant).sum())
             moved += int(meant.sum())
         return still / moved if moved else 0.0
