@@ -1,7 +1,7 @@
 """Writes the tables of README.md from the files in benchmarks/results/, so that no number there is typed by hand:
 
-    python benchmarks/tables.py            # rewrite
-    python benchmarks/tables.py --check    # exit 1 if README.md is not what the files say
+python benchmarks/tables.py            # rewrite
+python benchmarks/tables.py --check    # exit 1 if README.md is not what the files say
 """
 
 from __future__ import annotations

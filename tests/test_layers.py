@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = "supra_cli.core"
 
 
-
 def core(*names: str) -> tuple[str, ...]:
     return tuple(f"{CORE}.{name}" for name in names)
 
@@ -77,10 +76,7 @@ def imports(module: str, *, only_top: bool = False) -> set[str]:
 def tier(module: str) -> int:
     """The index of the tier whose longest prefix `module` has."""
     matches = [
-        (len(prefix), index)
-        for index, prefixes in enumerate(TIERS)
-        for prefix in prefixes
-        if is_in(module, prefix)
+        (len(prefix), index) for index, prefixes in enumerate(TIERS) for prefix in prefixes if is_in(module, prefix)
     ]
     return max(matches)[1]
 

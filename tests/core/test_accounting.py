@@ -163,9 +163,7 @@ def test_softmax_flops_are_those_of_the_formula():
 
 
 def test_recurrent_flops_are_linear_in_the_length():
-    each = [
-        accounting.plan(recipe(seq_len=length), torch.float32).stages[0] for length in (256, 512)
-    ]
+    each = [accounting.plan(recipe(seq_len=length), torch.float32).stages[0] for length in (256, 512)]
     short, long = (stage.flops / stage.tokens for stage in each)
     assert long == pytest.approx(short, rel=0.1)
 

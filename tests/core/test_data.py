@@ -146,7 +146,7 @@ def test_the_cache_is_used_and_never_stale(words, tmp_path: Path, monkeypatch: p
 
 def data(tmp_path: Path, **settings) -> Data:
     path = str(write(tmp_path, "a.jsonl"))
-    return Data(seq_len=24, sources=[{"path": path, "weight": 3.0}, {"path": path, "repeat": True}], **settings)
+    return Data(seq_len=24, sources=[{"path": path, "weight": 3.0}, {"path": path, "repeat": "text"}], **settings)
 
 
 def test_rows_are_the_documents_in_pieces_with_positions_that_restart(words, tmp_path: Path) -> None:
@@ -204,13 +204,38 @@ def test_a_restored_position_gives_the_rows_that_would_have_come(taken: int, wor
         assert all(a.equal(b) for a, b in zip(whole.batch(2, 24), again.batch(2, 24), strict=True))
 
 
-def test_repeats_hold_each_passage_twice(words, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocabulary", [None, np.arange(7, 290)], ids=["text", "random"])
+def test_repeats_hold_each_passage_twice(vocabulary, words, tmp_path: Path) -> None:
     stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
-    ids, positions = rows.Repeats(stored, (0, 1)).row(4000)
+    ids, positions = rows.Repeats(stored, (0, 1), vocabulary=vocabulary).row(4000)
     starts = [*np.flatnonzero(positions == 0), 4000]
     for start, end in itertools.pairwise(starts[:-1]):
         piece = ids[start:end]
         assert any((piece[:length] == piece[-length:]).all() for length in range(8, len(piece) // 2 + 1))
+
+
+def test_random_repeats_are_drawn_evenly_from_every_ordinary_token(words, tmp_path: Path) -> None:
+    path = str(write(tmp_path, "a.jsonl"))
+    mixture = rows.training(Data(seq_len=24, sources=[{"path": path, "repeat": "random"}]), words, 0)
+    ids = mixture.batch(64, 4000).input_ids
+    counts = torch.bincount(ids.flatten(), minlength=len(words))
+    ordinary = [n for n in range(len(words)) if n not in words.all_special_ids]
+    assert counts[ordinary].min() > 0.5 * ids.numel() * 0.8 / len(ordinary)
+
+
+def test_cut_rows_hold_one_piece_of_one_document_and_the_rest_carries_no_loss(words, tmp_path: Path) -> None:
+    stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
+    stream = rows.Documents(stored, None, "cut")
+    drawn = [stream.row(24) for _ in range(stream.rows_in_an_epoch(24))]
+    assert stream.state == {"epoch": 1, "document": 0, "offset": 0}
+    batch = rows.collate(*map(list, zip(*drawn, strict=True)))
+    documents = np.split(np.asarray(stored.ids), stored.ends[:-1])
+    pieces = [document[start : start + 24] for document in documents for start in range(0, len(document), 24)]
+    assert len(pieces) == len(drawn)
+    for piece, ids, positions, labels in zip(pieces, *batch, strict=True):
+        assert ids[: len(piece)].tolist() == piece.tolist()
+        assert positions.tolist() == [*range(len(piece))] + [0] * (24 - len(piece))
+        assert labels.tolist() == [*piece[1:]] + [rows.IGNORED] * (25 - len(piece))
 
 
 def test_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -> None:
@@ -282,5 +307,3 @@ def test_a_tokenizer_knows_every_byte(words) -> None:
 def test_an_impossible_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="weight"):
         Data(sources=[{"path": "a", "weight": 0}])
-
-

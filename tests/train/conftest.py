@@ -62,7 +62,7 @@ def raw_recipe(base: Path, text_file: Path) -> dict[str, Any]:
         "mixer": {"name": "supra"},
         "data": {
             "seq_len": 32,
-            "sources": [{"path": str(text_file), "weight": 2.0}, {"path": str(text_file), "repeat": True}],
+            "sources": [{"path": str(text_file), "weight": 2.0}, {"path": str(text_file), "repeat": "text"}],
             "validation": [{"path": str(text_file)}],
             "validation_tokens": 256,
         },

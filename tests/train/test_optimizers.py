@@ -205,9 +205,7 @@ def test_an_offloaded_run_on_the_cpu_is_the_plain_run(recipe_file: Write, raw_re
     assert weights(tmp_path / "adamw-offload") == weights(tmp_path / "adamw")
 
 
-def test_checkpoints_of_an_offloaded_run_hold_the_masters(
-    recipe_file: Write, raw_recipe: dict, tmp_path: Path
-) -> None:
+def test_checkpoints_of_an_offloaded_run_hold_the_masters(recipe_file: Write, raw_recipe: dict, tmp_path: Path) -> None:
     run(recipe_file(stages=stages(raw_recipe, "adamw-offload")), tmp_path / "run", dtype=torch.bfloat16)
     saved = {}
     for file in (tmp_path / "run" / "last").glob("*.safetensors"):

@@ -1,11 +1,12 @@
 """Rows of `seq_len` tokens, mixed from several sources, in an order that depends on the seed alone.
 
 The position in the data is a handful of integers (`Mixture.state`): restoring them yields exactly the rows that would
-have come. A row is filled from one source; documents are cut where the row ends and go on in that source's next row.
+have come. A row is filled from one source; a document is cut where the row ends and goes on in that source's next row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from supra_cli.core.data import sources
 from supra_cli.core.data.tokens import Tokens, tokenised
 from supra_cli.core.errors import SupraError, UsageError
-from supra_cli.core.recipe import Data, Source
+from supra_cli.core.recipe import Data, Packing, Source
 
 IGNORED = -100
 
@@ -48,32 +49,47 @@ class Stream(Protocol):
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
+def pack(take: Callable[[int], np.ndarray], length: int, packing: Packing) -> tuple[np.ndarray, np.ndarray]:
+    """One row as (ids [length], positions [length]); `take(most)` gives the next at most `most` tokens of a document.
+
+    `separate` fills the row with pieces whose positions each start at 0, `joined` with pieces under one run of
+    positions, and `cut` takes one piece. What a piece leaves empty is token 0 at position 0: every such token is a
+    document by itself, so that no other sees it and it has nothing to predict.
+    """
+    ids, positions = np.zeros(length, np.int64), np.zeros(length, np.int64)
+    filled = 0
+    while filled < length:
+        piece = take(length - filled)
+        ids[filled : filled + len(piece)] = piece
+        positions[filled : filled + len(piece)] = np.arange(len(piece))
+        filled += len(piece)
+        if packing == "cut":
+            break
+    return ids, np.arange(length, dtype=np.int64) if packing == "joined" else positions
+
+
 class Documents:
     """The documents of a token file, reshuffled each epoch (or in their own order, for validation)."""
 
-    def __init__(self, tokens: Tokens, seed: tuple[int, ...] | None, joined: bool = False):
+    def __init__(self, tokens: Tokens, seed: tuple[int, ...] | None, packing: Packing = "separate"):
         self._tokens = tokens
         self._seed = seed
-        self._joined = joined
+        self._packing = packing
         self._order: np.ndarray | None = None
         self._order_epoch = -1
         self.digest = tokens.digest
         self.state = {"epoch": 0, "document": 0, "offset": 0}
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [length], positions [length])."""
-        ids, positions = np.empty(length, np.int64), np.arange(length, dtype=np.int64)
-        filled = 0
-        while filled < length:
-            piece = self._piece(length - filled)
-            ids[filled : filled + len(piece)] = piece
-            if not self._joined:
-                positions[filled : filled + len(piece)] = np.arange(len(piece))
-            filled += len(piece)
-        return ids, positions
+        return pack(self._take, length, self._packing)
 
-    def _piece(self, most: int) -> np.ndarray:
-        """The next at most `most` tokens of the current document."""
+    def rows_in_an_epoch(self, length: int) -> int:
+        """Whole rows of `length` tokens in one pass over the documents."""
+        if self._packing == "cut":
+            return int(np.ceil(np.diff(self._tokens.ends, prepend=0) / length).sum())
+        return len(self._tokens.ids) // length
+
+    def _take(self, most: int) -> np.ndarray:
         state, ends = self.state, self._tokens.ends
         document = self._epoch_order()[state["document"]]
         start = (int(ends[document - 1]) if document else 0) + state["offset"]
@@ -95,36 +111,38 @@ class Documents:
 
 
 class Repeats:
-    """Rows for learning to recall: a passage of a token file, some other text of it, the passage again.
+    """Rows for learning to recall: a passage, some text of a token file, the passage again.
 
-    Lengths are drawn between 8 and 128 for the passage and 0 and 64 for what stands between. Such a piece is a document
-    of its own.
+    The passage is text of the file or, given a `vocabulary`, tokens drawn uniformly from it. Lengths are drawn between
+    8 and 128 for the passage and 0 and 64 for what stands between. Such a piece is a document of its own.
     """
 
-    def __init__(self, tokens: Tokens, seed: tuple[int, ...], joined: bool = False):
+    def __init__(
+        self,
+        tokens: Tokens,
+        seed: tuple[int, ...],
+        packing: Packing = "separate",
+        vocabulary: np.ndarray | None = None,
+    ):
         self._ids = tokens.ids
         self._seed = seed
-        self._joined = joined
+        self._packing = packing
+        self._vocabulary = vocabulary
         self.digest = tokens.digest
         self.state = {"row": 0}
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [length], positions [length])."""
         random = _random(*self._seed, self.state["row"])
         self.state["row"] += 1
-        ids, positions = np.empty(length, np.int64), np.arange(length, dtype=np.int64)
-        filled = 0
-        while filled < length:
-            passage, between = self._text(random, 8, 128), self._text(random, 0, 64)
-            piece = np.concatenate([passage, between, passage])[: length - filled]
-            ids[filled : filled + len(piece)] = piece
-            if not self._joined:
-                positions[filled : filled + len(piece)] = np.arange(len(piece))
-            filled += len(piece)
-        return ids, positions
+        return pack(lambda most: self._piece(random)[:most], length, self._packing)
 
-    def _text(self, random: np.random.Generator, least: int, most: int) -> np.ndarray:
-        length = min(int(random.integers(least, most + 1)), len(self._ids))
+    def _piece(self, random: np.random.Generator) -> np.ndarray:
+        size = int(random.integers(8, 129))
+        passage = self._text(random, size) if self._vocabulary is None else random.choice(self._vocabulary, size)
+        return np.concatenate([passage, self._text(random, int(random.integers(0, 65))), passage])
+
+    def _text(self, random: np.random.Generator, length: int) -> np.ndarray:
+        length = min(length, len(self._ids))
         start = int(random.integers(0, len(self._ids) - length + 1))
         return self._ids[start : start + length]
 
@@ -189,13 +207,12 @@ def collate(ids: list[np.ndarray], positions: list[np.ndarray]) -> Batch:
 
 def training(data: Data, tokenizer, seed: int) -> Mixture:
     """The training rows of a recipe."""
-    joined = data.documents == "joined"
     streams: list[Stream] = []
     for number, source in enumerate(data.sources):
         if sources.is_on_hub(source):
-            if source.repeat:
+            if source.repeat != "no":
                 raise UsageError(f"data.sources.{number}.repeat: {source.path} is streamed, and only local text can be")
-            streams.append(_open_hub(source, "train", tokenizer, joined))
+            streams.append(_open_hub(source, "train", tokenizer, data.documents))
             continue
         tokens = tokenised(source, tokenizer, "train", data.skip_share)
         if len(tokens.ids) < data.seq_len:
@@ -203,7 +220,11 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
                 f"{source.path} has only {len(tokens.ids)} tokens, fewer than one row of {data.seq_len}; "
                 "add text or lower data.seq_len"
             )
-        streams.append((Repeats if source.repeat else Documents)(tokens, (seed, number), joined))
+        if source.repeat == "no":
+            streams.append(Documents(tokens, (seed, number), data.documents))
+        else:
+            vocabulary = _ordinary(tokenizer) if source.repeat == "random" else None
+            streams.append(Repeats(tokens, (seed, number), data.documents, vocabulary))
     return Mixture(streams, [source.weight for source in data.sources], _names(data.sources))
 
 
@@ -218,12 +239,11 @@ def held_out(data: Data, tokenizer, rows_at_once: int = 8) -> list[Batch]:
 
 
 def _spread_rows(source: Source, tokenizer, data: Data, wanted: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    joined = data.documents == "joined"
     if sources.is_on_hub(source):
-        stream, there = _open_hub(source, "validation", tokenizer, joined), wanted
+        stream, there = _open_hub(source, "validation", tokenizer, data.documents), wanted
     else:
-        tokens = tokenised(source, tokenizer, "validation", data.skip_share)
-        stream, there = Documents(tokens, None, joined), len(tokens.ids) // data.seq_len
+        stream = Documents(tokenised(source, tokenizer, "validation", data.skip_share), None, data.documents)
+        there = stream.rows_in_an_epoch(data.seq_len)
     if min(wanted, there) == 0:
         raise SupraError(
             f"{source.path} gives {there} rows of {data.seq_len} tokens for validation and data.validation_tokens asks "
@@ -234,10 +254,15 @@ def _spread_rows(source: Source, tokenizer, data: Data, wanted: int) -> list[tup
     return [row for number, row in enumerate(rows) if number in chosen]
 
 
-def _open_hub(source: Source, split: str, tokenizer, joined: bool) -> Stream:
+def _open_hub(source: Source, split: str, tokenizer, packing: Packing) -> Stream:
     from supra_cli.core.data.streamed import open_hub  # importing datasets takes a second that local text need not pay
 
-    return open_hub(source, split, tokenizer, joined)
+    return open_hub(source, split, tokenizer, packing)
+
+
+def _ordinary(tokenizer) -> np.ndarray:
+    """Every token but the special ones."""
+    return np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
 
 
 def _names(group) -> list[str]:

@@ -70,7 +70,7 @@ def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
 def all_texts(data: Data) -> Iterator[str]:
     """Every document of the local training sources, to train a tokenizer on."""
     for source in data.sources:
-        if not source.repeat:
+        if source.repeat == "no":
             yield from texts(source, "train", data.skip_share)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import datasets
 import numpy as np
 
+from supra_cli.core.data.rows import pack
 from supra_cli.core.data.tokens import encode, tokenizer_digest
 from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, near_miss
-from supra_cli.core.recipe import Source
+from supra_cli.core.recipe import Packing, Source
 
 
 class Streamed:
@@ -21,11 +22,13 @@ class Streamed:
     used.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, field: str, tokenizer, digest: str, joined: bool = False):
+    def __init__(
+        self, dataset: datasets.IterableDataset, field: str, tokenizer, digest: str, packing: Packing = "separate"
+    ):
         self._dataset = dataset
         self._field = field
         self._tokenizer = tokenizer
-        self._joined = joined
+        self._packing = packing
         self._start = dataset.state_dict()
         self.digest = digest
         self.state = {"dataset": self._start, "offset": 0, "epoch": 0}
@@ -41,21 +44,16 @@ class Streamed:
         self._rewind(self._before)
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [length], positions [length])."""
-        ids, positions = np.empty(length, np.int64), np.arange(length, dtype=np.int64)
-        filled = 0
-        while filled < length:
-            if self._document is None:
-                self._document = self._read()
-            piece = self._document[self._offset : self._offset + length - filled]
-            ids[filled : filled + len(piece)] = piece
-            if not self._joined:
-                positions[filled : filled + len(piece)] = np.arange(len(piece))
-            self._offset += len(piece)
-            filled += len(piece)
-            if self._offset == len(self._document):
-                self._before, self._offset, self._document = self._dataset.state_dict(), 0, None
-        return ids, positions
+        return pack(self._take, length, self._packing)
+
+    def _take(self, most: int) -> np.ndarray:
+        if self._document is None:
+            self._document = self._read()
+        piece = self._document[self._offset : self._offset + most]
+        self._offset += len(piece)
+        if self._offset == len(self._document):
+            self._before, self._offset, self._document = self._dataset.state_dict(), 0, None
+        return piece
 
     def _read(self) -> np.ndarray:
         """The tokens of the next record; the first one again after the last."""
@@ -76,7 +74,7 @@ class Streamed:
         self._records = iter(self._dataset)
 
 
-def open_hub(source: Source, split: str, tokenizer, joined: bool) -> Streamed:
+def open_hub(source: Source, split: str, tokenizer, packing: Packing) -> Streamed:
     """The stream of a hub dataset, pinned to the commit that its revision names now.
 
     Raises NotFoundError when it cannot be reached or does not exist, NotAuthorisedError when it is gated.
@@ -106,7 +104,7 @@ def open_hub(source: Source, split: str, tokenizer, joined: bool) -> Streamed:
         raise NotFoundError(f"dataset {source.path}: {_first_line(error)}") from error
     identity = [source.path, commit, source.name, source.split or split, source.text, tokenizer_digest(tokenizer)]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return Streamed(dataset, source.text, tokenizer, digest, joined)
+    return Streamed(dataset, source.text, tokenizer, digest, packing)
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Lookup = Callable[[Literal["mixer", "stage"], str], type]
 """(kind, name) → the options dataclass of that mixer or stage; raises UsageError for an unknown name."""
 
+Packing = Literal["separate", "joined", "cut"]
 Positive = Annotated[int, Field(gt=0)]
 Row = Annotated[int, Field(ge=2)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -43,8 +44,9 @@ class Source(Table):
     """Field or column that holds the text, where records have fields."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of the rows drawn from this source, relative to the other sources' weights."""
-    repeat: bool = False
-    """Draw rows in which passages of this source come twice, for learning to recall, instead of its documents."""
+    repeat: Literal["no", "text", "random"] = "no"
+    """For learning to recall, rows in which passages come twice instead of this source's documents: `text` repeats
+    passages of the source, `random` passages of random tokens between which its text stands."""
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str | None = None
@@ -63,8 +65,9 @@ class Data(Table):
     """Held-out text for the validation loss."""
     validation_tokens: Positive = 65_536
     """At most this many held-out tokens are scored at each validation."""
-    documents: Literal["separate", "joined"] = "separate"
-    """`separate`: state and positions restart at each document in a row; `joined`: a row is one run of text."""
+    documents: Packing = "separate"
+    """`separate`: a row is packed with documents, and state and positions restart at each; `joined`: a row is one run
+    of text; `cut`: a row holds one document or a piece of one, and what that leaves empty carries no loss."""
     skip_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Largest share of a source's records that may be skipped as empty, undecodable or without text before that is an
     error."""

@@ -26,9 +26,7 @@ def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opti
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        raise UsageError(
-            "optimizer = 'adamw8bit' needs torchao, which is not installed: pip install torchao"
-        ) from None
+        raise UsageError("optimizer = 'adamw8bit' needs torchao, which is not installed: pip install torchao") from None
 
     class Eager8bit(AdamW8bit):
         """Compiled on CUDA, as torchao means it; eager on the CPU, where compiling would ask for a C++ compiler."""
