@@ -1,7 +1,7 @@
-"""Writes the tables of README.md from the files in benchmarks/results/, so that no number there is typed by hand:
+"""Writes the tables of README.md and docs/ from benchmarks/results/, so that no number there is typed by hand:
 
 python benchmarks/tables.py            # rewrite
-python benchmarks/tables.py --check    # exit 1 if README.md is not what the files say
+python benchmarks/tables.py --check    # exit 1 if a page is not what the files say
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "uptraining.md")
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -55,9 +56,31 @@ def operator() -> str:
     return _markdown(["CPU, fp32, one thread, B1 H4 D64", "asked", "measured", "met"], rows)
 
 
+def curves() -> str:
+    found = json.loads((RESULTS / "curves.json").read_text(encoding="utf-8"))
+    ends = {(entry["mixer"], bool(entry["transferred"])): entry for entry in found["runs"]}
+    header = ["mixer", "untrained", "distill alone", "transfer, then distill", "transfer gains", "layers' errors"]
+    body = []
+    for name in dict.fromkeys(name for name, _ in ends):
+        alone, first = ends[name, False]["curve"], ends.get((name, True))
+        line = [f"`{name}`", f"{alone[0][1]:.2f}", f"{alone[-1][1]:.2f}"]
+        if first:
+            both, layers = first["curve"][-1][1], first["transfer_loss"]
+            mean = [sum(layer[when] for layer in layers) / len(layers) for when in ("first", "last")]
+            line += [f"{both:.2f}", f"{alone[-1][1] - both:+.2f}", f"{mean[0]:.2f} → {mean[1]:.2f}"]
+        body.append([*line, "", "", ""][: len(header)])
+    told = (
+        f"Held-out nats per token after {found['tokens']:,} tokens, the teacher being at "
+        f"{found['runs'][0]['teacher']:.2f}; the transfer, where there is one, took "
+        f"{max(entry['transferred'] for entry in found['runs']):,} of them. The last column is the mean of the layers' "
+        "relative squared errors at the first and the last step of the transfer."
+    )
+    return f"{_markdown(header, body)}\n{told}\n"
+
+
 def render(text: str) -> str:
     """`text` with every block between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
-    tables = {"demo": demo, "operator": operator}
+    tables = {"demo": demo, "operator": operator, "curves": curves}
     return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)
 
 
@@ -74,12 +97,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    wanted = render(text)
-    if arguments.check:
-        return int(text != wanted)
-    README.write_text(wanted, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        wanted = render(text)
+        stale += text != wanted
+        if not arguments.check:
+            page.write_text(wanted, encoding="utf-8")
+    return int(arguments.check and stale > 0)
 
 
 if __name__ == "__main__":
