@@ -25,15 +25,16 @@ library.define(
     " float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "triton(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale, float? norm_eps)"
-    " -> (Tensor, Tensor, Tensor)"
+    "triton(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale, float? norm_eps,"
+    " float? denominator_min) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "triton_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment,"
-    " float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "triton_backward(Tensor do, Tensor? dd, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state,"
+    " Tensor? segment, float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale, float? norm_eps) -> Tensor"
+    "triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale, float? norm_eps,"
+    " float? denominator_min) -> Tensor"
 )
 
 library.impl("chunk", chunked.forward, "CompositeExplicitAutograd")
@@ -52,23 +53,26 @@ def _kernels():
     return launch
 
 
-def _triton(q, k, v, g, state, segment, scale, norm_eps):
+def _triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min):
     launch = _kernels()
-    return launch.forward(launch.Problem(q, k, v, g, segment, scale), state, v.dtype, norm_eps=norm_eps)
+    problem = launch.Problem(q, k, v, g, segment, scale, sums=denominator_min is not None)
+    return launch.forward(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 
 
-def _triton_backward(do, dS, q, k, v, g, state, segment, scale, decays):
+def _triton_backward(do, dd, dS, q, k, v, g, state, segment, scale, decays):
     launch = _kernels()
-    grads = launch.backward(launch.Problem(q, k, v, g, segment, scale), state, do, dS, decays=decays)
+    problem = launch.Problem(q, k, v, g, segment, scale, sums=dd is not None)
+    grads = launch.backward(problem, state, do, dd, dS, decays=decays)
     dg = q.new_empty(0, dtype=torch.float32) if grads.g is None else grads.g
     if decays:
         dg = (dg.sum((0, 1)) if g.dim() == 1 else dg).to(g.dtype)
     return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), dg, grads.state
 
 
-def _triton_step(q, k, v, g, state, scale, norm_eps):
+def _triton_step(q, k, v, g, state, scale, norm_eps, denominator_min):
     launch = _kernels()
-    return launch.step(launch.Problem(q, k, v, g, None, scale), state, v.dtype, norm_eps=norm_eps)
+    problem = launch.Problem(q, k, v, g, None, scale, sums=denominator_min is not None)
+    return launch.step(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 
 
 for _key in ("CUDA", "CPU"):
@@ -81,8 +85,8 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
     return v.new_empty(*q.shape[:3], v.shape[-1])
 
 
-def _state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q, k, v))
+def _state(q: Tensor, k: Tensor, v: Tensor, sums: bool = False) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3] + sums, dtype=compute_dtype(q, k, v))
 
 
 @torch.library.register_fake("supra::chunk", lib=library)
@@ -95,19 +99,20 @@ def _(q, k, v, g, state, segment, scale, keep):
 
 
 @torch.library.register_fake("supra::triton", lib=library)
-def _(q, k, v, g, state, segment, scale, norm_eps):
-    S = _state(q, k, v)
-    return _output(q, v), S, S.new_empty(0 if norm_eps is None else q.shape[:3])
+def _(q, k, v, g, state, segment, scale, norm_eps, denominator_min):
+    S = _state(q, k, v, denominator_min is not None)
+    return _output(q, v), S, S.new_empty(0 if norm_eps is None and denominator_min is None else q.shape[:3])
 
 
 @torch.library.register_fake("supra::triton_step", lib=library)
-def _(q, k, v, g, state, scale, norm_eps):
+def _(q, k, v, g, state, scale, norm_eps, denominator_min):
     return _output(q, v)
 
 
-def _fake_gradients(q, k, v, g, decays):
-    dg = torch.empty_like(g, memory_format=torch.contiguous_format) if decays else _state(q, k, v).new_empty(0)
-    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), dg, _state(q, k, v)
+def _fake_gradients(q, k, v, g, decays, sums=False):
+    S = _state(q, k, v, sums)
+    dg = torch.empty_like(g, memory_format=torch.contiguous_format) if decays else S.new_empty(0)
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), dg, S
 
 
 @torch.library.register_fake("supra::chunk_backward", lib=library)
@@ -116,8 +121,8 @@ def _(do, dS, q, k, v, g, segment, starts, scale, decays):
 
 
 @torch.library.register_fake("supra::triton_backward", lib=library)
-def _(do, dS, q, k, v, g, state, segment, scale, decays):
-    return _fake_gradients(q, k, v, g, decays)
+def _(do, dd, dS, q, k, v, g, state, segment, scale, decays):
+    return _fake_gradients(q, k, v, g, decays, dd is not None)
 
 
 def _chunk_setup(ctx, inputs, output):
@@ -129,11 +134,12 @@ def _chunk_setup(ctx, inputs, output):
 
 
 def _triton_setup(ctx, inputs, output):
-    q, k, v, g, state, segment, ctx.scale, norm_eps = inputs
-    o, _, inverse = output
-    ctx.mark_non_differentiable(inverse)
+    q, k, v, g, state, segment, ctx.scale, norm_eps, ctx.denominator_min = inputs
+    o, _, row = output
+    ctx.mark_non_differentiable(row)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, state, segment, *((None, None) if norm_eps is None else (o, inverse)))
+    plain = norm_eps is None and ctx.denominator_min is None
+    ctx.save_for_backward(q, k, v, g, state, segment, *((None, None) if plain else (o, row)))
 
 
 def _chunk_gradients(ctx, do, dS, _):
@@ -144,18 +150,26 @@ def _chunk_gradients(ctx, do, dS, _):
 
 
 def _triton_gradients(ctx, do, dS, _):
-    q, k, v, g, state, segment, o, inverse = ctx.saved_tensors
-    do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
-    if inverse is not None:
-        do = _before_norm(do.float(), o.float(), inverse)
-    grads = torch.ops.supra.triton_backward(do, dS, q, k, v, g, state, segment, ctx.scale, decays)
-    return *_for_inputs(grads, state, decays), None, None, None
+    q, k, v, g, state, segment, o, row = ctx.saved_tensors
+    do, decays, dd = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3], None
+    if ctx.denominator_min is not None:
+        do, dd = _before_division(do.float(), o.float(), row, ctx.denominator_min)
+    elif row is not None:
+        do = _before_norm(do.float(), o.float(), row)
+    grads = torch.ops.supra.triton_backward(do, dd, dS, q, k, v, g, state, segment, ctx.scale, decays)
+    return *_for_inputs(grads, state, decays), None, None, None, None
 
 
 def _before_norm(do: Tensor, o: Tensor, inverse: Tensor) -> Tensor:
     """Gradient of what was normalised: inverse · (do - mean(do) - o · mean(do · o)), means over a head's V numbers."""
     along = (do * o).mean(-1, keepdim=True)
     return inverse.unsqueeze(-1) * (do - do.mean(-1, keepdim=True) - o * along)
+
+
+def _before_division(do: Tensor, o: Tensor, d: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Gradients of numerator and denominator of o = n / D, D = max(d, least): do / D and -[d ≥ least] (do·o) / D."""
+    inverse = d.clamp(min=least).reciprocal()
+    return do * inverse.unsqueeze(-1), (do * o).sum(-1).mul(-inverse).mul(d >= least)
 
 
 def _for_inputs(grads, state, decays):
@@ -192,6 +206,7 @@ def triton(
     state: Tensor | None = None,
     segment: Tensor | None = None,
     norm_eps: float | None = None,
+    denominator_min: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton form (supra_kernels.gpu): chunks in parallel, or without gradients and for few tokens the decode step.
 
@@ -200,9 +215,12 @@ def triton(
     if compute_dtype(q, k, v) == torch.float64:
         raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
     if q.shape[1] > STEP_LENGTH or segment is not None or _needs_gradient(q, k, v, g, state):
-        return torch.ops.supra.triton(q, k, v, g, state, segment, scale, norm_eps)[:2]
-    S = _state(q, k, v).zero_() if state is None else state.to(torch.float32).contiguous()
-    return torch.ops.supra.triton_step(q, k, v, g, S, scale, norm_eps), S
+        return torch.ops.supra.triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min)[:2]
+    if state is None:
+        S = _state(q, k, v, denominator_min is not None).zero_()
+    else:
+        S = state.to(torch.float32).contiguous()
+    return torch.ops.supra.triton_step(q, k, v, g, S, scale, norm_eps, denominator_min), S
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

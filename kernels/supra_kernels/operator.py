@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from supra_kernels.boundaries import numbered
+from supra_kernels.boundaries import compute_dtype, numbered
 from supra_kernels.library import STEP_LENGTH, chunk, triton
 from supra_kernels.naive import naive
 from supra_kernels.step import step
@@ -27,6 +27,7 @@ def linear_attention(
     segment: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     norm_eps: float | None = None,
+    denominator_min: float | None = None,
     form: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale · q_t^T S_t.
@@ -39,24 +40,38 @@ def linear_attention(
     cu_seqlens [documents + 1], the offsets of documents laid end to end in one row (B = 1), says the same as a segment.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
     With norm_eps, o is normalised over each head's V numbers, (o - mean) / sqrt(variance + norm_eps), as GroupNorm with
-    H groups and no affine does; the Triton form does this in the kernel that makes o.
+    H groups and no affine does.
+    With denominator_min, o_t is divided by the sum of its weights, o_t / max(scale · q_t·z_t, denominator_min) with
+    z_t = exp(g_t) z_{t-1} + k_t. The state is then [B,H,K,V+1], its last column z.
     Without gradients the step form overwrites `state` and returns it.
-    Raises ValueError for shapes that do not fit and for an unknown form.
+    The Triton form normalises or divides in the kernel that makes o; the others afterwards.
+    Raises ValueError for shapes that do not fit, for an unknown form, and for norm_eps beside denominator_min.
     """
     if cu_seqlens is not None:
         if segment is not None or q.shape[0] != 1:
             raise ValueError(f"cu_seqlens stands in place of segment and for B = 1, got B = {q.shape[0]}")
         segment = numbered(cu_seqlens, q.shape[1])
-    _check(q, k, v, g, state, segment)
+    if norm_eps is not None and denominator_min is not None:
+        raise ValueError(f"norm_eps or denominator_min, got both: {norm_eps} and {denominator_min}")
+    _check(q, k, v, g, state, segment, sums=denominator_min is not None)
     if form is None:
         form = default_form(q, segment)
     if form not in FORMS:
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
     with _without_autocast(q.device.type):
         if form == "triton":
-            return triton(q, k, v, g, scale=scale, state=state, segment=segment, norm_eps=norm_eps)
-        o, S = FORMS[form](q, k, v, g, scale=scale, state=state, segment=segment)
+            fused = {"norm_eps": norm_eps, "denominator_min": denominator_min}
+            return triton(q, k, v, g, scale=scale, state=state, segment=segment, **fused)
+        values = v if denominator_min is None else _with_ones(v.to(compute_dtype(q, k, v)))
+        o, S = FORMS[form](q, k, values, g, scale=scale, state=state, segment=segment)
+        if denominator_min is not None:
+            o = (o[..., :-1] / o[..., -1:].clamp(min=denominator_min)).to(v.dtype)
         return (o if norm_eps is None else layer_norm(o, o.shape[-1:], eps=norm_eps)), S
+
+
+def _with_ones(v: Tensor) -> Tensor:
+    """v with a value of 1 beside it, so that the sum of weights comes out as one more column of the weighted sum."""
+    return torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
 
 
 def default_form(q: Tensor, segment: Tensor | None) -> str:
@@ -73,7 +88,9 @@ def _without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, segment: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, segment: Tensor | None, sums: bool
+) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v are [B, T, heads, dim], got {[tuple(x.shape) for x in (q, k, v)]}")
     batch, length, heads, key_dim = q.shape
@@ -86,7 +103,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | No
         )
     if g is not None and g.shape != (heads,) and g.shape != (batch, length, heads):
         raise ValueError(f"g is None, [{heads}] or [{batch}, {length}, {heads}], got {tuple(g.shape)}")
-    if state is not None and state.shape != (batch, heads, key_dim, v_dim):
-        raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {v_dim}], got {tuple(state.shape)}")
+    if state is not None and state.shape != (batch, heads, key_dim, v_dim + sums):
+        raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {v_dim + sums}], got {tuple(state.shape)}")
     if segment is not None and segment.shape != (batch, length):
         raise ValueError(f"segment is [{batch}, {length}], got {tuple(segment.shape)}")

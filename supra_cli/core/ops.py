@@ -34,6 +34,7 @@ def linear_attention(
     state: Tensor | None = None,
     layout: Layout | None = None,
     norm_eps: float | None = None,
+    denominator_min: float | None = None,
     path: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(g_t) S_{t-1} + k_t v_tᵀ,  o_t = scale · q_tᵀ S_t,  with S = 0 where a document starts and S kept over
@@ -41,6 +42,8 @@ def linear_attention(
 
     q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with G dividing H; g is None, [H] or [B,T,H], a log decay ≤ 0; state
     [B,H,K,V] or None for zeros. With norm_eps, o is (o - mean) / √(variance + norm_eps) over each head's V numbers.
+    With denominator_min, o_t is divided by max(scale · q_t·z_t, denominator_min), z_t = exp(g_t) z_{t-1} + k_t; the
+    state is then [B,H,K,V+1], its last column z.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, in fp32.
     `path` is a word of SUPRA_KERNEL and stands above it. Which path ran is logged once for each device and dtype.
     Raises UsageError for a SUPRA_KERNEL that is unknown, or triton where it cannot run; a failing kernel is an error,
@@ -51,9 +54,8 @@ def linear_attention(
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
     if not torch.compiler.is_compiling():
         _tell_once(forced or ("triton" if form == "triton" else "torch"), q.device.type, q.dtype)
-    return supra_kernels.linear_attention(
-        q, k, v, g, scale=scale, state=state, segment=segment, norm_eps=norm_eps, form=form
-    )
+    after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
+    return supra_kernels.linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form, **after)
 
 
 def chunk_tokens(device: str, key_dim: int, v_dim: int) -> int:

@@ -1,4 +1,4 @@
-"""The choice of a path: forced, told once, never silent; and the norm inside the operator beside the norm after it."""
+"""The choice of a path: forced, told once, never silent; norm and denominator inside the operator and after it."""
 
 from __future__ import annotations
 
@@ -122,3 +122,28 @@ def test_the_norm_in_the_operator_agrees_with_the_norm_after_it(name, gain, leng
     compared, tolerance = (None, 0) if dtype == torch.float32 else (2, 1e-2)
     for x, y in zip(inside[:compared], run()[:compared], strict=True):
         assert_close(x, y, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("length", [2, 37])
+@pytest.mark.parametrize("name", ["t2r", "gated"])
+def test_the_denominator_in_the_kernel_agrees_with_the_division_after_the_operator(name, length, monkeypatch):
+    """Value, state and gradients; without gradients two tokens take the decode step."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("on a CPU the interpreter runs it, which is off where there is a GPU")
+    torch.manual_seed(0)
+    mixer = mixers.get(name)(HeadSpec(4, 2, 8, 8, 32, 0, 8**-0.5), mixers.get(name).Options())
+    mixer.reset_parameters()
+    q, k, v, _ = inputs(length, torch.float32)
+    x = torch.randn(2, length, 32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def run(path):
+        monkeypatch.setenv("SUPRA_KERNEL", path)
+        o, state = mixer(*leaves, x, lambda x: x, None, None)
+        with torch.no_grad():
+            quick, _ = mixer(*leaves, x, lambda x: x, None, None)
+        return o, quick, state.S, *torch.autograd.grad((o**3).sum() + state.S.sum(), leaves)
+
+    for got, want in zip(run("triton"), run("torch"), strict=True):
+        assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -37,10 +37,23 @@ def inputs(batch, length, heads, kv_heads, key_dim, v_dim, decay="fixed", state=
     return [q, k, v, g, normal(batch, heads, key_dim, v_dim) if state else None]
 
 
-def differentiate(form, values, dtype, segment=None, scale=0.3):
-    """-> o, S and the gradients of a random projection of both; the output on padding counts for nothing."""
+def with_sums(values):
+    """The same with features as a map makes them, none negative and some tokens' all zero, and z beside the state."""
+    q, k, v, g, state = values
+    q, k = (x.relu() for x in (q, k))
+    q[:, ::7] = 0
+    if state is not None:
+        state = torch.cat((state, state[..., :1].abs()), -1)
+    return [q, k, v, g, state]
+
+
+def differentiate(form, values, dtype, segment=None, scale=0.3, **fused):
+    """-> o, S and the gradients of a random projection of both; the output on padding counts for nothing.
+
+    `fused` is norm_eps or denominator_min.
+    """
     q, k, v, g, state = (None if x is None else x.detach().clone().to(dtype).requires_grad_() for x in values)
-    o, S = linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form)
+    o, S = linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form, **fused)
     assert o.isfinite().all()
     assert S.isfinite().all()
     if segment is not None:

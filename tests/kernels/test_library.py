@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import supra_kernels
 import torch
-from cases import inputs, packed
+from cases import inputs, packed, with_sums
 from supra_kernels import linear_attention
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -32,15 +32,25 @@ def test_the_triton_operator_passes_opcheck(decay, packing):
     pytest.importorskip("triton")
     torch.library.opcheck(
         torch.ops.supra.triton.default,
-        (*arguments(decay, packing, True, 20), 1e-5 if packing else None),
+        (*arguments(decay, packing, True, 20), 1e-5 if packing else None, None),
         test_utils=TESTS,
+    )
+
+
+def test_the_triton_operator_with_a_denominator_passes_opcheck():
+    pytest.importorskip("triton")
+    q, k, v, g, state = (x.requires_grad_() for x in with_sums(inputs(1, 20, 2, 1, 4, 6, "token")))
+    torch.library.opcheck(
+        torch.ops.supra.triton.default, (q, k, v, g, state, packed(1, 20), 0.5, None, 0.5), test_utils=TESTS
     )
 
 
 def test_the_decode_step_operator_passes_opcheck():
     pytest.importorskip("triton")
     q, k, v, g, state, _, scale = (x.detach() if torch.is_tensor(x) else x for x in arguments("fixed", False, True, 1))
-    torch.library.opcheck(torch.ops.supra.triton_step.default, (q, k, v, g, state, scale, None))
+    torch.library.opcheck(torch.ops.supra.triton_step.default, (q, k, v, g, state, scale, None, None))
+    beside = with_sums([q, k, v, g, state])
+    torch.library.opcheck(torch.ops.supra.triton_step.default, (*beside, scale, None, 0.5))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import DECAYS, assert_agrees, differentiate, inputs, packed
+from cases import DECAYS, assert_agrees, differentiate, inputs, packed, with_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from supra_kernels import linear_attention
@@ -243,6 +243,49 @@ def test_gradients_pass_gradcheck(decay, packing):
 
 
 @pytest.mark.parametrize("form", ["naive", *FAST])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_denominator_is_the_sum_of_the_weights(form, packing):
+    """Against the weights themselves, a_ij = scale · exp(g_{j+1} + … + g_i) q_i·k_j within a document, and no state."""
+    q, k, v, g, _ = (None if x is None else x.double() for x in with_sums(inputs(1, 70, 2, 1, 8, 5, "token", False)))
+    segment = packed(1, 70) if packing else None
+    total = g.cumsum(1).transpose(1, 2)
+    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp(max=0).exp().tril()
+    weights = 0.3 * torch.einsum("bihk,bjhk->bhij", q, k.expand_as(q)) * decay
+    if packing:
+        weights = weights * (segment[:, None, :, None] == segment[:, None, None, :])
+    want = torch.einsum("bhij,bjhv->bihv", weights, v.expand(-1, -1, 2, -1))
+    want = want / weights.sum(-1).clamp(min=0.5).transpose(1, 2).unsqueeze(-1)
+    o, S = linear_attention(q, k, v, g, scale=0.3, segment=segment, denominator_min=0.5, form=form)
+    torch.testing.assert_close(o, want)
+    assert S.shape == (1, 2, 8, 6)
+
+
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_gradients_through_a_denominator_equal_those_of_the_recurrence(form, decay):
+    values, segment = with_sums(inputs(2, 90, 4, 2, 8, 5, decay)), packed(2, 90, padding=0.2)
+    for layout in (None, segment):
+        got = differentiate(form, values, torch.float32, layout, denominator_min=0.5)
+        assert_agrees(got, differentiate("naive", values, torch.float64, layout, denominator_min=0.5), torch.float32)
+
+
+@pytest.mark.parametrize("form", ["naive", *FAST])
+def test_bf16_inputs_are_divided_in_fp32(form):
+    values = [None if x is None else x.bfloat16() for x in with_sums(inputs(2, 100, 4, 2, 16, 16, "none", False))]
+    q, k, v, *_ = values
+    o, _ = linear_attention(q, k, v, denominator_min=0.5, form=form)
+    want, _ = linear_attention(q.double(), k.double(), v.double(), denominator_min=0.5, form="naive")
+    assert o.dtype == torch.bfloat16
+    assert (o.double() - want).pow(2).mean().sqrt() <= 3e-3 * want.pow(2).mean().sqrt()
+
+
+def test_a_norm_beside_a_denominator_is_refused():
+    q, k, v, g, _ = inputs(1, 5, 2, 1, 4, 4)
+    with pytest.raises(ValueError, match="norm_eps or denominator_min, got both"):
+        linear_attention(q, k, v, g, norm_eps=1e-5, denominator_min=0.5)
+
+
+@pytest.mark.parametrize("form", ["naive", *FAST])
 def test_bf16_inputs_are_summed_in_fp32(form):
     values = [None if x is None else x.bfloat16() for x in inputs(2, 100, 4, 2, 16, 16)]
     values[3], values[4] = values[3].float(), values[4].float()
@@ -287,6 +330,7 @@ def test_shapes_that_do_not_fit_are_refused():
         {"state": state.mT},
         {"segment": torch.zeros(2, 4, dtype=torch.long)},
         {"form": "fast"},
+        {"state": state, "denominator_min": 0.5},
     ):
         with pytest.raises(ValueError):
             linear_attention(**{"q": q, "k": k, "v": v, "g": g, **wrong})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DECAYS, assert_agrees, differentiate, inputs, packed
+from cases import DECAYS, assert_agrees, differentiate, inputs, packed, with_sums
 from supra_kernels import linear_attention
 
 pytest.importorskip("triton")
@@ -22,12 +22,12 @@ from supra_kernels.gpu import launch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check(values, segment=None):
+def check(values, segment=None, **fused):
     moved = [None if x is None else x.to(DEVICE) for x in values]
-    got = differentiate("triton", moved, torch.float32, None if segment is None else segment.to(DEVICE))
+    got = differentiate("triton", moved, torch.float32, None if segment is None else segment.to(DEVICE), **fused)
     assert_agrees(
         [None if x is None else x.cpu() for x in got],
-        differentiate("naive", values, torch.float64, segment),
+        differentiate("naive", values, torch.float64, segment, **fused),
         torch.float32,
     )
 
@@ -65,14 +65,13 @@ def test_a_small_decay_over_129_tokens_gives_no_nan_in_the_final_state(gamma):
 
 @pytest.mark.parametrize(("spans", "packing"), [(2, False), (3, True)])
 def test_a_walk_in_spans_equals_one_walk(spans, packing):
-    q, k, v, g, state = (x.to(DEVICE) for x in inputs(1, 200, 1, 1, 8, 8, "fixed"))
+    q, k, v, g, state = (x.to(DEVICE) for x in with_sums(inputs(1, 200, 1, 1, 8, 8, "fixed")))
     segment = packed(1, 200, document=100).to(DEVICE) if packing else None
-    problem = launch.Problem(q, k, v, g, segment, 1.0)
+    problem, dd = launch.Problem(q, k, v, g, segment, 1.0, sums=True), q[..., 0]
     for x, reverse in ((problem.k, False), (problem.q, True)):
-        one, end = launch.walk(problem, x, problem.v, state, reverse=reverse, spans=1)
-        cut, cut_end = launch.walk(problem, x, problem.v, state, reverse=reverse, spans=spans)
+        one = launch.walk(problem, x, problem.v, state, reverse=reverse, dd=dd, spans=1)
+        cut = launch.walk(problem, x, problem.v, state, reverse=reverse, dd=dd, spans=spans)
         torch.testing.assert_close(cut, one, atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(cut_end, end, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay", ["none", "fixed", "token"])
@@ -112,6 +111,7 @@ def test_every_element_of_every_output_is_written(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     check(inputs(1, 70, 2, 1, 5, 7, "token"))
     check(inputs(1, 70, 2, 1, 5, 7, "fixed"), packed(1, 70, padding=0.2))
+    check(with_sums(inputs(1, 70, 2, 1, 5, 7, "token")), denominator_min=0.5)
 
 
 def test_bf16_inputs_agree_within_bf16():
@@ -142,6 +142,42 @@ def test_the_fused_norm_equals_the_norm_after_the_operator():
     torch.testing.assert_close(o, want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("decay", ["none", "fixed", "token"])
+def test_the_fused_denominator_equals_the_division_after_the_recurrence(decay):
+    check(with_sums(inputs(1, 131, 2, 1, 8, 20, decay)), denominator_min=0.5)
+
+
+@pytest.mark.parametrize("decay", ["fixed", "token"])
+def test_the_fused_denominator_keeps_documents_apart_and_skips_padding(decay):
+    values = with_sums(inputs(2, 90, 2, 1, 8, 8, decay))
+    check(values, packed(2, 90, padding=0.2), denominator_min=0.5)
+
+
+def test_the_fused_denominator_takes_widths_of_several_tiles_and_no_initial_state():
+    check(with_sums(inputs(1, 70, 1, 1, 80, 130, "token", state=False)), denominator_min=0.5)
+
+
+@pytest.mark.parametrize("decay", ["none", "fixed", "token"])
+def test_the_decode_step_with_a_denominator_equals_the_recurrence_and_overwrites_its_state(decay):
+    q, k, v, g, state = (None if x is None else x.to(DEVICE) for x in with_sums(inputs(2, 3, 4, 2, 8, 20, decay)))
+    want, end = linear_attention(q, k, v, g, scale=0.3, state=state, denominator_min=0.5, form="naive")
+    o, S = linear_attention(q, k, v, g, scale=0.3, state=state, denominator_min=0.5, form="triton")
+    assert S.data_ptr() == state.data_ptr()
+    torch.testing.assert_close(o, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
+
+
+def test_prefill_then_steps_with_a_denominator_equals_one_pass():
+    q, k, v, g, _ = (None if x is None else x.to(DEVICE) for x in with_sums(inputs(1, 70, 2, 1, 8, 8, state=False)))
+    whole, end = linear_attention(q, k, v, g, denominator_min=0.5, form="naive")
+    first = [x[:, :68] for x in (q, k, v)]
+    rest = [x[:, 68:] for x in (q, k, v)]
+    o, S = linear_attention(*first, g, denominator_min=0.5, form="triton")
+    o_rest, S = linear_attention(*rest, g, state=S, denominator_min=0.5, form="triton")
+    torch.testing.assert_close(torch.cat((o, o_rest), 1), whole, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(S, end, atol=1e-4, rtol=1e-5)
+
+
 def test_a_rerun_gives_the_same_bits():
     values = [x.to(DEVICE) for x in inputs(1, 70, 2, 1, 8, 8, "token")]
     first, second = (differentiate("triton", values, torch.float32) for _ in range(2))
@@ -160,26 +196,35 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from supra_kernels.gpu import launch
 
-FP32 = ("p_g", "p_initial", "p_end", "p_through", "p_state", "p_dg", "p_inverse")
+FP32 = ("p_g", "p_initial", "p_end", "p_through", "p_state", "p_dg", "p_row", "p_dd", "p_z", "p_dz")
 SHARED = dict(C=64, BK=64, BV=64, DECAY=2, PACKED=True, OPERAND=tl.bfloat16, PRECISION="tf32")
 WALK = dict(SHARED, REVERSE=False, STORE=True, INITIAL=True)
+PLAIN = dict(SHARED, SUMS=False, p_dd=None, p_z=None, p_dz=None)
+SUMS = dict(SHARED, SUMS=True)
 
 
 def kind(name):
     if name.startswith("p_"):
         return "*i32" if name == "p_code" else "*fp32" if name in FP32 else "*bf16"
-    return "fp32" if name in ("scale", "eps") else "i32"
+    return "fp32" if name in ("scale", "least") else "i32"
 
 
 for kernel, constants in (
-    (launch.states_kernel, WALK),
-    (launch.output_kernel, dict(SHARED, NORM=True)),
-    (launch.query_key_kernel, SHARED),
+    (launch.states_kernel, {**PLAIN, **WALK}),
+    (launch.states_kernel, {**SUMS, **WALK, "p_dd": None}),
+    (launch.states_kernel, {**SUMS, **WALK, "REVERSE": True}),
+    (launch.output_kernel, dict(PLAIN, NORM=True)),
+    (launch.output_kernel, dict(SUMS, NORM=False)),
+    (launch.query_key_kernel, PLAIN),
+    (launch.query_key_kernel, SUMS),
     (launch.value_kernel, SHARED),
-    (launch.decay_kernel, SHARED),
-    (launch.step_kernel, dict(BK=64, BV=16, DECAY=1, NORM=False)),
+    (launch.decay_kernel, PLAIN),
+    (launch.decay_kernel, SUMS),
+    (launch.step_kernel, dict(BK=64, BV=16, DECAY=1, NORM=False, SUMS=False)),
+    (launch.step_kernel, dict(BK=256, BV=64, DECAY=0, NORM=False, SUMS=True)),
 ):
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 2})
@@ -195,4 +240,4 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     environment |= {"PYTHONPATH": str(Path(launch.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 6
+    assert len(done.stdout.split()) == 12

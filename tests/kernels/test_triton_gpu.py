@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DECAYS, NAMES, inputs, packed
+from cases import DECAYS, NAMES, inputs, packed, with_sums
 from supra_kernels import linear_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SHAPES = [(2, 1024, 8, 2, 128, 128), (1, 2000, 4, 4, 64, 64), (1, 333, 4, 1, 256, 256), (1, 8192, 2, 2, 64, 128)]
 
 
-def run(values, form, segment, norm_eps):
+def run(values, form, segment=None, **fused):
     q, k, v, g, state = (None if x is None else x.detach().requires_grad_() for x in values)
-    o, S = linear_attention(q, k, v, g, scale=0.1, state=state, segment=segment, norm_eps=norm_eps, form=form)
+    o, S = linear_attention(q, k, v, g, scale=0.1, state=state, segment=segment, form=form, **fused)
     rng = torch.Generator().manual_seed(1)
     do, dS = (torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x) for x in (o, S))
     if segment is not None:
@@ -28,10 +28,10 @@ def run(values, form, segment, norm_eps):
     return [o, S, *(None if x is None else x.grad for x in (q, k, v, g, state))]
 
 
-def check(values, tolerance, segment=None, norm_eps=None):
-    got = run([None if x is None else x.cuda() for x in values], "triton", segment, norm_eps)
+def check(values, tolerance, segment=None, **fused):
+    got = run([None if x is None else x.cuda() for x in values], "triton", segment, **fused)
     wide = [None if x is None else x.double().cuda() for x in values]
-    for name, x, y in zip(NAMES, got, run(wide, "chunk", segment, norm_eps), strict=True):
+    for name, x, y in zip(NAMES, got, run(wide, "chunk", segment, **fused), strict=True):
         if y is None:
             continue
         limit = tolerance * (10 if name == "dg" else 1) * y.pow(2).mean().sqrt()
@@ -64,9 +64,21 @@ def test_fused_norm():
     check(inputs(1, 1000, 4, 2, 64, 64, "fixed"), 1e-4, norm_eps=1e-5)
 
 
+@pytest.mark.parametrize("decay", ["none", "fixed", "token"])
+def test_fused_denominator(decay):
+    values = with_sums(inputs(1, 1000, 4, 2, 256, 64, decay))
+    check(values, 1e-5, denominator_min=0.5)
+    check(narrow(values), 5e-3, denominator_min=0.5)
+
+
+def test_fused_denominator_with_documents_and_padding():
+    values, segment = with_sums(inputs(2, 1024, 4, 2, 64, 128, "token")), packed(2, 1024, padding=0.1, document=200)
+    check(narrow(values), 5e-3, segment.cuda(), denominator_min=0.5)
+
+
 def test_a_rerun_gives_the_same_bits():
     values = [None if x is None else x.cuda() for x in narrow(inputs(1, 8192, 2, 2, 64, 64, "token"))]
-    first, second = (run(values, "triton", None, None) for _ in range(2))
+    first, second = (run(values, "triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 

@@ -6,6 +6,8 @@ With W_ij = exp(b_i - b_j) [j≤i], D = W∘(do v^T), P = W∘(q k^T):
     dv_j = scale · Σ_i P_ij do_i + exp(b_C - b_j) dS'^T k_j          likewise
     dg_t = scale · Σ_{j<t≤i} P_ij (do_i·v_j) + scale · Σ_{i≥t} exp(b_i) q_i^T S do_i
          + Σ_{j<t} exp(b_C - b_j) k_j^T dS' v_j + exp(b_C) <S, dS'>
+With a denominator, whose gradient is dd_i: D gains W∘dd_i, dq_i scale · exp(b_i) dd_i z, dk_j exp(b_C - b_j) dz'; in
+dg_t, do_i·v_j gains dd_i, and S and dS' their columns z and dz'.
 A program owns what it writes: no atomics. A transposed product is its own tl.dot, never tl.trans of one.
 """
 
@@ -18,7 +20,9 @@ from supra_kernels.gpu.tiles import (
     load_columns,
     load_decay,
     load_documents,
+    load_numbers,
     load_rows,
+    load_sums,
     state_offsets,
     store_rows,
 )
@@ -26,9 +30,9 @@ from supra_kernels.gpu.tiles import (
 
 @triton.jit
 def query_key_kernel(
-    p_q, p_k, p_v, p_do, p_g, p_code, p_states, p_d_states, p_dq, p_dk,
+    p_q, p_k, p_v, p_do, p_dd, p_g, p_code, p_states, p_z, p_d_states, p_dz, p_dq, p_dk,
     T, N, H, G, K, V, scale,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and dk. One program: one chunk of one kv head, BK columns, all its query heads one after the other."""
@@ -50,13 +54,19 @@ def query_key_kernel(
             b_do_t = load_columns(p_do, i_b, i_h, start, T, H, V, i_v, C, BV, OPERAND)
             b_v = load_rows(p_v, i_b, i_g, start, T, G, V, i_v, C, BV, OPERAND)
             b_v_t = load_columns(p_v, i_b, i_g, start, T, G, V, i_v, C, BV, OPERAND)
-            o_S, m_S = state_offsets((i_b * H + i_h) * N + n, K, V, i_k, i_v, BK, BV, True)
+            o_S, m_S = state_offsets((i_b * H + i_h) * N + n, K, V, V, i_k, i_v, BK, BV, True)
             b_S = tl.load(p_states + o_S, mask=m_S, other=0.0).to(OPERAND)
             b_dS = tl.load(p_d_states + o_S, mask=m_S, other=0.0).to(OPERAND)
             b_D += tl.dot(b_do, b_v_t, input_precision=PRECISION)
             b_Dt += tl.dot(b_v, b_do_t, input_precision=PRECISION)
             b_dq += tl.dot(b_do, b_S, input_precision=PRECISION)
             b_out += tl.dot(b_v, b_dS, input_precision=PRECISION)
+        if SUMS:
+            b_dd = load_numbers(p_dd, i_b, i_h, start, T, H, C)
+            b_D += b_dd[:, None]
+            b_Dt += b_dd[None, :]
+            b_dq += b_dd[:, None] * load_sums(p_z, (i_b * H + i_h) * N + n, K, i_k, BK)[None, :]
+            b_out += load_sums(p_dz, (i_b * H + i_h) * N + n, K, i_k, BK)[None, :]
         b_D = (b_D * inner_weights(rate, count, rest, number, real, C, False)).to(OPERAND)
         b_Dt = (b_Dt * inner_weights(rate, count, rest, number, real, C, True)).to(OPERAND)
         b_q = load_rows(p_q, i_b, i_h, start, T, H, K, i_k, C, BK, OPERAND)
@@ -88,7 +98,7 @@ def value_kernel(
         for i_k in range(0, K, BK):
             b_k = load_rows(p_k, i_b, i_g, start, T, G, K, i_k, C, BK, OPERAND)
             b_q = load_columns(p_q, i_b, i_h, start, T, H, K, i_k, C, BK, OPERAND)
-            o_S, m_S = state_offsets((i_b * H + i_h) * N + n, K, V, i_k, i_v, BK, BV, False)
+            o_S, m_S = state_offsets((i_b * H + i_h) * N + n, K, V, V, i_k, i_v, BK, BV, False)
             b_dS = tl.load(p_d_states + o_S, mask=m_S, other=0.0).to(OPERAND)
             b_P += tl.dot(b_k, b_q, input_precision=PRECISION)
             b_out += tl.dot(b_k, b_dS, input_precision=PRECISION)
@@ -100,9 +110,9 @@ def value_kernel(
 
 @triton.jit
 def decay_kernel(
-    p_q, p_k, p_v, p_do, p_g, p_code, p_states, p_d_states, p_dg,
+    p_q, p_k, p_v, p_do, p_dd, p_g, p_code, p_states, p_z, p_d_states, p_dz, p_dg,
     T, N, H, G, K, V, scale,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dg [B,T,H], 0 on padding and where a document starts. One program: one chunk of one head.
@@ -119,6 +129,9 @@ def decay_kernel(
     from_start, to_end, through = edge_weights(rate, count, rest, all_count, all_rest, number, real, entering, last)
 
     scores, b_D = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    if SUMS:
+        b_dd = load_numbers(p_dd, i_b, i_h, start, T, H, C)
+        b_D += b_dd[:, None]
     read, written, carried = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
     for i_k in range(0, K, BK):
         b_q = load_rows(p_q, i_b, i_h, start, T, H, K, i_k, C, BK, OPERAND)
@@ -128,12 +141,17 @@ def decay_kernel(
         for i_v in range(0, V, BV):
             b_do = load_rows(p_do, i_b, i_h, start, T, H, V, i_v, C, BV, OPERAND)
             b_v = load_rows(p_v, i_b, i_g, start, T, G, V, i_v, C, BV, OPERAND)
-            o_S, m_S = state_offsets(i_bh * N + n, K, V, i_k, i_v, BK, BV, False)
+            o_S, m_S = state_offsets(i_bh * N + n, K, V, V, i_k, i_v, BK, BV, False)
             b_S = tl.load(p_states + o_S, mask=m_S, other=0.0)
             b_dS = tl.load(p_d_states + o_S, mask=m_S, other=0.0)
             read += tl.sum(tl.dot(b_q, b_S.to(OPERAND), input_precision=PRECISION) * b_do, 1)
             written += tl.sum(tl.dot(b_k, b_dS.to(OPERAND), input_precision=PRECISION) * b_v, 1)
             carried += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32))
+        if SUMS:
+            b_z, b_dz = load_sums(p_z, i_bh * N + n, K, i_k, BK), load_sums(p_dz, i_bh * N + n, K, i_k, BK)
+            read += tl.sum(b_q.to(tl.float32) * b_z[None, :], 1) * b_dd
+            written += tl.sum(b_k.to(tl.float32) * b_dz[None, :], 1)
+            carried += tl.sum(b_z * b_dz)
     for i_v in range(0, V, BV):
         b_do = load_rows(p_do, i_b, i_h, start, T, H, V, i_v, C, BV, OPERAND)
         b_v_t = load_columns(p_v, i_b, i_g, start, T, G, V, i_v, C, BV, OPERAND)

@@ -35,15 +35,27 @@ class Gradients(NamedTuple):
 
 
 class Problem:
-    """One call: operands made contiguous, sizes, and the compile-time arguments that all kernels share."""
+    """One call: operands made contiguous, sizes, and the compile-time arguments that all kernels share.
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, segment: Tensor | None, scale: float):
+    With `sums` a state is [B,H,K,V+1] wherever it comes in or goes out, its last column z = Σ k, for a denominator.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        segment: Tensor | None,
+        scale: float,
+        sums: bool = False,
+    ):
         self.q, self.k, self.v = (_operand(x) for x in (q, k, v))
         self.g = None if g is None else g.float().clamp(min=DECAY_FLOOR).contiguous()
         self.code, self.scale = None if segment is None else _document_code(segment), scale
         self.batch, self.length, self.heads, self.key_dim = q.shape
         self.kv_heads, self.v_dim = v.shape[2:]
-        self.chunks = triton.cdiv(self.length, CHUNK)
+        self.chunks, self.sums = triton.cdiv(self.length, CHUNK), sums
         half = not INTERPRETED and all(x.dtype == torch.bfloat16 for x in (q, k, v))
         self.state_dtype = torch.bfloat16 if half else torch.float32
         self.shared = {
@@ -96,10 +108,26 @@ def _spans(problem: Problem, programs: int) -> int:
     return max(1, min(triton.cdiv(2 * processors, programs), problem.chunks // 8)) if programs < processors else 1
 
 
+class Walk(NamedTuple):
+    """What a walk met at every chunk, S [B,H,N,K,V] and z [B,H,N,K] fp32 (None without sums), and its end
+    [B,H,K,V or V+1] fp32."""
+
+    states: Tensor
+    z: Tensor | None
+    end: Tensor
+
+
 def walk(
-    problem: Problem, x: Tensor, y: Tensor, initial: Tensor | None, *, reverse: bool, spans: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """-> what the walk met at every chunk [B,H,N,K,V] and its end [B,H,K,V] fp32; see states_kernel.
+    problem: Problem,
+    x: Tensor,
+    y: Tensor,
+    initial: Tensor | None,
+    *,
+    reverse: bool,
+    dd: Tensor | None = None,
+    spans: int | None = None,
+) -> Walk:
+    """Forwards with x = k and y = v, backwards with x = q, y = do and, with sums, dd; see states_kernel.
 
     In more than one span, a first walk over each from zero gives what it adds; the starts follow from these in order.
     """
@@ -111,14 +139,16 @@ def walk(
     lead = (problem.batch, problem.heads)
     width = (problem.key_dim, problem.v_dim)
     states = problem.empty(*lead, problem.chunks, *width, dtype=problem.state_dtype)
-    end, through = problem.empty(*lead, spans, *width), problem.empty(*lead, spans)
+    z = problem.empty(*lead, problem.chunks, problem.key_dim) if problem.sums else None
+    end = problem.empty(*lead, spans, problem.key_dim, problem.v_dim + problem.sums)
+    through = problem.empty(*lead, spans)
 
     def launch(start: Tensor | None, store: bool) -> None:
         states_kernel[(programs * spans,)](
-            x, y, problem.g, problem.code, start, states, end, through,
+            x, y, dd, problem.g, problem.code, start, states, z, end, through,
             problem.length, problem.chunks, span, spans, problem.heads, x.shape[2], y.shape[2], *width, problem.scale,
-            **problem.shared, BK=BK, BV=BV, REVERSE=reverse, STORE=store, INITIAL=start is not None,
-            num_warps=4, num_stages=3,
+            **problem.shared, BK=BK, BV=BV, SUMS=problem.sums, REVERSE=reverse, STORE=store,
+            INITIAL=start is not None, num_warps=4, num_stages=3,
         )  # fmt: skip
 
     with _on(problem.q):
@@ -126,7 +156,7 @@ def walk(
             launch(None, store=False)
             initial = _span_starts(end, through, initial, reverse)
         launch(None if initial is None else initial.float().contiguous(), store=True)
-    return states, end[:, :, 0 if reverse else -1].contiguous()
+    return Walk(states, z, end[:, :, 0 if reverse else -1].contiguous())
 
 
 def _span_starts(end: Tensor, through: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
@@ -145,33 +175,46 @@ def forward(
     out_dtype: torch.dtype,
     *,
     norm_eps: float | None = None,
+    denominator_min: float | None = None,
     spans: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> o [B,T,H,V], the final state, and with norm_eps, which normalises every head's output before it is stored,
-    the factors [B,T,H] by which it did (empty otherwise)."""
-    states, end = walk(problem, problem.k, problem.v, state, reverse=False, spans=spans)
+    """-> o [B,T,H,V], the final state, and [B,T,H] fp32: with norm_eps, which normalises every head's output before it
+    is stored, the factors by which it did; with sums the denominators; empty otherwise."""
+    met = walk(problem, problem.k, problem.v, state, reverse=False, spans=spans)
     BK = _tile(problem.key_dim)
     BV = _tile(problem.v_dim, 128) if norm_eps is None else _tile(problem.v_dim, 1 << 20)
     lead = (problem.batch, problem.length, problem.heads)
     o = problem.empty(*lead, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype)
-    inverse = problem.empty(0) if norm_eps is None else problem.empty(*lead)
+    least = norm_eps if denominator_min is None else denominator_min
+    row = problem.empty(0) if least is None else problem.empty(*lead)
     grid = (problem.batch * problem.heads * problem.chunks * triton.cdiv(problem.v_dim, BV),)
     with _on(problem.q):
         output_kernel[grid](
-            problem.q, problem.k, problem.v, problem.g, problem.code, states, o, inverse,
-            *problem.sizes, problem.scale, norm_eps or 0.0,
-            **problem.shared, BK=BK, BV=BV, NORM=norm_eps is not None, num_warps=4 if BV <= 64 else 8, num_stages=2,
+            problem.q, problem.k, problem.v, problem.g, problem.code, met.states, met.z, o, row,
+            *problem.sizes, problem.scale, least or 0.0,
+            **problem.shared, BK=BK, BV=BV, NORM=norm_eps is not None, SUMS=problem.sums,
+            num_warps=4 if BV <= 64 else 8, num_stages=2,
         )  # fmt: skip
-    return o.to(out_dtype), end, inverse
+    return o.to(out_dtype), met.end, row
 
 
 def backward(
-    problem: Problem, state: Tensor | None, do: Tensor, d_end: Tensor | None, *, decays: bool, spans: int | None = None
+    problem: Problem,
+    state: Tensor | None,
+    do: Tensor,
+    dd: Tensor | None,
+    d_end: Tensor | None,
+    *,
+    decays: bool,
+    spans: int | None = None,
 ) -> Gradients:
-    """Gradients in fp32 of q, k, v, the per-token decay [B,T,H] where `decays`, and the initial state."""
-    do = _operand(do)
-    states, _ = walk(problem, problem.k, problem.v, state, reverse=False, spans=spans)
-    d_states, d_state = walk(problem, problem.q, do, d_end, reverse=True, spans=spans)
+    """Gradients in fp32 of q, k, v, the per-token decay [B,T,H] where `decays`, and the initial state.
+
+    do [B,T,H,V] and, with sums, dd [B,T,H] are the gradients of what was divided and of what it was divided by.
+    """
+    do, dd = _operand(do), None if dd is None else dd.float().contiguous()
+    met = walk(problem, problem.k, problem.v, state, reverse=False, spans=spans)
+    d_met = walk(problem, problem.q, do, d_end, reverse=True, dd=dd, spans=spans)
     BK, BV = _tile(problem.key_dim), _tile(problem.v_dim)
     dq, dk, dv = (torch.empty_like(x) for x in (problem.q, problem.k, problem.v))
     dg = problem.empty(problem.batch, problem.length, problem.heads) if decays else None
@@ -179,21 +222,34 @@ def backward(
     rest = (*problem.sizes, problem.scale)
     per_kv_head = problem.batch * problem.kv_heads * problem.chunks
     q, k, v, g, code = problem.q, problem.k, problem.v, problem.g, problem.code
+    inputs = (q, k, v, do, dd, g, code)
     with _on(q):
         query_key_kernel[(per_kv_head * triton.cdiv(problem.key_dim, BK),)](
-            q, k, v, do, g, code, states, d_states, dq, dk, *rest, **options
+            *inputs, met.states, met.z, d_met.states, d_met.z, dq, dk, *rest, SUMS=problem.sums, **options
         )
-        value_kernel[(per_kv_head * triton.cdiv(problem.v_dim, BV),)](q, k, do, g, code, d_states, dv, *rest, **options)
+        value_kernel[(per_kv_head * triton.cdiv(problem.v_dim, BV),)](
+            q, k, do, g, code, d_met.states, dv, *rest, **options
+        )
         if decays:
             grid = (problem.batch * problem.heads * problem.chunks,)
-            decay_kernel[grid](q, k, v, do, g, code, states, d_states, dg, *rest, **options)
-    return Gradients(dq, dk, dv, dg, d_state)
+            decay_kernel[grid](
+                *inputs, met.states, met.z, d_met.states, d_met.z, dg, *rest, SUMS=problem.sums, **options
+            )
+    return Gradients(dq, dk, dv, dg, d_met.end)
 
 
-def step(problem: Problem, state: Tensor, out_dtype: torch.dtype, *, norm_eps: float | None = None) -> Tensor:
-    """-> o; `state` [B,H,K,V], fp32 and contiguous, is overwritten, in one launch."""
+def step(
+    problem: Problem,
+    state: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    norm_eps: float | None = None,
+    denominator_min: float | None = None,
+) -> Tensor:
+    """-> o; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch."""
+    least = norm_eps if denominator_min is None else denominator_min
     BK = _tile(problem.key_dim, 1 << 20)
-    BV = min(16, _tile(problem.v_dim)) if norm_eps is None else _tile(problem.v_dim, 1 << 20)
+    BV = min(16, _tile(problem.v_dim)) if least is None else _tile(problem.v_dim, 1 << 20)
     o = problem.empty(
         problem.batch, problem.length, problem.heads, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype
     )
@@ -201,7 +257,8 @@ def step(problem: Problem, state: Tensor, out_dtype: torch.dtype, *, norm_eps: f
         step_kernel[(problem.batch * problem.heads * triton.cdiv(problem.v_dim, BV),)](
             problem.q, problem.k, problem.v, problem.g, state, o,
             problem.length, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim, problem.scale,
-            norm_eps or 0.0,
-            BK=BK, BV=BV, DECAY=problem.shared["DECAY"], NORM=norm_eps is not None, num_warps=4,
+            least or 0.0,
+            BK=BK, BV=BV, DECAY=problem.shared["DECAY"], NORM=norm_eps is not None, SUMS=problem.sums,
+            num_warps=min(16, max(4, BK * BV // 4096)),
         )  # fmt: skip
     return o.to(out_dtype)

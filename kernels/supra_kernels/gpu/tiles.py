@@ -92,6 +92,13 @@ def load_columns(p_x, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.constexpr, 
 
 
 @triton.jit
+def load_numbers(p_x, i_b, i_h, start, T, HEADS, C: tl.constexpr):
+    """x [B,T,HEADS] -> [C]; 0 outside."""
+    o_t = start + tl.arange(0, C)
+    return tl.load(p_x + (i_b * T + o_t) * HEADS + i_h, mask=o_t < T, other=0.0)
+
+
+@triton.jit
 def store_rows(p_x, value, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.constexpr, W: tl.constexpr):
     o_t = start + tl.arange(0, C)
     o_w = first + tl.arange(0, W)
@@ -100,10 +107,17 @@ def store_rows(p_x, value, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.conste
 
 
 @triton.jit
-def state_offsets(i_state, K, V, first_k, first_v, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Offsets and mask of a tile of state number i_state, [BK,BV] or transposed [BV,BK]."""
+def state_offsets(i_state, K, V, W, first_k, first_v, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Offsets and mask of a tile of state number i_state [K,W], within V columns; [BK,BV] or transposed [BV,BK]."""
     o_k = first_k + tl.arange(0, BK)
     o_v = first_v + tl.arange(0, BV)
     if TRANSPOSED:
-        return i_state * K * V + o_k[None, :] * V + o_v[:, None], (o_k < K)[None, :] & (o_v < V)[:, None]
-    return i_state * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+        return i_state * K * W + o_k[None, :] * W + o_v[:, None], (o_k < K)[None, :] & (o_v < V)[:, None]
+    return i_state * K * W + o_k[:, None] * W + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+
+
+@triton.jit
+def load_sums(p_z, i_state, K, first_k, BK: tl.constexpr):
+    """z [BK] that belongs to state number i_state; 0 outside."""
+    o_k = first_k + tl.arange(0, BK)
+    return tl.load(p_z + i_state * K + o_k, mask=o_k < K, other=0.0)

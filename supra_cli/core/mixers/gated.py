@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from supra_cli.core.layout import HeadSpec, Layout
 from supra_cli.core.mixers import Rotate, mixers
-from supra_cli.core.mixers.parts import HeadMap, HeadNorm, MatrixMixer, MatrixState, with_ones
+from supra_cli.core.mixers.parts import HeadMap, HeadNorm, MatrixMixer, MatrixState
 from supra_cli.core.ops import linear_attention
 
 
@@ -71,8 +71,7 @@ class Gated(MatrixMixer):
         if self.norm is not None:
             o, S = linear_attention(q, k, v, g, state=S, layout=layout, norm_eps=self.norm.eps)
         else:
-            o, S = linear_attention(q, k, with_ones(v), g, state=S, layout=layout)
-            o = o[..., :-1] / o[..., -1:].clamp(min=1e-6)
+            o, S = linear_attention(q, k, v, g, state=S, layout=layout, denominator_min=1e-6)
         if self.gate is not None:
             o = o * 2 * self.gate(x).sigmoid().view(o.shape)
         return o, MatrixState(S)

@@ -116,8 +116,3 @@ class HeadMap(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
-
-
-def with_ones(v: Tensor) -> Tensor:
-    """v with a value of 1 beside it, so that the sum of weights comes out as one more column of the weighted sum."""
-    return torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)

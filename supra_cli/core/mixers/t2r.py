@@ -9,7 +9,7 @@ from torch import Tensor
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout
 from supra_cli.core.mixers import Rotate, mixers
-from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState, with_ones
+from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState
 from supra_cli.core.ops import linear_attention
 
 
@@ -33,6 +33,8 @@ class T2R(MatrixMixer):
             if self.feature_size < 1:
                 raise UsageError(f"mixer.feature_size is {self.feature_size}, expected at least 1")
 
+    variants = ({"feature_size": 3},)
+
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
         self.phi = HeadMap(spec.heads, spec.head_dim, options.feature_size)
@@ -53,5 +55,6 @@ class T2R(MatrixMixer):
         k, v = (heads.repeat_interleave(self.spec.heads // self.spec.kv_heads, dim=2) for heads in (k, v))
         q = self.phi(rope(q) * self.spec.scale).relu()
         k = self.phi(rope(k)).relu()
-        o, S = linear_attention(q, k, with_ones(v), state=None if state is None else state.S, layout=layout)
-        return o[..., :-1] / o[..., -1:].clamp(min=0.01), MatrixState(S)
+        S = None if state is None else state.S
+        o, S = linear_attention(q, k, v, state=S, layout=layout, denominator_min=0.01)
+        return o, MatrixState(S)
