@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 import supra_cli.commands
-from supra_cli.core.errors import ResourceError, SupraError
+from supra_cli.core.errors import ResourceError, SupraError, first_line
 
 # The order of `supra --help`: the path a model takes, then everything else by name.
 _PATH = ("convert", "uptrain", "eval", "generate")
@@ -154,8 +154,7 @@ def _verdict(error: Exception, arguments: list[str]) -> tuple[str, int]:
         return "interrupted", 130
     if _is_out_of_memory(error):
         return (
-            f"out of memory ({str(error).strip().splitlines()[0] if str(error) else 'on this machine'}); "
-            "use a smaller batch, a shorter sequence, a smaller --dtype or a larger device",
+            f"out of memory ({first_line(error)}); use a smaller batch, a shorter sequence, a smaller --dtype or a larger device",
             ResourceError.exit_code,
         )
     if "No space left on device" in str(error):  # also how safetensors and tokenizers word it

@@ -46,6 +46,11 @@ class Stopped(SupraError):
     exit_code = 75
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that another library's error says, for one sentence of ours; its type when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def near_miss(name: str, known: Iterable[str]) -> str:
     """The words to append to "unknown name": `; did you mean 'supra'?`, or the known names when nothing is close."""
     known = sorted(known)

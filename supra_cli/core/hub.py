@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, near_miss
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, first_line, near_miss
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -133,8 +133,9 @@ def base_config(source: Source) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SupraError(f"{folder}/config.json cannot be read as a model's configuration: {reason}") from error
+        raise SupraError(
+            f"{folder}/config.json cannot be read as a model's configuration: {first_line(error)}"
+        ) from error
 
 
 def commit_of(path: Path) -> str | None:

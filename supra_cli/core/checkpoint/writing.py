@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from supra_cli.core.checkpoint.files import atomic_directory, first_line, link, sha256, write_json
+from supra_cli.core.checkpoint.files import atomic_directory, link, sha256, write_json
 from supra_cli.core.checkpoint.reading import INDEX, PROVENANCE, SINGLE, digest, read_provenance, tensors
-from supra_cli.core.errors import SupraError
+from supra_cli.core.errors import SupraError, first_line
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 Hashes = dict[str, dict[str, Any]]

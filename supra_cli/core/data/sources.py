@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from supra_cli.core import corpus
-from supra_cli.core.errors import NotFoundError, SupraError, near_miss
+from supra_cli.core.errors import NotFoundError, SupraError, first_line, near_miss
 from supra_cli.core.recipe import Data, Source
 
 STDLIB = "python-stdlib"
@@ -132,7 +132,7 @@ def _read(path: Path, field: str, count: Count) -> Iterator[str]:
         with pyarrow.input_stream(str(path), compression=compression) as stream:
             yield from _read_records(stream, path, field, count) if inner in _FORMATS else _read_text(stream, path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise SupraError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        raise SupraError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _read_table(path: Path, field: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from supra_cli.core.data.rows import pack
 from supra_cli.core.data.tokens import encode, tokenizer_digest
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, near_miss
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, first_line, near_miss
 from supra_cli.core.recipe import Packing, Source
 
 
@@ -92,7 +92,7 @@ def open_hub(source: Source, split: str, tokenizer, packing: Packing) -> Streame
                 f"dataset {source.path} is gated: accept its terms on its hub page, "
                 "then run `hf auth login` or set HF_TOKEN"
             ) from error
-        raise NotFoundError(f"there is no dataset '{source.path}' on the hub: {_first_line(error)}") from error
+        raise NotFoundError(f"there is no dataset '{source.path}' on the hub: {first_line(error)}") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise NotFoundError(f"there is no data '{source.path}', neither here nor on the hub; check the path") from error
     except (errors.OfflineModeIsEnabled, errors.HTTPError, ConnectionError, TimeoutError) as error:
@@ -101,11 +101,7 @@ def open_hub(source: Source, split: str, tokenizer, packing: Packing) -> Streame
             "copy its files to this machine and name them as the source's path"
         ) from error
     except ValueError as error:
-        raise NotFoundError(f"dataset {source.path}: {_first_line(error)}") from error
+        raise NotFoundError(f"dataset {source.path}: {first_line(error)}") from error
     identity = [source.path, commit, source.name, source.split or split, source.text, tokenizer_digest(tokenizer)]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return Streamed(dataset, source.text, tokenizer, digest, packing)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from unittest import mock
 import yaml
 
 from supra_cli.core import hub
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError, near_miss
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError, first_line, near_miss
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,13 @@ def _load(manager, name: str, asked: Iterable[str]) -> dict:
         if "gated" in str(error):
             raise _gated(name) from error
         raise NotFoundError(
-            f"the data of task '{name}' is neither on this machine nor reachable ({_first_line(error)}); "
+            f"the data of task '{name}' is neither on this machine nor reachable ({first_line(error)}); "
             f"run `supra prefetch --tasks {','.join(asked)}` on a connected machine with the same Hugging Face cache"
         ) from error
     except ImportError as error:
-        raise SupraError(f"task '{name}' needs a package that is not installed: {_first_line(error)}") from error
+        raise SupraError(f"task '{name}' needs a package that is not installed: {first_line(error)}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise SupraError(f"lm-eval cannot load task '{name}': {type(error).__name__}: {_first_line(error)}") from error
+        raise SupraError(f"lm-eval cannot load task '{name}': {type(error).__name__}: {first_line(error)}") from error
 
 
 def _is_bundled(entry) -> bool:
@@ -193,7 +193,3 @@ def _gated(name: str) -> NotAuthorisedError:
     return NotAuthorisedError(
         f"the data of task '{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
