@@ -1,5 +1,7 @@
-"""The recurrence of linear attention, in several forms of one signature. Imports torch, and triton if it is there."""
+"""The recurrence of linear attention, in several forms of one signature, and the rotation before it. Imports torch,
+and triton when a kernel of it is first called."""
 
 from supra_kernels.operator import FORMS, default_form, linear_attention
+from supra_kernels.rotary import rotary
 
-__all__ = ["FORMS", "default_form", "linear_attention"]
+__all__ = ["FORMS", "default_form", "linear_attention", "rotary"]

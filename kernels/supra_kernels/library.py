@@ -6,6 +6,8 @@ interpreter. Triton is imported by the first call of an operator that needs it.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ library.impl("chunk", chunked.forward, "CompositeExplicitAutograd")
 library.impl("chunk_backward", chunked.backward, "CompositeExplicitAutograd")
 
 
-def _kernels():
+def gpu_kernels() -> ModuleType:
+    """Where the kernels are launched from; importing it needs triton."""
     try:
         from supra_kernels.gpu import launch
     except ModuleNotFoundError as error:
@@ -54,13 +57,13 @@ def _kernels():
 
 
 def _triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min):
-    launch = _kernels()
+    launch = gpu_kernels()
     problem = launch.Problem(q, k, v, g, segment, scale, sums=denominator_min is not None)
     return launch.forward(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 
 
 def _triton_backward(do, dd, dS, q, k, v, g, state, segment, scale, decays):
-    launch = _kernels()
+    launch = gpu_kernels()
     problem = launch.Problem(q, k, v, g, segment, scale, sums=dd is not None)
     grads = launch.backward(problem, state, do, dd, dS, decays=decays)
     dg = q.new_empty(0, dtype=torch.float32) if grads.g is None else grads.g
@@ -70,7 +73,7 @@ def _triton_backward(do, dd, dS, q, k, v, g, state, segment, scale, decays):
 
 
 def _triton_step(q, k, v, g, state, scale, norm_eps, denominator_min):
-    launch = _kernels()
+    launch = gpu_kernels()
     problem = launch.Problem(q, k, v, g, None, scale, sums=denominator_min is not None)
     return launch.step(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 

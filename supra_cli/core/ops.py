@@ -58,6 +58,12 @@ def linear_attention(
     return supra_kernels.linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form, **after)
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + (-x₂, x₁) sin, x₁ and x₂ the halves of x [B,T,·,K]; cos and sin [B or 1,T,K]. On a GPU one kernel."""
+    forced = _forced(x.device.type)
+    return supra_kernels.rotary(x, cos, sin, form=None if forced is None else _FORMS[forced])
+
+
 def chunk_tokens(device: str, key_dim: int, v_dim: int) -> int:
     """Tokens in a chunk, by which FLOPs and traffic are counted."""
     return 64 if device == "cuda" else chunk_length(key_dim, v_dim)

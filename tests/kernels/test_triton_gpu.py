@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DECAYS, NAMES, inputs, packed, with_sums
-from supra_kernels import linear_attention
+from supra_kernels import linear_attention, rotary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -74,6 +74,23 @@ def test_fused_denominator(decay):
 def test_fused_denominator_with_documents_and_padding():
     values, segment = with_sums(inputs(2, 1024, 4, 2, 64, 128, "token")), packed(2, 1024, padding=0.1, document=200)
     check(narrow(values), 5e-3, segment.cuda(), denominator_min=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary(dtype):
+    x, dy, _ = (t.to("cuda", dtype) for t in inputs(2, 1024, 32, 32, 128, 128)[:3])
+    angles = torch.arange(1024.0, device="cuda")[:, None] * torch.exp2(-torch.arange(64.0, device="cuda") / 8)
+    cos, sin = (torch.cat((table, table), -1)[None].to(dtype) for table in (angles.cos(), angles.sin()))
+
+    def turned(values, form):
+        x, cos, sin, dy = values
+        leaf = x.detach().requires_grad_()
+        y = rotary(leaf, cos, sin, form=form)
+        return y, *torch.autograd.grad(y, leaf, dy)
+
+    wide = turned([t.double() for t in (x, cos, sin, dy)], "chunk")
+    for got, want in zip(turned((x, cos, sin, dy), "triton"), wide, strict=True):
+        assert (got.double() - want).pow(2).mean().sqrt() <= (1e-6 if dtype == torch.float32 else 3e-3)
 
 
 def test_a_rerun_gives_the_same_bits():

@@ -1,4 +1,4 @@
-"""Tensors in, kernels launched, tensors out: forward, backward and decode step. No autograd here.
+"""Tensors in, kernels launched, tensors out: forward, backward, decode step, rotation. No autograd here.
 
 Tile sizes are pinned by K and V, never tuned at run time and never by B or T: so results do not vary between
 processes.
@@ -17,6 +17,7 @@ from torch import Tensor
 from supra_kernels.boundaries import DECAY_FLOOR, documents
 from supra_kernels.gpu.gradients import decay_kernel, query_key_kernel, value_kernel
 from supra_kernels.gpu.output import output_kernel
+from supra_kernels.gpu.rotary import rotary_kernel
 from supra_kernels.gpu.states import states_kernel
 from supra_kernels.gpu.step import step_kernel
 from supra_kernels.gpu.tiles import FIXED_DECAY, NO_DECAY, TOKEN_DECAY
@@ -262,3 +263,18 @@ def step(
             num_warps=min(16, max(4, BK * BV // 4096)),
         )  # fmt: skip
     return o.to(out_dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+    """See rotary_kernel; x [B,T,H,K], cos and sin [B or 1,T,K]."""
+    batch, length, heads, width = x.shape
+    out_dtype = x.dtype
+    x, cos, sin = (_operand(t) for t in (x, cos, sin))
+    y = torch.empty_like(x)
+    BH, BK = min(16, triton.next_power_of_2(heads)), triton.next_power_of_2(width // 2)
+    with _on(x):
+        rotary_kernel[(batch * length * triton.cdiv(heads, BH),)](
+            x, cos, sin, y, length, heads, width, 0 if len(cos) == 1 else length * width,
+            BH=BH, BK=BK, TRANSPOSED=transposed, num_warps=4,
+        )  # fmt: skip
+    return y.to(out_dtype)
