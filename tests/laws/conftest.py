@@ -1,11 +1,14 @@
 """Every law runs over what is registered: `mixer` and `base` range over the registries, so a new file there is under
-the law.
+the law. A mixer's variants are under it too, on one base each and without kept layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
+from itertools import product
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -22,16 +25,54 @@ torch.set_num_threads(1)
 KEEPS = ("none", "1")
 
 
+def variants(mixer: str) -> Iterator[dict[str, Any]]:
+    """Options other than the default ones: each other choice of a Literal or bool alone, then what the mixer names."""
+    options = mixers.get(mixer).Options
+    hints = get_type_hints(options)
+    for field in fields(options):
+        hint = hints[field.name]
+        choices = get_args(hint) if get_origin(hint) is Literal else (False, True) if hint is bool else ()
+        yield from ({field.name: choice} for choice in choices if choice != field.default)
+    yield from map(dict, mixers.get(mixer).variants)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name, values in (("mixer", list(mixers)), ("base", list(archs)), ("keep", KEEPS)):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, values)
+    ranges = {"base": list(archs), "keep": KEEPS}
+    names = [name for name in ranges if name in metafunc.fixturenames]
+    cases = list(product(*(ranges[name] for name in names)))
+    if "mixer" in metafunc.fixturenames:
+        narrow = tuple({"base": "llama", "keep": "none"}[name] for name in names)
+        cases = [(*case, mixer, {}) for mixer in mixers for case in cases]
+        cases += [(*narrow, mixer, options) for mixer in mixers for options in variants(mixer)]
+        names += ["mixer", "options"]
+    if names:
+        metafunc.parametrize(names, cases, ids=["-".join(map(_word, case)).strip("-") for case in cases])
+
+
+def _word(value: str | dict[str, Any]) -> str:
+    return value if isinstance(value, str) else ",".join(f"{key}={choice}" for key, choice in value.items())
 
 
 @pytest.fixture
-def build() -> Callable[..., SupraForCausalLM]:
+def options() -> dict[str, Any]:
+    """The options of `mixer`, for the laws that range over it."""
+    return {}
+
+
+@pytest.fixture
+def build(options: dict[str, Any]) -> Callable[..., SupraForCausalLM]:
+    """Models whose mixers are a little away from where they start, as many parameters start at 0 or 1."""
     torch.manual_seed(0)
-    return tiny_model
+
+    @torch.no_grad()
+    def moved(*args: Any, **changes: Any) -> SupraForCausalLM:
+        model = tiny_model(*args, options=options, **changes)
+        for name, parameter in model.named_parameters():
+            if ".mixer." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    return moved
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class Mixer(nn.Module):
     @dataclass(frozen=True)
     class Options:
         """The keys of `[mixer]` in a recipe besides `name`."""
+
+    variants: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    """Options at which the laws hold too, where it is numbers that change what runs: the laws find every other choice
+    of a Literal or bool by themselves."""
 
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__()

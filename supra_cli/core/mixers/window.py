@@ -53,6 +53,8 @@ class Window(Mixer):
             if self.sinks < 0:
                 raise UsageError(f"mixer.sinks is {self.sinks}, expected at least 0")
 
+    variants = ({"window": 5, "sinks": 2}, {"window": 3, "sinks": 0})
+
     def init_state(self, batch: int, device: torch.device | str) -> WindowState:
         def zeros(tokens: int, width: int) -> Tensor:
             return torch.zeros((batch, tokens, self.spec.kv_heads, width), dtype=torch.float32, device=device)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.swap import layer_kinds
 
@@ -51,6 +54,21 @@ def tiny_model(
     kinds = layer_kinds(config.num_hidden_layers, mixer, keep)
     swapped = SupraConfig.from_base(config, mixer=mixer, options=options, layers=kinds)
     return SupraForCausalLM._from_config(swapped, dtype=dtype).eval()
+
+
+def of_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """What the config of a model that speaks the tokenizer's tokens has to say of them."""
+    ends = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {"vocab_size": len(tokenizer), **ends}
+
+
+def save_base(path: Path, texts: Iterable[str], **changes: Any) -> Path:
+    """A plain Llama and a tokenizer of 300 tokens of `texts`, as transformers saves them."""
+    tokenizer = bpe.train(texts, 300)
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config("llama", **of_words(tokenizer), **changes)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:
