@@ -154,7 +154,8 @@ def _verdict(error: Exception, arguments: list[str]) -> tuple[str, int]:
         return "interrupted", 130
     if _is_out_of_memory(error):
         return (
-            f"out of memory ({first_line(error)}); use a smaller batch, a shorter sequence, a smaller --dtype or a larger device",
+            f"out of memory ({first_line(error)}); "
+            "use a smaller batch, a shorter sequence, a smaller --dtype or a larger device",
             ResourceError.exit_code,
         )
     if "No space left on device" in str(error):  # also how safetensors and tokenizers word it
