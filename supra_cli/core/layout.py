@@ -23,7 +23,6 @@ class HeadSpec:
     layer: int
     scale: float
     """Factor of q·k in the base's softmax."""
-    softcap: float | None = None
     window: int | None = None
     """Tokens that the base's own attention sees, itself included; None is all."""
 

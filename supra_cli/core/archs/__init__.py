@@ -42,4 +42,21 @@ class Arch:
     """Keyword under which a block hands the cache to its attention."""
 
 
+def head_spec(
+    attention: nn.Module, *, head_dim: int, kv_heads: int | None = None, window: int | None = None
+) -> HeadSpec:
+    """The shape of an attention whose keys and values are equally wide, in the words that transformers uses in all."""
+    config = attention.config
+    return HeadSpec(
+        heads=config.num_attention_heads,
+        kv_heads=kv_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        v_dim=head_dim,
+        model_dim=config.hidden_size,
+        layer=attention.layer_idx,
+        scale=attention.scaling,
+        window=window,
+    )
+
+
 archs: Registry[Arch] = Registry("base architecture", package="supra_cli.core.archs", group="supra.archs")

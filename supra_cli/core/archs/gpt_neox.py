@@ -5,22 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, Rope, archs
+from supra_cli.core.archs import Arch, Rope, archs, head_spec
 from supra_cli.core.archs.llama import rotate
-from supra_cli.core.layout import HeadSpec
-
-
-def spec(attention: nn.Module) -> HeadSpec:
-    config = attention.config
-    return HeadSpec(
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=attention.head_size,
-        v_dim=attention.head_size,
-        model_dim=config.hidden_size,
-        layer=attention.layer_idx,
-        scale=attention.scaling,
-    )
 
 
 def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +23,7 @@ def rotate_part(attention: nn.Module, x: Tensor, tables: Rope) -> Tensor:
 GPT_NEOX = Arch(
     layers=lambda model: model.base_model.layers,
     slot="attention",
-    spec=spec,
+    spec=lambda attention: head_spec(attention, head_dim=attention.head_size),
     qkv=qkv,
     rotate=rotate_part,
     out=lambda attention, o: attention.dense(o),

@@ -7,23 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, Rope, archs
+from supra_cli.core.archs import Arch, Rope, archs, head_spec
 from supra_cli.core.layout import HeadSpec
 
 
 def spec(attention: nn.Module) -> HeadSpec:
     config = attention.config
-    return HeadSpec(
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        v_dim=attention.head_dim,
-        model_dim=config.hidden_size,
-        layer=attention.layer_idx,
-        scale=attention.scaling,
-        # Qwen keeps it on the attention, as only some layers have one; Mistral in the config, for all.
-        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
-    )
+    # Qwen keeps it on the attention, as only some layers have one; Mistral in the config, for all.
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    return head_spec(attention, head_dim=attention.head_dim, kv_heads=config.num_key_value_heads, window=window)
 
 
 def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
