@@ -97,7 +97,7 @@ def _figures(stats: Stats) -> str:
     prefill = f"{stats.prompt_tokens:,} prompt tokens"
     if stats.prefill_seconds:
         prefill += f" at {stats.prefill_tokens_per_second:,.0f} tokens/s"
-    decode = f"{stats.new_tokens:,} decoded at {stats.decode_tokens_per_second:,.0f} tokens/s"
+    decode = f"{stats.decoded_tokens:,} decoded at {stats.decode_tokens_per_second:,.0f} tokens/s"
     return f"{prefill}; {decode}; state and cache {console.size(stats.cache_bytes)}; ended by {', '.join(stats.finish)}"
 
 
@@ -113,7 +113,7 @@ def _document(model: str, prompts: list[str], texts: list[str], sampling: Sampli
         "sampling": asdict(sampling),
         "prompt_tokens": stats.prompt_tokens,
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
-        "decoded_tokens": stats.new_tokens,
+        "decoded_tokens": stats.decoded_tokens,
         "decode_tokens_per_second": stats.decode_tokens_per_second,
         "cache_bytes": stats.cache_bytes,
     }

@@ -5,33 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_base
 
 from supra_cli.__main__ import main
 from supra_cli.core import checkpoint, corpus
-from supra_cli.core.data import tokenizer as bpe
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A base and its student under runs/, both random."""
     root = tmp_path_factory.mktemp("work")
-    words = bpe.train((text for _, text in list(corpus.documents("validation"))[:20]), 300)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(root / "base")
-    words.save_pretrained(root / "base")
+    texts = (text for _, text in list(corpus.documents("validation"))[:20])
+    save_base(root / "base", texts, num_hidden_layers=2, max_position_embeddings=256)
     checkpoint.convert(
         root / "base", root / "runs/student", mixer="supra", options={}, keep="none", seed=0, base=str(root / "base")
     )

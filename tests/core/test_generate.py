@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import of_words, tiny_model
+from transformers import LlamaForCausalLM
 
 from supra_cli.core import generate
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import UsageError
 from supra_cli.core.generate import Sampling, Stats, Writer
-from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 TEXT = ["the quick brown fox jumps over the lazy dog " * 20, "naïve café, 東京, 🦊 and über " * 20]
 PROMPTS = ["the quick", "fox", "naïve café and a rather longer prompt than the others"]
@@ -25,21 +25,9 @@ def tokenizer():
 def model(request, tokenizer):
     """A small random model: plain, without any softmax layer, or with one."""
     mixer = "softmax" if request.param == "softmax" else "supra"
-    layers = [mixer, "softmax" if request.param == "mixed" else mixer, mixer]
-    base = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    keep = "1" if request.param == "mixed" else "none"
     torch.manual_seed(0)
-    return SupraForCausalLM._from_config(SupraConfig.from_base(base, mixer=mixer, layers=layers)).eval()
+    return tiny_model("llama", mixer, keep, **of_words(tokenizer))
 
 
 def tokens_of(model, tokenizer, prompt, sampling):
@@ -76,20 +64,9 @@ def test_a_batch_gives_what_each_prompt_alone_gives(model, tokenizer, sampling):
 
 def test_greedy_text_is_that_of_hugging_face_generate(tokenizer):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    plain = LlamaForCausalLM(config).eval()
-    ours = SupraForCausalLM._from_config(SupraConfig.from_base(config)).eval()
-    ours.load_state_dict(plain.state_dict())
+    ours = tiny_model("llama", "softmax", **of_words(tokenizer))
+    plain = LlamaForCausalLM(ours.config.plain()).eval()
+    plain.load_state_dict(ours.state_dict())
     ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
     theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     text = tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
@@ -116,12 +93,21 @@ def test_a_state_of_recurrent_layers_does_not_grow(tokenizer, model):
     assert sizes[0] > 0
 
 
-def test_stats_count_prompt_and_decoded_tokens(model, tokenizer):
-    stats = generate.complete(model, tokenizer, PROMPTS, Sampling(5))[1]
+@pytest.mark.parametrize("beams", [1, 3])
+def test_stats_count_tokens_up_to_the_end_of_each_completion(model, tokenizer, monkeypatch, beams):
+    """As many as Hugging Face's generate makes for each prompt alone; the prefill's own is no decoded one."""
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, *range(5, 300, 9)])
+    lengths = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "num_beams": beams, "do_sample": False}
+        lengths.append(model.generate(ids, **given).shape[1] - ids.shape[1])
+    assert min(lengths) < max(lengths), "the test wants completions of different lengths"
+    stats = generate.complete(model, tokenizer, PROMPTS, Sampling(12, num_beams=beams))[1]
     assert stats.prompt_tokens == sum(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
-    assert stats.new_tokens <= 4 * len(PROMPTS)
-    assert stats.finish == ["length"] * 3 or "eos" in stats.finish
-    assert stats.prefill_tokens_per_second > 0
+    assert stats.new_tokens == sum(lengths)
+    assert stats.decoded_tokens == sum(lengths) - (len(PROMPTS) if beams == 1 else 0)
+    assert stats.decode_tokens_per_second == stats.decoded_tokens / stats.decode_seconds
 
 
 def test_generation_ends_at_the_tokenizer_s_or_the_generation_config_s_end(model, tokenizer, monkeypatch):

@@ -38,8 +38,9 @@ class Stats:
     """Real tokens in all prompts."""
     prefill_seconds: float = 0.0
     new_tokens: int = 0
-    """Tokens generated after the first of each completion, which is the prefill's."""
+    """Tokens of all completions, the ones that ended a text included."""
     decode_seconds: float = 0.0
+    """In a beam search, where neither can be told from the other, prefill and decoding together."""
     cache_bytes: int = 0
     """Recurrent state, keys and values at the end, of all rows."""
     finish: list[str] = field(default_factory=list)
@@ -50,8 +51,13 @@ class Stats:
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
+    def decoded_tokens(self) -> int:
+        """New tokens but for the first of each completion, which the prefill chose unless it was a beam search."""
+        return self.new_tokens - (len(self.finish) if self.prefill_seconds else 0)
+
+    @property
     def decode_tokens_per_second(self) -> float:
-        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @torch.no_grad()
@@ -96,13 +102,17 @@ def stream(
     input_ids, mask = encode(tokenizer, prompts, model.device)
     stats.prompt_tokens = int(mask.sum()) if mask is not None else input_ids.numel()
     writers = [Writer(tokenizer, ids, sampling.stop) for ids in _unpadded(input_ids, mask)]
-    tokens = _beams if sampling.num_beams > 1 else _tokens
     ends = eos_ids(model, tokenizer)
     stats.finish = ["length"] * len(prompts)
-    for step in tokens(model, input_ids, mask, sampling, ends, stats, writers):
+    if sampling.num_beams > 1:
+        steps = _beams(model, input_ids, mask, sampling, stats, ends)
+    else:
+        steps = _tokens(model, input_ids, mask, sampling, stats, writers)
+    for step in steps:
         for row, (writer, token) in enumerate(zip(writers, step, strict=True)):
             if writer.done:
                 continue
+            stats.new_tokens += 1
             if token in ends:
                 stats.finish[row] = "eos"
                 text = writer.close()
@@ -160,7 +170,6 @@ def _tokens(
     input_ids: Tensor,
     mask: Tensor | None,
     sampling: Sampling,
-    ends: set[int],
     stats: Stats,
     writers: Sequence[Writer],
 ) -> Iterator[list[int]]:
@@ -177,8 +186,7 @@ def _tokens(
     for _ in range(sampling.max_new_tokens - 1):
         stats.cache_bytes = cache_bytes(cache)
         yield chosen
-        alive = sum(not writer.done for writer in writers)
-        if not alive:
+        if all(writer.done for writer in writers):
             return
         began = time.perf_counter()
         if mask is not None:
@@ -188,7 +196,6 @@ def _tokens(
         token = choose(logits, sampling, generators)
         chosen = token.tolist()
         stats.decode_seconds += time.perf_counter() - began
-        stats.new_tokens += alive
     stats.cache_bytes = cache_bytes(cache)
     yield chosen
 
@@ -198,11 +205,10 @@ def _beams(
     input_ids: Tensor,
     mask: Tensor | None,
     sampling: Sampling,
-    ends: set[int],
     stats: Stats,
-    writers: Sequence[Writer],
+    ends: set[int],
 ) -> Iterator[list[int]]:
-    """The best beam of each row in steps of one token a row, once the search has ended; its time is all decoding."""
+    """The best beam of each row in steps of one token a row, once the search has ended."""
     began = time.perf_counter()
     output = model.generate(
         input_ids=input_ids,
@@ -216,7 +222,6 @@ def _beams(
     )
     new = output.sequences[:, input_ids.shape[1] :]
     stats.decode_seconds = time.perf_counter() - began
-    stats.new_tokens = new.numel()
     if output.past_key_values is not None:
         stats.cache_bytes = cache_bytes(output.past_key_values)
     yield from new.T.tolist()
