@@ -1,15 +1,17 @@
 """A directory ⇄ a model: strict to read, atomic to write, the base's shards never rewritten."""
 
-from supra_cli.core.checkpoint.conversion import convert
+from supra_cli.core.checkpoint.conversion import convert, planned
 from supra_cli.core.checkpoint.files import atomic_directory, check_free
 from supra_cli.core.checkpoint.reading import (
     check,
+    describing_a_model,
     fingerprint,
     load,
     load_tokenizer,
     read_config,
     read_provenance,
     shards,
+    skeleton,
     tensors,
     verify,
 )
@@ -20,13 +22,16 @@ __all__ = [
     "check",
     "check_free",
     "convert",
+    "describing_a_model",
     "fingerprint",
     "load",
     "load_tokenizer",
+    "planned",
     "read_config",
     "read_provenance",
     "save",
     "shards",
+    "skeleton",
     "tensors",
     "verify",
 ]

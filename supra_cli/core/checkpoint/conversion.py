@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from supra_cli.core.checkpoint.files import atomic_directory
-from supra_cli.core.checkpoint.reading import check, digest, read_config, tensors
+from supra_cli.core.checkpoint.reading import check, digest, read_config, skeleton, tensors
 from supra_cli.core.checkpoint.writing import finish, link_shards, tensor_bytes, write_shards
 from supra_cli.core.errors import UsageError
-from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.swap import layer_kinds
 
 MIXER_SHARD_BYTES = 256 * 2**20
@@ -41,24 +41,26 @@ def convert(
     source, output = Path(source), Path(output)
     if source.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"{output} is, or holds, the model to convert, which would be lost; choose another output")
-    config = read_config(source)
-    if config.swap.any:
-        raise UsageError(f"{source} is converted already, to mixer '{config.swap.mixer}'; convert its base instead")
-    found = tensors(source)
-    check(config, found)
-    kinds = layer_kinds(config.num_hidden_layers, mixer, keep)
-    config = SupraConfig.from_base(config, mixer=mixer, options=options, layers=kinds)
-    with torch.device("meta"):
-        skeleton = SupraForCausalLM._from_config(config)
-    new = {f"{name}.mixer": layer.mixer for name, layer in skeleton.swapped_layers()}
+    config = planned(source, mixer=mixer, options=options, keep=keep)
+    new = {f"{name}.mixer": layer.mixer for name, layer in skeleton(config).swapped_layers()}
     total = sum(tensor_bytes(parameter) for layer in new.values() for parameter in layer.parameters())
     with atomic_directory(output, overwrite=overwrite) as directory:
-        placed, known = link_shards(source, directory, {name: entry.file for name, entry in found.items()})
+        placed, known = link_shards(source, directory, {name: e.file for name, e in tensors(source).items()})
         placed |= write_shards(_drawn(new, seed), directory, "mixers", total, MIXER_SHARD_BYTES)
         parent = digest(known)
         provenance = {"base": base or str(source), "parent": parent, "recipe": recipe, "seed": seed, "tokens": 0}
         finish(directory, config, placed, known, source=source, provenance=provenance)
     return output
+
+
+def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) -> SupraConfig:
+    """The config that converting `source` would give it; what stands in the way is a SupraError."""
+    config = read_config(source)
+    if config.swap.any:
+        raise UsageError(f"{source} is converted already, to mixer '{config.swap.mixer}'; convert its base instead")
+    check(config, tensors(source))
+    kinds = layer_kinds(config.num_hidden_layers, mixer, keep)
+    return SupraConfig.from_base(config, mixer=mixer, options=options, layers=kinds)
 
 
 def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from supra_cli.core.checkpoint.files import first_line, read_json, sha256
-from supra_cli.core.errors import NotFoundError, SupraError
+from supra_cli.core.checkpoint.files import read_json, sha256
+from supra_cli.core.errors import NotFoundError, SupraError, first_line
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 PROVENANCE = "supra.json"
@@ -89,14 +89,16 @@ def read_config(path: Path | str) -> SupraConfig:
         raise SupraError(
             f"{path / 'config.json'} has no key 'supra' that names its base; restore the model's own config.json"
         )
-    with _describing_a_model(path / "config.json"):
+    with describing_a_model(path / "config.json"):
         config = AutoConfig.from_pretrained(path)
         return config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
 
 
 @contextmanager
-def _describing_a_model(file: Path | str) -> Iterator[None]:
-    """What transformers and PyTorch raise on a config that makes no sense, as a SupraError."""
+def describing_a_model(
+    file: Path | str, advice: str = "restore the model's own config.json", kind: type[SupraError] = SupraError
+) -> Iterator[None]:
+    """What transformers and PyTorch raise on a config that makes no sense, as a `kind` that ends with `advice`."""
     try:
         yield
     except (
@@ -110,7 +112,7 @@ def _describing_a_model(file: Path | str) -> Iterator[None]:
         ValueError,
     ) as error:
         words = " ".join(str(error).split()) or type(error).__name__
-        raise SupraError(f"{file} describes no model ({words}); restore the model's own config.json") from error
+        raise kind(f"{file} describes no model ({words}); {advice}") from error
 
 
 def read_provenance(path: Path | str) -> dict[str, Any]:
@@ -170,10 +172,16 @@ def _weight_map(path: Path) -> dict[str, str]:
     return placed
 
 
+def skeleton(config: SupraConfig) -> SupraForCausalLM:
+    """The model of `config` without weights, on the meta device."""
+    with torch.device("meta"):
+        return SupraForCausalLM._from_config(copy.deepcopy(config))
+
+
 def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:
     """Raise a SupraError naming the first tensor that the model of `config` lacks, has not or has in another shape."""
-    with _describing_a_model("config.json"), torch.device("meta"):
-        model = SupraForCausalLM._from_config(copy.deepcopy(config))
+    with describing_a_model("config.json"):
+        model = skeleton(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     found = {rename_source_key(name, renames, [])[0]: entry for name, entry in found.items()}

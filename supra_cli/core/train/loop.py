@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from supra_cli.core import checkpoint, hub
 from supra_cli.core import recipe as recipes
@@ -22,15 +23,16 @@ from supra_cli.core.data import rows
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
-from supra_cli.core.stages import stages
+from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.stages import Stage
 from supra_cli.core.train import origin, state
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
 from supra_cli.core.train.optimizer import adamw, lr_factor, masters_in_place, release, set_lr
-from supra_cli.core.train.prepare import prepare
+from supra_cli.core.train.prepare import prepare, rehearse, stage_of, teacher_of
 from supra_cli.core.train.run import RunDirectory, environment
 from supra_cli.core.train.state import Counters
 from supra_cli.core.train.step import Outcome, Stepper, computing_in, dump
-from supra_cli.core.train.trackers import open_trackers
+from supra_cli.core.train.trackers import library, open_trackers
 
 MOST_SKIPPED = 100
 """Steps that a run may leave out as not finite before it gives up."""
@@ -91,27 +93,46 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def open(self, model: Path | None, resume: bool) -> Iterator[Event]:
-        """Bring the run to where it should go on from: its newest sound checkpoint, or the beginning."""
+        """Bring the run to where it should go on from: its newest sound checkpoint, or the beginning.
+
+        Whatever can fail is tried before anything is written or cleared.
+        """
         if resume:
             self._same_recipe()
             yield from self._newest_sound()
-        if self._checkpoint is None:
+        if self.counters.finished:
+            return
+        if self._checkpoint is not None:
+            tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
+            self._ready(tokenizer, self.student.config, self.origin.base)
+            self.mixture.restore(self._data_state)
+        else:
             if resume:
                 yield Note(f"no complete checkpoint in {self.run.path}; starting from the beginning")
-            origin.check(self.recipe, self.run, model)
+            start = origin.look(self.recipe, self.run, model)
+            self._ready(start.tokenizer, start.config, start.base)
             self.run.clear()
             (self.run.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
-            self.student, self.origin = origin.start(self.recipe, self.run, model)
+            self.student, self.origin = origin.begin(start, self.recipe, self.run, model)
         (self.run.path / "env.json").write_text(json.dumps(environment(str(self.device)), indent=2), encoding="utf-8")
         self.run.trim_metrics(self.counters.step)
         self.student.to(self.device).train()
-        self.tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
-        self._vocabulary_fits()
-        self.mixture = rows.training(self.recipe.data, self.tokenizer, self.recipe.seed)
-        self.held_out = rows.held_out(self.recipe.data, self.tokenizer)
         self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))
-        if self._checkpoint is not None:
-            self.mixture.restore(self._data_state)
+
+    def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
+        """Open the data, and raise whatever else would end the run later than it could be known."""
+        if len(tokenizer) > config.vocab_size:
+            raise SupraError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model room for {config.vocab_size}; "
+                "they do not belong together"
+            )
+        rehearse(self.recipe.stages[self.counters.stage :], config, base)
+        for name in self.recipe.track:
+            library(name)
+        self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed)
+        self.held_out = rows.held_out(self.recipe.data, tokenizer)
+        if base is not None and self.held_out and self._checkpoint is None:
+            hub.fetch(hub.resolve(base))
 
     def _same_recipe(self) -> None:
         stored = self.run.path / "recipe.toml"
@@ -140,14 +161,6 @@ class Trainer:
         if found:
             raise SupraError(f"no checkpoint in {self.run.path} can be read; start over with --overwrite")
 
-    def _vocabulary_fits(self) -> None:
-        room = self.student.get_input_embeddings().weight.shape[0]
-        if len(self.tokenizer) > room:
-            raise SupraError(
-                f"the tokenizer in {self.run.tokenizer} has {len(self.tokenizer)} tokens, "
-                f"the model room for {room}; they do not belong together"
-            )
-
     def train(self) -> Iterator[Event]:
         if self._checkpoint is None:
             yield from self._validate(self._teacher_loss())
@@ -162,15 +175,14 @@ class Trainer:
         )
 
     def _stage(self, spec: recipes.Stage) -> Iterator[Event]:
-        stage_class = stages.get(spec.kind)
-        stage = stage_class(stage_class.Options(**spec.options))
+        stage = stage_of(spec)
         trained = prepare(self.student, stage, spec)
         optimizer = adamw(trained, spec, self.dtype)
         if self._checkpoint is not None and self.counters.stage_step:
             state.restore_optimizer(self._checkpoint / "training", optimizer)
             state.restore_random(self._checkpoint / "training")
         self._checkpoint = None
-        teacher = self._teacher(spec) if stage.teacher == "separate" else None
+        teacher = self._teacher(stage, spec)
         stepper = Stepper(stage, self.student, teacher, optimizer, spec.clip_norm, self.device, self.dtype)
         steps = self.recipe.steps(spec)
         moving = sum(parameter.numel() for _, parameter in trained)
@@ -268,20 +280,11 @@ class Trainer:
         seconds, self._clock = now - self._clock, now
         return seconds
 
-    def _teacher(self, spec: recipes.Stage) -> nn.Module:
-        name = spec.teacher or self.origin.base
-        if name is None:
-            raise UsageError(
-                f"stage '{spec.kind}' learns from a teacher and this model has no base; name one as 'teacher'"
-            )
-        folder = hub.fetch(hub.resolve(name))
-        teacher = checkpoint.load(folder, device=self.device, dtype=self.dtype).eval().requires_grad_(False)
-        if teacher.config.vocab_size != self.student.config.vocab_size:
-            raise UsageError(
-                f"teacher {name} has a vocabulary of {teacher.config.vocab_size}, "
-                f"the student {self.student.config.vocab_size}; logits can only be compared over one vocabulary"
-            )
-        return teacher
+    def _teacher(self, stage: Stage, spec: recipes.Stage) -> nn.Module | None:
+        folder = teacher_of(stage, spec, self.student.config, self.origin.base)
+        if folder is None:
+            return None
+        return checkpoint.load(folder, device=self.device, dtype=self.dtype).eval().requires_grad_(False)
 
     def _teacher_loss(self) -> float | None:
         """The base's own held-out loss, measured once a run and kept with the counters."""

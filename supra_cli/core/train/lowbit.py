@@ -6,6 +6,8 @@ below 4096 numbers, or not made of whole blocks, keep fp32 moments.
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,12 +25,8 @@ _PARTS = ("codes", "scale", "qmap")
 
 def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
     """torchao's AdamW8bit; UsageError where torchao is not installed."""
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        raise UsageError("optimizer = 'adamw8bit' needs torchao, which is not installed: pip install torchao") from None
 
-    class Eager8bit(AdamW8bit):
+    class Eager8bit(library().AdamW8bit):
         """Compiled on CUDA, as torchao means it; eager on the CPU, where compiling would ask for a C++ compiler."""
 
         def step(self, closure=None):
@@ -37,6 +35,14 @@ def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opti
                 return super().step(closure)
 
     return Eager8bit(groups, block_size=BLOCK, **settings)
+
+
+def library() -> ModuleType:
+    """torchao's optimizers; UsageError where they are not installed."""
+    try:
+        return importlib.import_module("torchao.optim")
+    except ImportError:
+        raise UsageError("optimizer = 'adamw8bit' needs torchao, which is not installed: pip install torchao") from None
 
 
 def moment_bytes(numbers: int) -> int:

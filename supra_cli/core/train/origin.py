@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from supra_cli.core import checkpoint, hub
 from supra_cli.core.checkpoint.writing import companions
@@ -30,43 +30,72 @@ class Origin:
     """Hash of the weights it started from, where supra wrote them."""
 
 
-def check(recipe: Recipe, run: RunDirectory, model: Path | None) -> None:
-    """Fetch the model to start from, so that one that is not there does not cost the run that is cleared for it.
+@dataclass(frozen=True)
+class Start:
+    """What a new run begins with: read and checked, while nothing is written or cleared yet."""
 
-    UsageError when it lies in that run.
+    config: SupraConfig
+    """Of the student."""
+    tokenizer: PreTrainedTokenizerBase
+    beside: dict[str, bytes]
+    """Name → content of the files that belong beside every checkpoint's weights."""
+    weights: Path | None
+    """The model to convert, or the converted one; None for weights drawn afresh."""
+    base: str | None
+    """As in `Origin`."""
+
+
+def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
+    """What the run will begin with: a converted model, a base to convert, or a shape.
+
+    Raises what is wrong with it, and UsageError when it lies in the run that is cleared for it.
     """
     if model is None and recipe.base is None:
-        return
-    folder = model if model is not None else hub.fetch(hub.resolve(recipe.base))
-    checkpoint.read_config(folder)
+        return _own_shape(recipe)
+    source = hub.resolve(recipe.base) if model is None else None
+    folder = hub.fetch(source) if model is None else model
+    config = checkpoint.read_config(folder)
     if folder.resolve().is_relative_to(run.path.resolve()):
         raise UsageError(f"{folder} lies in {run.path}, which a new run clears; choose another --output")
-
-
-def start(recipe: Recipe, run: RunDirectory, model: Path | None) -> tuple[SupraForCausalLM, Origin]:
-    """The fp32 student before its first step: a converted model, a base converted now, or fresh weights.
-
-    The tokenizer and what else belongs beside the weights is put into the run's `tokenizer` folder.
-    """
-    torch.manual_seed(recipe.seed)
     if model is not None:
-        (run.path / "converted").symlink_to(model.resolve(), target_is_directory=True)
-        return _from_directory(recipe, run, model)
-    if recipe.init == "scratch":
-        return _from_scratch(recipe, run)
-    source = hub.resolve(recipe.base)
-    base = hub.fetch(source)
-    folder = checkpoint.convert(
-        base,
-        run.path / "converted",
-        mixer=recipe.mixer.name,
-        options=recipe.mixer.options,
-        keep=recipe.keep,
-        seed=recipe.seed,
-        base=hub.lasting_name(source, base),
-        overwrite=True,
-    )
-    return _from_directory(recipe, run, folder)
+        checkpoint.check(config, checkpoint.tensors(folder))
+        _same_swap(folder, config, _swapped(config, recipe))
+        weights, base = folder, checkpoint.read_provenance(folder).get("base")
+    elif recipe.init == "scratch":
+        config, weights, base = _swapped(config, recipe), None, None
+        with checkpoint.describing_a_model(folder / "config.json"):
+            checkpoint.skeleton(config)
+    else:
+        config = checkpoint.planned(folder, mixer=recipe.mixer.name, options=recipe.mixer.options, keep=recipe.keep)
+        weights, base = folder, hub.lasting_name(source, folder)
+    return Start(config, checkpoint.load_tokenizer(folder), _beside(folder), weights, base)
+
+
+def begin(start: Start, recipe: Recipe, run: RunDirectory, model: Path | None) -> tuple[SupraForCausalLM, Origin]:
+    """The fp32 student before its first step; what belongs beside its weights is put into the run's `tokenizer`."""
+    run.tokenizer.mkdir()
+    for name, content in start.beside.items():
+        (run.tokenizer / name).write_bytes(content)
+    torch.manual_seed(recipe.seed)
+    converted = run.path / "converted"
+    if start.weights is None:
+        student = SupraForCausalLM._from_config(start.config, dtype=torch.float32)
+        for _, layer in student.swapped_layers():
+            layer.mixer.reset_parameters()
+        return student, Origin(None, None)
+    if model is not None:
+        converted.symlink_to(model.resolve(), target_is_directory=True)
+    else:
+        checkpoint.convert(
+            start.weights,
+            converted,
+            mixer=recipe.mixer.name,
+            options=recipe.mixer.options,
+            keep=recipe.keep,
+            seed=recipe.seed,
+            base=start.base,
+        )
+    return checkpoint.load(converted, dtype=torch.float32), Origin(start.base, checkpoint.fingerprint(converted))
 
 
 def resume(folder: Path) -> tuple[SupraForCausalLM, Origin]:
@@ -75,51 +104,48 @@ def resume(folder: Path) -> tuple[SupraForCausalLM, Origin]:
     return checkpoint.load(folder, dtype=torch.float32), Origin(known.get("base"), known.get("parent"))
 
 
-def _from_directory(recipe: Recipe, run: RunDirectory, folder: Path) -> tuple[SupraForCausalLM, Origin]:
-    student = checkpoint.load(folder, dtype=torch.float32)
-    record = student.supra
-    wanted = SupraConfig.from_base(
-        student.config,
-        mixer=recipe.mixer.name,
-        options=recipe.mixer.options,
-        layers=layer_kinds(len(record.layers), recipe.mixer.name, recipe.keep),
-    ).swap
-    if record.layers != wanted.layers or (record.any and record.options != wanted.options):
+def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; for a shape without a base, one trained on the training text now."""
+    return (
+        _own_shape(recipe).tokenizer
+        if recipe.base is None
+        else checkpoint.load_tokenizer(hub.fetch(hub.resolve(recipe.base)))
+    )
+
+
+def _own_shape(recipe: Recipe) -> Start:
+    """The recipe's [model], with a tokenizer trained now and read back as every later resume will read it."""
+    words = bpe.train(sources.all_texts(recipe.data), recipe.tokenizer.vocab_size)
+    ends = {key: getattr(words, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with (
+        checkpoint.describing_a_model("the recipe's [model]", "give a whole Hugging Face configuration", UsageError),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        shape = AutoConfig.for_model(**{"vocab_size": len(words), **recipe.model}, **ends)
+        config = _swapped(SupraConfig.from_base(shape), recipe)
+        checkpoint.skeleton(config)
+        words.save_pretrained(folder)
+        shape.save_pretrained(folder)
+        return Start(config, checkpoint.load_tokenizer(folder), _beside(Path(folder)), None, None)
+
+
+def _swapped(config: SupraConfig, recipe: Recipe) -> SupraConfig:
+    """`config` with the recipe's mixer in the layers that the recipe does not keep."""
+    layers = layer_kinds(config.num_hidden_layers, recipe.mixer.name, recipe.keep)
+    return SupraConfig.from_base(config, mixer=recipe.mixer.name, options=recipe.mixer.options, layers=layers)
+
+
+def _same_swap(folder: Path, config: SupraConfig, wanted: SupraConfig) -> None:
+    has, asked = config.swap, wanted.swap
+    if has.layers != asked.layers or (has.any and has.options != asked.options):
         raise UsageError(
-            f"{folder} has {_summary(record.layers)} with {record.options}, the recipe asks for "
-            f"{_summary(wanted.layers)} with {wanted.options}; convert again or change the recipe's mixer and keep"
+            f"{folder} has {_summary(has.layers)} with {has.options}, the recipe asks for "
+            f"{_summary(asked.layers)} with {asked.options}; convert again or change the recipe's mixer and keep"
         )
-    _bring_companions(folder, run)
-    return student, Origin(checkpoint.read_provenance(folder).get("base"), checkpoint.fingerprint(folder))
 
 
-def _from_scratch(recipe: Recipe, run: RunDirectory) -> tuple[SupraForCausalLM, Origin]:
-    if recipe.base is not None:
-        folder = hub.fetch(hub.resolve(recipe.base))
-        base_config = AutoConfig.from_pretrained(folder)
-        _bring_companions(folder, run)
-    else:
-        words = bpe.train(sources.all_texts(recipe.data), recipe.tokenizer.vocab_size)
-        words.save_pretrained(run.tokenizer)
-        base_config = AutoConfig.for_model(
-            **{"vocab_size": len(words), **recipe.model},
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-        base_config.save_pretrained(run.tokenizer)
-    kinds = layer_kinds(base_config.num_hidden_layers, recipe.mixer.name, recipe.keep)
-    config = SupraConfig.from_base(base_config, mixer=recipe.mixer.name, options=recipe.mixer.options, layers=kinds)
-    student = SupraForCausalLM._from_config(config, dtype=torch.float32)
-    for _, layer in student.swapped_layers():
-        layer.mixer.reset_parameters()
-    return student, Origin(None, None)
-
-
-def _bring_companions(folder: Path, run: RunDirectory) -> None:
-    run.tokenizer.mkdir(exist_ok=True)
-    for name in ["config.json", *companions(folder)]:
-        shutil.copyfile(folder / name, run.tokenizer / name)
+def _beside(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ["config.json", *companions(folder)]}
 
 
 def _summary(kinds) -> str:

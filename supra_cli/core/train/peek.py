@@ -5,17 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from supra_cli.core import checkpoint, hub
-from supra_cli.core.data import rows, sources
-from supra_cli.core.data import tokenizer as bpe
+from supra_cli.core.data import rows
 from supra_cli.core.recipe import Recipe
-
-
-def tokenizer_of(recipe: Recipe):
-    """The base's tokenizer; for a shape without a base, one trained on the training text now."""
-    if recipe.base is not None:
-        return checkpoint.load_tokenizer(hub.fetch(hub.resolve(recipe.base)))
-    return bpe.train(sources.all_texts(recipe.data), recipe.tokenizer.vocab_size)
+from supra_cli.core.train.origin import tokenizer_of
 
 
 def peek(recipe: Recipe, count: int) -> list[dict[str, Any]]:

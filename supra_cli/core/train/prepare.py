@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from torch import nn
 
-from supra_cli.core import recipe
+from supra_cli.core import checkpoint, hub, recipe
 from supra_cli.core.errors import UsageError
-from supra_cli.core.stages import Stage
+from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.stages import Stage, stages
+from supra_cli.core.train import lowbit
 from supra_cli.core.train.optimizer import is_mixer
+
+
+def rehearse(specs: Sequence[recipe.Stage], config: SupraConfig, base: str | None) -> None:
+    """Raise whatever would keep a stage from starting, tried on a student of `config` without weights."""
+    student = checkpoint.skeleton(config)
+    for spec in specs:
+        stage = stage_of(spec)
+        prepare(student, stage, spec)
+        teacher_of(stage, spec, config, base)
+        if spec.optimizer == "adamw8bit":
+            lowbit.library()
+
+
+def stage_of(spec: recipe.Stage) -> Stage:
+    kind = stages.get(spec.kind)
+    return kind(kind.Options(**spec.options))
+
+
+def teacher_of(stage: Stage, spec: recipe.Stage, config: SupraConfig, base: str | None) -> Path | None:
+    """The model that the stage learns from, on this machine; None when that is no second one.
+
+    UsageError when there is no teacher or its vocabulary is not the student's.
+    """
+    if stage.teacher != "separate":
+        return None
+    name = spec.teacher or base
+    if name is None:
+        raise UsageError(f"stage '{spec.kind}' learns from a teacher and this model has no base; name one as 'teacher'")
+    folder = hub.fetch(hub.resolve(name))
+    vocabulary = checkpoint.read_config(folder).vocab_size
+    if vocabulary != config.vocab_size:
+        raise UsageError(
+            f"teacher {name} has a vocabulary of {vocabulary}, the student {config.vocab_size}; "
+            "logits can only be compared over one vocabulary"
+        )
+    return folder
 
 
 def prepare(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[str, nn.Parameter]]:

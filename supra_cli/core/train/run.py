@@ -16,7 +16,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,28 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory against a second run; the lock goes with the process, however it ends."""
+        """Hold the directory against a second run; the lock goes with the process, however it ends.
+
+        A block that writes nothing leaves nothing: neither the lock nor the folders that were made for it.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a") as handle:
+        lock = self.path / ".lock"
+        with lock.open("a") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(handle.fileno()), lock.stat())  # not one that its run just took away
             except OSError:
-                raise UsageError(
-                    f"another run is writing to {self.path}; wait for it or choose another --output"
-                ) from None
-            yield
+                held = False
+            if not held:
+                raise UsageError(f"another run is writing to {self.path}; wait for it or choose another --output")
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+                with suppress(OSError):  # one that is not empty is there to stay
+                    for folder in made:
+                        folder.rmdir()
 
     @property
     def tokenizer(self) -> Path:

@@ -1,0 +1,156 @@
+"""A run that cannot start says why and leaves everything as it was: nothing made, nothing cleared."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+TEXT = "def read(self, size=-1):\n    return self.buffer[:size]\n"
+STAGE = {"tokens": 128, "batch_tokens": 64, "lr": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """Where recipes and data lie: good text, text that is too short, and bases that cannot be taken."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text.txt").write_text(TEXT * 100)
+    (folder / "short.txt").write_text("a")
+    (folder / "records.jsonl").write_text('{"txt": "a"}\n' * 50)
+    for name in ("damaged", "small-vocabulary", "no-tokenizer"):
+        shutil.copytree(base, folder / name)
+    weights = folder / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for file in (folder / "no-tokenizer").glob("tokenizer*"):
+        file.unlink()
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(base)
+    words.add_tokens([f"extra{number}" for number in range(50)])
+    words.save_pretrained(folder / "small-vocabulary")
+    return folder
+
+
+@pytest.fixture
+def recipe(folder: Path, base: Path) -> Callable[..., Path]:
+    def write(**replaced: Any) -> Path:
+        data = {"seq_len": 32, "sources": [{"path": "text.txt"}], "validation": [{"path": "text.txt"}]}
+        raw = {"base": str(base), "stages": [{"kind": "finetune", **STAGE}], **replaced}
+        raw["data"] = data | {"validation_tokens": 64} | raw.get("data", {})
+        path = folder / "recipe.toml"
+        path.write_text(tomli_w.dumps({key: value for key, value in raw.items() if value is not None}))
+        return path
+
+    return write
+
+
+def stage(**settings: Any) -> dict[str, Any]:
+    return {"stages": [{"kind": "finetune", **STAGE}, STAGE | settings]}
+
+
+def source(**settings: Any) -> dict[str, Any]:
+    return {"data": {"sources": [settings]}}
+
+
+SCRATCH = {"base": None, "init": "scratch", "tokenizer": {"vocab_size": 300}}
+TINY = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+HUGE = 10**18
+FAULTS = {
+    "a missing file": (source(path="missing.txt"), 3, "missing.txt"),
+    "too little text": (source(path="short.txt"), 1, "fewer than one row"),
+    "another field": (source(path="records.jsonl"), 1, "did you mean 'txt'"),
+    "a hub source that repeats": (source(path="org/set", repeat="text"), 2, "data.sources.0.repeat"),
+    "missing validation text": ({"data": {"validation": [{"path": "missing.txt"}]}}, 3, "missing.txt"),
+    "too little validation text": ({"data": {"validation": [{"path": "short.txt"}]}}, 1, "at least one is needed"),
+    "layers that are not there": ({"keep": "first:9"}, 2, "keep is 'first:9'"),
+    "an impossible window": ({"mixer": {"name": "window", "window": 0}}, 2, "mixer.window"),
+    "no such base": ({"base": "no-such-model"}, 3, "no-such-model"),
+    "a damaged base": ({"base": "./damaged"}, 1, "damaged"),
+    "a tokenizer too large": ({"base": "./small-vocabulary"}, 1, "they do not belong together"),
+    "no tokenizer": ({"base": "./no-tokenizer"}, 3, "has no tokenizer"),
+    "nothing to train": ({"mixer": {"name": "softmax"}} | stage(kind="transfer"), 2, "nothing to train"),
+    "activations of a transfer": (stage(kind="transfer", activation_checkpointing=True), 2, "activation_checkpointing"),
+    "no such teacher": (stage(kind="distill", teacher="no-such-model"), 3, "no-such-model"),
+    "no teacher": (SCRATCH | {"model": TINY} | stage(kind="distill"), 2, "learns from a teacher"),
+    "an unknown shape": (SCRATCH | {"model": {"model_type": "lama"}}, 2, "[model]"),
+    "a wrong shape": (SCRATCH | {"model": TINY | {"hidden_size": "wide"}}, 2, "[model]"),
+    "a shape too large": (SCRATCH | {"model": TINY | {"intermediate_size": HUGE}}, 2, "[model]"),
+    "an absent tracker": ({"track": ["wandb"]}, 2, "pip install wandb"),
+    "absent 8-bit moments": (stage(kind="finetune", optimizer="adamw8bit"), 2, "pip install torchao"),
+}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Everything below `folder`, links as links."""
+    return {
+        str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory: pytest.TempPathFactory, folder: Path, base: Path) -> Path:
+    from supra_cli.__main__ import main
+
+    output = tmp_path_factory.mktemp("old") / "run"
+    path = folder / "old.toml"
+    data = {"seq_len": 32, "sources": [{"path": "text.txt"}]}
+    path.write_text(tomli_w.dumps({"base": str(base), "data": data, "stages": [{"kind": "finetune", **STAGE}]}))
+    assert main(["uptrain", "--recipe", str(path), "-o", str(output)]) == 0
+    return output
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_that_cannot_start_leaves_everything_as_it_was(
+    fault, supra, recipe, old_run, tmp_path, monkeypatch
+) -> None:
+    replaced, code, told = FAULTS[fault]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    shutil.copytree(old_run, tmp_path / "old", symlinks=True)
+    before = contents(tmp_path)
+    for arguments in (("-o", "new/run"), ("-o", "old", "--overwrite")):
+        result = supra("uptrain", "--recipe", recipe(**replaced), *arguments)
+        assert result.code == code, result.err
+        assert told in result.err
+        assert "internal error" not in result.err
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("replaced", [{"keep": "first:1"}, {"base": "no-such-model", "mixer": {"name": "gated"}}])
+def test_a_model_that_is_not_the_recipes_leaves_everything_as_it_was(
+    replaced, supra, recipe, old_run, base, tmp_path
+) -> None:
+    shutil.copytree(old_run, tmp_path / "old", symlinks=True)
+    assert supra("convert", base, "-o", "converted").code == 0
+    before = contents(tmp_path)
+    for arguments in (("-o", "new/run"), ("-o", "old", "--overwrite")):
+        result = supra("uptrain", "--recipe", recipe(**replaced), "--model", "converted", *arguments)
+        assert result.code == 2, result.err
+        assert "the recipe asks for" in result.error
+        assert contents(tmp_path) == before
+
+
+def test_a_resume_that_cannot_go_on_leaves_everything_as_it_was(supra, recipe, folder, tmp_path) -> None:
+    text = folder / "own.txt"
+    text.write_text(TEXT * 100)
+    own = source(path=str(text))
+    longer = {"stages": [{"kind": "finetune", **STAGE}, {"kind": "finetune", **STAGE, "lr": 1e-12}]}
+    assert supra("uptrain", "--recipe", recipe(**own, **longer), "-o", "run").code == 1  # its updates are swallowed
+    before = contents(tmp_path)
+    for content, code in ((TEXT * 99, 1), ("", 1), (None, 3)):
+        text.unlink() if content is None else text.write_text(content)
+        result = supra("uptrain", "--recipe", recipe(**own, **longer), "-o", "run", "--resume")
+        assert result.code == code, result.err
+        assert "own.txt" in result.error
+        assert contents(tmp_path) == before
