@@ -166,7 +166,7 @@ def test_a_normalised_mixer_asks_for_normalised_targets():
         ("supra", {"slopes": "linear"}, "'alibi', 'retnet'"),
         ("supra", {"qk_norm": 1}, "type bool"),
         ("t2r", {"feature_size": True}, "type int"),
-        ("t2r", {"feature_size": 0}, "at least 1"),
+        ("t2r", {"feature_size": 0}, "feature_size is 0"),
     ],
 )
 def test_a_wrong_option_is_named(name, options, said):

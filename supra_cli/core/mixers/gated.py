@@ -56,14 +56,7 @@ class Gated(MatrixMixer):
         return 2 * self.spec.head_dim, self.spec.v_dim + (self.norm is None)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor,
-        rope: Rotate,
-        state: MatrixState | None,
-        layout: Layout | None,
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
         q, k = hedgehog(self.phi_q(rope(q))), hedgehog(self.phi_k(rope(k)))
         g = nn.functional.logsigmoid(self.decay(x).float())

@@ -1,4 +1,4 @@
-"""What several mixers are made of: a matrix for a state, fixed decays, feature maps, the norm of heads."""
+"""What several mixers are made of: a matrix for a state, fixed decays, the norm of heads, feature maps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from supra_cli.core.layout import HeadSpec, Layout
 from supra_cli.core.mixers import Mixer
+from supra_cli.core.ops import linear_attention
 
 SlopeRule = Literal["alibi", "retnet", "none"]
-
 
 Gain = Literal["none", "head"]
 
@@ -34,6 +35,26 @@ class MatrixMixer(Mixer):
     def reset_parameters(self) -> None:
         for part in self.children():
             part.reset_parameters()
+
+
+class Retaining(MatrixMixer):
+    """A mixer that ends in o_i = GroupNorm( Σ_{j≤i} γ_h^{i-j} (q_i · k_j) d^{-1/2} v_j ), γ and gain by its options."""
+
+    def __init__(self, spec: HeadSpec, options: Mixer.Options):
+        super().__init__(spec, options)
+        self.norm = HeadNorm(spec.heads, options.gain)
+
+    def retain(
+        self, q: Tensor, k: Tensor, v: Tensor, state: MatrixState | None, layout: Layout | None
+    ) -> tuple[Tensor, MatrixState]:
+        g = log_decay(self.options.slopes, self.spec.heads, q.device)
+        S = None if state is None else state.S
+        scale, eps = self.spec.head_dim**-0.5, self.norm.eps
+        o, S = linear_attention(q, k, v, g, scale=scale, state=S, layout=layout, norm_eps=eps)
+        return self.norm.scaled(o), MatrixState(S)
+
+    def target(self, o: Tensor) -> Tensor:
+        return self.norm.target(o)
 
 
 def log_decay(rule: SlopeRule, heads: int, device: torch.device | str) -> Tensor | None:

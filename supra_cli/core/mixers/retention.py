@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from supra_cli.core.layout import HeadSpec, Layout
+from supra_cli.core.layout import Layout
 from supra_cli.core.mixers import Rotate, mixers
-from supra_cli.core.mixers.parts import Gain, HeadNorm, MatrixMixer, MatrixState, SlopeRule, log_decay
-from supra_cli.core.ops import linear_attention
+from supra_cli.core.mixers.parts import Gain, MatrixState, Retaining, SlopeRule
 
 
 @mixers.register("retention")
-class Retention(MatrixMixer):
+class Retention(Retaining):
     """o_i = GroupNorm( Σ_{j≤i} γ_h^{i-j} (RoPE(q_i) · RoPE(k_j)) d^{-1/2} v_j )
 
     SUPRA without its map, so without new parameters: the plain linear-attention control. The base's own rotation
@@ -29,25 +28,7 @@ class Retention(MatrixMixer):
         gain: Gain = "none"
         """head: a learned scale for each normalised head."""
 
-    def __init__(self, spec: HeadSpec, options: Options):
-        super().__init__(spec, options)
-        self.norm = HeadNorm(spec.heads, options.gain)
-
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor,
-        rope: Rotate,
-        state: MatrixState | None,
-        layout: Layout | None,
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
-        g = log_decay(self.options.slopes, self.spec.heads, q.device)
-        S = None if state is None else state.S
-        scale, eps = self.spec.head_dim**-0.5, self.norm.eps
-        o, S = linear_attention(rope(q), rope(k), v, g, scale=scale, state=S, layout=layout, norm_eps=eps)
-        return self.norm.scaled(o), MatrixState(S)
-
-    def target(self, o: Tensor) -> Tensor:
-        return self.norm.target(o)
+        return self.retain(rope(q), rope(k), v, state, layout)

@@ -9,21 +9,11 @@ from torch import Tensor, nn
 
 from supra_cli.core.layout import HeadSpec, Layout
 from supra_cli.core.mixers import Rotate, mixers
-from supra_cli.core.mixers.parts import (
-    DenseMap,
-    Gain,
-    HeadMap,
-    HeadNorm,
-    MatrixMixer,
-    MatrixState,
-    SlopeRule,
-    log_decay,
-)
-from supra_cli.core.ops import linear_attention
+from supra_cli.core.mixers.parts import DenseMap, Gain, HeadMap, MatrixState, Retaining, SlopeRule
 
 
 @mixers.register("supra")
-class Supra(MatrixMixer):
+class Supra(Retaining):
     """o_i = GroupNorm( Σ_{j≤i} γ_h^{i-j} (q'_i · k'_j) d^{-1/2} v_j )
 
     q' = RoPE(ReLU(E q + b)),  k' = RoPE(ReLU(E k + b)):  the map comes before the positions and mixes all heads. With
@@ -52,28 +42,13 @@ class Supra(MatrixMixer):
         self.E_kv = feature_map(spec.kv_heads, spec.head_dim) if grouped else None
         self.q_norm = nn.LayerNorm(spec.heads * spec.head_dim, bias=False) if options.qk_norm else None
         self.k_norm = nn.LayerNorm(spec.kv_heads * spec.head_dim, bias=False) if options.qk_norm else None
-        self.norm = HeadNorm(spec.heads, options.gain)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor,
-        rope: Rotate,
-        state: MatrixState | None,
-        layout: Layout | None,
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
         q = rope(over_heads(self.q_norm, self.E(q).relu()))
         k = rope(over_heads(self.k_norm, (self.E_kv or self.E)(k).relu()))
-        g = log_decay(self.options.slopes, self.spec.heads, q.device)
-        S = None if state is None else state.S
-        scale, eps = self.spec.head_dim**-0.5, self.norm.eps
-        o, S = linear_attention(q, k, v, g, scale=scale, state=S, layout=layout, norm_eps=eps)
-        return self.norm.scaled(o), MatrixState(S)
-
-    def target(self, o: Tensor) -> Tensor:
-        return self.norm.target(o)
+        return self.retain(q, k, v, state, layout)
 
 
 def over_heads(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:
