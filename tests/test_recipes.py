@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from supra_cli.core import accounting, hub
+from supra_cli.core import accounting, checkpoint, hub
 from supra_cli.core import recipe as recipes
 from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
@@ -25,7 +25,7 @@ def test_a_shipped_recipe_is_valid_and_its_model_can_be_built(path: Path) -> Non
     if recipe.model is not None:
         base = AutoConfig.for_model(**recipe.model, vocab_size=recipe.tokenizer.vocab_size)
     else:
-        base = hub.base_config(hub.resolve(recipe.base))
+        base = checkpoint.read_config(hub.config_folder(hub.resolve(recipe.base)))
     kinds = layer_kinds(base.num_hidden_layers, recipe.mixer.name, recipe.keep)
     config = SupraConfig.from_base(base, mixer=recipe.mixer.name, options=recipe.mixer.options, layers=kinds)
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from supra_cli.commands import console, plan
 if TYPE_CHECKING:
     from supra_cli.core.accounting import ModelPlan
     from supra_cli.core.hub import Source
+    from supra_cli.core.modeling import SupraConfig
 
 
 def run(
@@ -43,10 +44,11 @@ def run(
     source = hub.resolve(model)
     console.note(f"model: {source}")
 
-    from supra_cli.core import accounting
+    from supra_cli.core import accounting, checkpoint
 
     output = output or Path("runs") / f"{_short(source)}-{mixer}"
-    config = accounting.swapped_config(_plain(hub.base_config(source), model), mixer, options, keep)
+    base = checkpoint.read_config(hub.config_folder(source))
+    config = accounting.swapped_config(_unconverted(base, model), mixer, options, keep)
     size = accounting.measure(config)
     document = {
         "source": asdict(source),
@@ -79,11 +81,11 @@ def _convert(source: Source, output: Path, **settings: Any) -> None:
     checkpoint.convert(folder, output, base=hub.lasting_name(source, folder), **settings)
 
 
-def _plain(config: Any, model: str) -> Any:
+def _unconverted(config: SupraConfig, model: str) -> SupraConfig:
     from supra_cli.core.errors import UsageError
 
-    if (record := getattr(config, "supra", None)) is not None:
-        raise UsageError(f"'{model}' is converted already, to mixer '{record['mixer']}'; convert its base instead")
+    if config.swap.any:
+        raise UsageError(f"'{model}' is converted already, to mixer '{config.swap.mixer}'; convert its base instead")
     return config
 
 

@@ -16,12 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, first_line, near_miss
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, near_miss
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -48,7 +45,7 @@ ALIASES = {
     "qwen3-8b": "Qwen/Qwen3-8B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
 }
-"""Short names of hub models; `assets/configs/<org>/<name>.json` holds the configuration of each."""
+"""Short names of hub models; `assets/configs/<org>/<name>/config.json` holds the configuration of each."""
 
 # Pickled weights are never read; sub-folders (`original/`) and `consolidated*` repeat the weights in another layout.
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -115,27 +112,14 @@ def fetch(source: Source) -> Path:
     return _complete(source.path, source)
 
 
-def base_config(source: Source) -> PretrainedConfig:
-    """The Hugging Face configuration, without weights; from the package for the aliased bases, so without a network."""
-    from transformers import AutoConfig
-
+def config_folder(source: Source) -> Path:
+    """The directory with the model's config.json, without any weights; for aliased bases it is in the package."""
     if source.repo is None:
-        if not _is_model(source.path):
-            raise NotFoundError(f"{source.path} is no model: it holds no config.json")
-        folder = source.path
-    elif (bundled := _ASSETS / "configs" / f"{source.repo}.json").is_file() and source.revision is None:
-        values = json.loads(bundled.read_text(encoding="utf-8"))
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    else:
-        folder = _snapshot(source, only=("config.json",))
-        if not _is_model(folder):
-            raise NotFoundError(f"{source.repo} is no model: it holds no config.json")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SupraError(
-            f"{folder}/config.json cannot be read as a model's configuration: {first_line(error)}"
-        ) from error
+        return source.path
+    bundled = _ASSETS / "configs" / source.repo
+    if source.revision is None and _is_model(bundled):
+        return bundled
+    return _snapshot(source, only=("config.json",))
 
 
 def commit_of(path: Path) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from supra_cli.core import accounting, hub
+from supra_cli.core import accounting, checkpoint, hub
 from supra_cli.core import recipe as recipes
 from supra_cli.core.accounting.run import one_pass
 from supra_cli.core.errors import UsageError
@@ -16,7 +16,8 @@ from supra_cli.core.stages import stages
 
 
 def planned(alias, mixer="supra", keep="none", **options):
-    return accounting.measure(accounting.swapped_config(hub.base_config(hub.resolve(alias)), mixer, options, keep))
+    base = checkpoint.read_config(hub.config_folder(hub.resolve(alias)))
+    return accounting.measure(accounting.swapped_config(base, mixer, options, keep))
 
 
 @pytest.mark.parametrize(("alias", "millions"), [("llama-7b", 537.0), ("mistral-7b", 570.6)])

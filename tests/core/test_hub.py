@@ -179,10 +179,11 @@ PUBLISHED = {
 @pytest.mark.parametrize("alias", PUBLISHED)
 def test_a_bundled_configuration_has_the_published_number_of_parameters(alias):
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hub.base_config(hub.resolve(alias)))
+        config = AutoConfig.from_pretrained(hub.config_folder(hub.resolve(alias)))
+        model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[alias]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
-from supra_cli.core import hub
+from supra_cli.core import checkpoint, hub
 from supra_cli.core.accounting.meter import Meter
 from supra_cli.core.accounting.model import ModelPlan, measure, swapped_config
 from supra_cli.core.data.rows import Batch
@@ -125,7 +125,7 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16) -> Plan:
 def student_config(recipe: recipes.Recipe) -> SupraConfig:
     """The configuration of the model that `recipe` trains; UsageError for an unknown mixer, option or `keep`."""
     if recipe.base is not None:
-        base = hub.base_config(hub.resolve(recipe.base))
+        base = checkpoint.read_config(hub.config_folder(hub.resolve(recipe.base)))
     else:
         base = AutoConfig.for_model(**{"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
     return swapped_config(base, recipe.mixer.name, recipe.mixer.options, recipe.keep)
@@ -169,8 +169,7 @@ def _teacher_config(recipe: recipes.Recipe, spec: recipes.Stage) -> SupraConfig 
     name = spec.teacher or recipe.base
     if name is None:
         return None
-    config = hub.base_config(hub.resolve(name))
-    return config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
+    return checkpoint.read_config(hub.config_folder(hub.resolve(name)))
 
 
 class Cost(NamedTuple):

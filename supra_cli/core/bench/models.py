@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig
 
-from supra_cli.core.hub import base_config, resolve
+from supra_cli.core import checkpoint, hub
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.swap import SOFTMAX
 
 
 def configs(model: str, mixers: tuple[str, ...]) -> dict[str, SupraConfig]:
     """The shape of `model` with each mixer in every layer; a converted model's own mixer and layers are kept."""
-    found = base_config(resolve(model))
-    if isinstance(found, SupraConfig) and found.swap.any:
+    found = checkpoint.read_config(hub.config_folder(hub.resolve(model)))
+    if found.swap.any:
         return {SOFTMAX: SupraConfig.from_base(found), found.swap.mixer: found}
     return {mixer: SupraConfig.from_base(found, mixer=mixer) for mixer in mixers}
 
