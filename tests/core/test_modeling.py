@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import mixers
-from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.train.prepare import checkpoint_activations
 
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
 DOCUMENTS = (11, 1, 20)
 
 
-def model(config=None, mixer="softmax", **changes):
+def model(base="llama", mixer="softmax", **changes):
     torch.manual_seed(0)
-    config = SupraConfig.from_base(config or LlamaConfig(**SHAPE), mixer=mixer, **changes)
-    return SupraForCausalLM._from_config(config).eval()
+    return tiny_model(base, mixer, num_hidden_layers=2, **changes)
 
 
 def packed():
@@ -43,16 +33,16 @@ def alone(swapped, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "config",
+    "base",
     [
-        LlamaConfig(**SHAPE),
-        MistralConfig(**SHAPE, sliding_window=5),
-        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+        {"base": "llama"},
+        {"base": "mistral", "sliding_window": 5},
+        {"base": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ],
     ids=["all", "window", "window in some layers"],
 )
-def test_packed_softmax_layers_keep_to_their_document_and_window(config, attention):
-    swapped = model(copy.deepcopy(config))
+def test_packed_softmax_layers_keep_to_their_document_and_window(base, attention):
+    swapped = model(**base)
     swapped.set_attn_implementation(attention)
     ids, positions = packed()
     assert_close(swapped(ids, position_ids=positions, use_cache=False).logits, alone(swapped, ids))
@@ -73,8 +63,7 @@ def heard(swapped, **call):
 @pytest.mark.parametrize("sliding", [None, 5])
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_swapped_layer_answers_as_its_base_within_documents_and_window(sliding, packing):
-    config = MistralConfig(**SHAPE, sliding_window=sliding)
-    swapped, plain = model(config, mixer="supra"), model(config)
+    swapped, plain = (model("mistral", mixer, sliding_window=sliding) for mixer in ("supra", "softmax"))
     plain.load_state_dict({k: v for k, v in swapped.state_dict().items() if ".mixer." not in k})
     ids, positions = packed()
     call = {"input_ids": ids, "position_ids": positions if packing else None}
@@ -116,8 +105,7 @@ def test_gradients_are_the_same_with_checkpointed_activations(mixer):
     gradients = []
     for checkpointing in (False, True):
         swapped = model(mixer=mixer).train()
-        if checkpointing:
-            swapped.gradient_checkpointing_enable()
+        checkpoint_activations(swapped, checkpointing)
         swapped(ids, position_ids=positions, objective=lambda hidden, head: head(hidden).square().mean()).backward()
         gradients.append({name: parameter.grad for name, parameter in swapped.named_parameters()})
     plain, checkpointed = gradients
@@ -136,13 +124,14 @@ def test_it_trains_under_bf16_autocast(mixer):
 
 def test_labels_give_the_loss_that_the_base_gives():
     swapped, (ids, _) = model(), packed()
-    plain = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    plain = LlamaForCausalLM(swapped.config.plain())
     plain.load_state_dict(swapped.state_dict())
     assert torch.equal(swapped(ids, labels=ids).loss, plain(ids, labels=ids).loss)
 
 
 def test_a_config_holds_the_base_whole_and_comes_back_from_json(tmp_path):
-    base = LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    base = tiny_config("llama", num_hidden_layers=2, rope_parameters=scaled)
     config = SupraConfig.from_base(base, mixer="t2r", options={"feature_size": 7}, layers=["t2r", "softmax"])
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
@@ -161,7 +150,7 @@ def test_a_model_can_be_built_on_the_meta_device():
 @pytest.mark.parametrize("layers", [["supra"], ["supra", "t2r"]])
 def test_layers_must_name_a_kind_for_each(layers):
     with pytest.raises(ValueError, match="expected 2 layers"):
-        SupraConfig.from_base(LlamaConfig(**SHAPE), mixer="supra", layers=layers)
+        SupraConfig.from_base(tiny_config("llama", num_hidden_layers=2), mixer="supra", layers=layers)
 
 
 def test_an_architecture_without_a_record_is_named():

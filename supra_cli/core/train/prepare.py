@@ -55,7 +55,9 @@ def prepare(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[
     """Make `student` ready for the stage; the parameters that move, by name. Doing it twice is doing it once."""
     if spec.untie:
         untie(student)
-    checkpoint_activations(student, stage, spec)
+    if spec.activation_checkpointing and stage.teacher == "shared":
+        raise UsageError(f"stage '{spec.kind}' keeps no activations of the blocks; leave out activation_checkpointing")
+    checkpoint_activations(student, spec.activation_checkpointing)
     return select(student, stage, spec)
 
 
@@ -72,13 +74,11 @@ def select(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[s
     return chosen
 
 
-def checkpoint_activations(student: nn.Module, stage: Stage, spec: recipe.Stage) -> None:
-    """Switch activation checkpointing on or off, as the stage asks."""
-    if spec.activation_checkpointing and stage.teacher == "shared":
-        raise UsageError(f"stage '{spec.kind}' keeps no activations of the blocks; leave out activation_checkpointing")
+def checkpoint_activations(student: nn.Module, on: bool) -> None:
+    """Compute the blocks' activations again in the backward pass, or keep them."""
     # transformers 5.23 renamed these from `gradient_checkpointing_*`.
     word = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
-    if spec.activation_checkpointing:
+    if on:
         enable = getattr(student, f"{word}_checkpointing_enable")
         enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
     else:
