@@ -31,6 +31,7 @@ _PATH = ("convert", "uptrain", "eval", "generate")
 _REFUSALS = {
     errno.ENOSPC: "the disk is full; what was complete before is untouched, so free some space and run again",
     errno.EDQUOT: "the disk quota is used up; free some space and run again",
+    errno.EFBIG: "a file would be larger than is allowed here (see ulimit -f); choose another place or allow more",
     errno.EACCES: "permission denied; choose a place you may write to",
     errno.EPERM: "operation not permitted",
     errno.EROFS: "the file system is read-only; choose another place with -o",
@@ -135,13 +136,15 @@ def _with_common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _show_log(*, debug: bool, quiet: bool) -> None:
-    """Log our own messages to stderr as plain lines."""
+    """Log our own messages to stderr as plain lines, and hush torchao, which transformers imports where it is there."""
     log = logging.getLogger("supra_cli")
     log.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
+    for name in ("torchao", "torch.utils._pytree"):  # of GPU kernels and of a later torch
+        logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
 
 
 def _verdict(error: Exception, arguments: list[str]) -> tuple[str, int]:
