@@ -37,7 +37,8 @@ def recipe(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
             "stages": [{"kind": "finetune", "tokens": 128, "batch_tokens": 64, "lr": 1e-3}],
         }
         path = folder / "small.toml"
-        path.write_text(tomli_w.dumps(raw | replaced))
+        raw = {key: value for key, value in (raw | replaced).items() if value is not None}
+        path.write_text(tomli_w.dumps(raw))
         return path
 
     return write
@@ -133,6 +134,7 @@ def test_a_recipe_that_is_not_toml_is_exit_2(supra, tmp_path):
         ("mixer.name=supr", "did you mean 'supra'"),
         ("seed.x=1", "'seed' is a value, not a table"),
         ("keep=every:0", "every:0"),
+        ("stages.0.z_loss=2", "stages.0: z_loss is 2"),
     ],
 )
 def test_a_set_that_cannot_be_is_exit_2_and_says_why(override, told, supra, recipe):
@@ -140,6 +142,60 @@ def test_a_set_that_cannot_be_is_exit_2_and_says_why(override, told, supra, reci
     assert result.code == 2, result.err
     assert told in result.err
     assert "Traceback" not in result.err
+
+
+IMPOSSIBLE = {
+    "seed": (2**63 - 1, 10**30, -1),
+    "data.seq_len": (2**63 - 1, 10**30, -1),
+    "tokenizer.vocab_size": (2**63 - 1, 10**30, -1),
+    "stages.0.seq_len": (2**63 - 1, 10**30, -1),
+    "stages.0.batch_tokens": (2**63 - 1, 10**30, -1),
+    "stages.0.micro_batch_tokens": (2**63 - 1, 10**30, -1),
+    "stages.0.lr": ("nan", "inf", -1),
+    "stages.0.clip_norm": ("nan", "inf", -1),
+    "stages.0.betas": ("[nan, 0.9]", "[1, 0.9]"),
+    "stages.0.z_loss": ("nan", "inf", 10**30, -1),
+    "data.sources.0.weight": ("nan", "inf", -1),
+    "mixer.window": (2**63 - 1, 10**30, 0, -1),
+    "mixer.sinks": (2**63 - 1, 10**30, -1),
+    "mixer.feature_size": (2**63 - 1, 10**30, 0, -1),
+}
+
+
+@pytest.mark.parametrize("key", IMPOSSIBLE)
+def test_a_number_that_cannot_be_is_exit_2_planned_or_run(key, supra, recipe, tmp_path):
+    name = {"mixer.feature_size": "t2r"}.get(key, "window")
+    own = {"base": None, "model": {"model_type": "llama"}, "tokenizer": {}, "init": "scratch"}
+    for value in IMPOSSIBLE[key]:
+        path = recipe(mixer={"name": name}, **(own if key.startswith("tokenizer") else {}))
+        for more in (["--dry-run"], ["-o", "out"]):
+            result = supra("uptrain", "--recipe", path, "--set", f"{key}={value}", *more)
+            assert result.code == 2, (value, result.err)
+            assert key.rpartition(".")[2] in result.err
+            assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "code"),
+    [
+        ("stages.0.lr", 1e308, 1),
+        ("stages.0.weight_decay", 1e308, 1),
+        ("stages.0.lr", 1e-320, 1),
+        ("stages.0.warmup_steps", 10**30, 0),
+        ("stages.0.clip_norm", 1e308, 0),
+        ("stages.0.final_lr_fraction", 1e-320, 0),
+        ("data.sources.0.weight", 1e308, 0),
+        ("data.validation_tokens", 10**30, 0),
+        ("checkpoint.every_steps", 10**30, 0),
+        ("checkpoint.keep_last", 10**30, 0),
+        ("validate_every_steps", 10**30, 0),
+    ],
+)
+def test_an_absurd_number_is_planned_and_run_to_a_documented_end(key, value, code, supra, recipe):
+    assert supra("uptrain", "--recipe", recipe(), "--set", f"{key}={value}", "--dry-run").code == 0
+    result = supra("uptrain", "--recipe", recipe(), "--set", f"{key}={value}", "-o", "out")
+    assert result.code == code, result.err
+    assert "internal error" not in result.err
 
 
 def test_all_problems_of_a_recipe_come_at_once(supra, recipe):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +174,49 @@ def test_a_batch_that_is_not_finite_can_be_left_out(
     assert all(value.isfinite().all() for value in weights.values())
 
 
+def test_metrics_are_json_whatever_the_numbers_are(
+    recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_nan(monkeypatch, {2})
+    losses = iter([math.inf, math.nan, 5.0, 7.0])
+    monkeypatch.setattr(loop.Trainer, "_held_out_loss", lambda *_: next(losses))
+    settings = {"validate_every_steps": 2, "checkpoint": {"every_steps": 2, "keep_last": 2}}
+    run(recipe_file(stages=one_stage(), non_finite="skip", **settings), tmp_path / "run")
+
+    def strict(line: str) -> dict:
+        return json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+    records = list(map(strict, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()))
+    assert [record["loss"] is None for record in records if record["event"] == "step"] == [False, False, True, False]
+    told = [(record["loss"], record["teacher"]) for record in records if record["event"] == "validation"]
+    assert told == [(None, None), (5.0, None), (7.0, None)]
+    assert (tmp_path / "run" / "best").resolve().name == "step-000002"
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(
+    recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 3.0, math.nan, 5.0])
+    monkeypatch.setattr(loop.Trainer, "_held_out_loss", lambda *_: next(losses))
+    settings = {"validate_every_steps": 2, "checkpoint": {"every_steps": 2, "keep_last": 2}}
+    run(recipe_file(stages=one_stage(), **settings), tmp_path / "run")
+    assert (tmp_path / "run" / "best").resolve().name == "step-000004"
+
+
+def test_data_that_vanishes_while_training_is_not_missed(recipe_file: Write, raw_recipe: dict, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("one two three four five " * 200)
+    recipe = recipe_file(data=raw_recipe["data"] | {"sources": [{"path": str(text)}]}, stages=one_stage())
+    run(recipe, tmp_path / "whole")
+    events = loop.uptrain(recipes.load(recipe, lookup=lookup), tmp_path / "run")
+    next(event for event in events if isinstance(event, Step))
+    text.unlink()
+    shutil.rmtree(os.environ["SUPRA_CACHE"])
+    assert isinstance(list(events)[-1], Finished)
+    files = [tmp_path / output / "last" / "model-mixers.safetensors" for output in ("whole", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_stopped_run_goes_on_past_the_batch_with_non_finite_skip(
     recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,8 +344,6 @@ def test_untied_students_are_saved_and_loaded_untied(recipe_file: Write, tmp_pat
 
 
 def test_a_tokenizer_that_does_not_fit_is_a_sentence(recipe_file: Write, base: Path, tmp_path: Path) -> None:
-    import shutil
-
     from transformers import AutoTokenizer
 
     shutil.copytree(base, tmp_path / "base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from supra_cli.core.errors import SupraError, UsageError, first_line
 
 
@@ -18,7 +23,8 @@ from supra_cli.core.errors import SupraError, UsageError, first_line
 def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place if the block ends well, and vanishes if it does not.
 
-    An occupied `path` is a UsageError, see `check_free`; a full disk or a missing permission is a SupraError.
+    An occupied `path` is a UsageError, see `check_free`; a full disk, a missing permission or a file that the block
+    cannot read is a SupraError.
     """
     path = Path(os.path.abspath(path))
     check_free(path, overwrite)
@@ -30,9 +36,23 @@ def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
         _sync(temporary)
         _replace(temporary, path)
     except OSError as error:
+        if (read := _read_failure(error, path, temporary)) is not None:
+            raise SupraError(f"cannot read {read} ({error.strerror}), so {path} was not written; restore it") from error
         raise SupraError(f"cannot write {path} ({first_line(error)}); make room or choose another output") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_failure(error: OSError, path: Path, temporary: Path) -> Path | None:
+    """The file elsewhere that could not be read; None when it is writing that failed.
+
+    A copy that finds the disk full names the file that it copies, too.
+    """
+    if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return None
+    named = Path(os.fsdecode(error.filename)).absolute()
+    ours = named == path or named.is_relative_to(temporary) or temporary.is_relative_to(named)
+    return None if ours else named
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -54,7 +74,12 @@ def _replace(temporary: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
         path.rename(old)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     _sync_one(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -92,6 +117,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise SupraError(f"{path} is not JSON ({first_line(error)}); restore the file") from error
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise SupraError(f"cannot write {path} ({first_line(error)}); make room") from error
 
 
 def write_json(path: Path, value: Any) -> None:

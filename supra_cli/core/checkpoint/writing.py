@@ -10,15 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from supra_cli.core.checkpoint.files import atomic_directory, link, sha256, write_json
+from supra_cli.core.checkpoint.files import atomic_directory, link, sha256, write_json, write_tensors
 from supra_cli.core.checkpoint.reading import INDEX, PROVENANCE, SINGLE, digest, read_provenance, tensors
-from supra_cli.core.errors import SupraError, first_line
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 Hashes = dict[str, dict[str, Any]]
@@ -94,10 +91,7 @@ def write_shards(
         if shard:
             count += 1
             file = f"model-{group}-{count:05}.safetensors" if several else f"model-{group}.safetensors"
-            try:
-                save_file(shard, directory / file, metadata={"format": "pt"})
-            except safetensors.SafetensorError as error:
-                raise SupraError(f"cannot write {directory / file} ({first_line(error)}); make room") from error
+            write_tensors(shard, directory / file)
             placed.update(dict.fromkeys(shard, file))
             shard.clear()
 

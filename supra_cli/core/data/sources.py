@@ -54,10 +54,10 @@ def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
     for path in files(source.path):
         for text in _read(path, source.text, count):
             count.records += 1
-            if text:
-                yield text
+            if fault := _fault(text):
+                count.skip(f"record {count.records} {fault}")
             else:
-                count.skip("it is empty")
+                yield text
     if count.records == 0:
         raise SupraError(f"no text in {source.path}: it holds no record; expected text, JSON lines or parquet")
     if count.skipped > skip_share * count.records:
@@ -131,8 +131,16 @@ def _read(path: Path, field: str, count: Count) -> Iterator[str]:
             return
         with pyarrow.input_stream(str(path), compression=compression) as stream:
             yield from _read_records(stream, path, field, count) if inner in _FORMATS else _read_text(stream, path)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise SupraError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def _fault(text: str) -> str:
+    """Why a record's text cannot be used; empty if it can."""
+    try:
+        return "" if text.encode() else "is empty"
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return "is no Unicode text"
 
 
 def _read_table(path: Path, field: str) -> Iterator[str]:
@@ -152,7 +160,7 @@ def _read_records(stream, path: Path, field: str, count: Count) -> Iterator[str]
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             count.skip(f"line {number} of {path} is not JSON")
             count.records += 1
             continue

@@ -51,13 +51,13 @@ def tokenised(source: Source, tokenizer, split: str, skip_share: float) -> Token
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / "tokens" / digest[:32]
-    if not (folder / "ends.npy").exists():
+    stored = _read(folder)
+    if stored is None:
         _write(folder, encode(sources.texts(source, split, skip_share), tokenizer), len(tokenizer))
-    ids = np.load(folder / "ids.npy", mmap_mode="r")
-    ends = np.load(folder / "ends.npy")
-    if not len(ids):
+        stored = _read(folder)
+    if stored is None:
         raise SupraError(f"no text in {source.path}: not one token came out of it")
-    return Tokens(ids, ends, digest)
+    return Tokens(*stored, digest)
 
 
 def encode(texts: Iterable[str], tokenizer) -> Iterable[list[int]]:
@@ -75,6 +75,15 @@ def tokenizer_digest(tokenizer) -> str:
     return hashlib.sha256(f"{state}\0{tokenizer.eos_token_id}".encode()).hexdigest()
 
 
+def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """(ids, ends) of a cache folder; None where it is absent, damaged or without a token."""
+    try:
+        ids, ends = np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "ends.npy")
+    except (OSError, ValueError, EOFError):
+        return None
+    return (ids, ends) if len(ends) and len(ids) == ends[-1] > 0 else None
+
+
 def _write(folder: Path, documents: Iterable[list[int]], vocabulary: int) -> None:
     """Write beside and rename into place: a cache folder is whole or absent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +97,12 @@ def _write(folder: Path, documents: Iterable[list[int]], vocabulary: int) -> Non
                 ends.append(ends[-1] + len(ids))
         _as_npy(beside / "ids.bin", beside / "ids.npy", kind, ends[-1])
         np.save(beside / "ends.npy", np.asarray(ends[1:], dtype=np.int64))
+        if _read(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             beside.rename(folder)
-        except OSError:
-            if not (folder / "ends.npy").exists():
+        except OSError:  # another process was faster
+            if _read(folder) is None:
                 raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -12,6 +12,8 @@ from supra_cli.core.mixers import Rotate, mixers
 from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState
 from supra_cli.core.ops import linear_attention
 
+_MOST = 1 << 16
+
 
 @mixers.register("t2r")
 class T2R(MatrixMixer):
@@ -30,8 +32,8 @@ class T2R(MatrixMixer):
         """Width K' of φ; the paper's language models have 256."""
 
         def __post_init__(self) -> None:
-            if self.feature_size < 1:
-                raise UsageError(f"mixer.feature_size is {self.feature_size}, expected at least 1")
+            if not 1 <= self.feature_size <= _MOST:
+                raise UsageError(f"mixer.feature_size is {self.feature_size}, expected a number from 1 to {_MOST}")
 
     variants = ({"feature_size": 3},)
 

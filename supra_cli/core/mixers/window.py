@@ -15,6 +15,7 @@ from supra_cli.core.mixers import Mixer, Rotate, mixers
 
 BLOCK = 16
 """Fewest queries in a block, unless there are fewer tokens."""
+_MOST = 1 << 20
 
 
 class WindowState(NamedTuple):
@@ -48,10 +49,10 @@ class Window(Mixer):
         """First tokens of the document, which every query sees."""
 
         def __post_init__(self) -> None:
-            if self.window < 1:
-                raise UsageError(f"mixer.window is {self.window}, expected at least 1")
-            if self.sinks < 0:
-                raise UsageError(f"mixer.sinks is {self.sinks}, expected at least 0")
+            if not 1 <= self.window <= _MOST:
+                raise UsageError(f"mixer.window is {self.window}, expected a number from 1 to {_MOST}")
+            if not 0 <= self.sinks <= _MOST:
+                raise UsageError(f"mixer.sinks is {self.sinks}, expected a number from 0 to {_MOST}")
 
     variants = ({"window": 5, "sinks": 2}, {"window": 3, "sinks": 0})
 

@@ -36,6 +36,8 @@ def of_options(raw: dict[str, Any], lookup: Lookup) -> list[str]:
         problems += [f"{where}.{key}: unknown key{near_miss(key, known)}" for key in values if key not in fields]
         try:
             TypeAdapter(options).validate_python({key: value for key, value in values.items() if key in fields})
+        except UsageError as error:
+            problems.append(f"{where}: {error}")
         except ValidationError as error:
             problems += [f"{where}.{'.'.join(map(str, item['loc']))}: {_message(item)}" for item in error.errors()]
     return problems

@@ -12,7 +12,7 @@ Lookup = Callable[[Literal["mixer", "stage"], str], type]
 
 Packing = Literal["separate", "joined", "cut"]
 Positive = Annotated[int, Field(gt=0)]
-Row = Annotated[int, Field(ge=2)]
+Row = Annotated[int, Field(ge=2, le=2**24)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -74,7 +74,7 @@ class Data(Table):
 
 
 class Tokenizer(Table):
-    vocab_size: Annotated[int, Field(ge=260)]
+    vocab_size: Annotated[int, Field(ge=260, le=2**24)]
     """Size of a byte-level BPE vocabulary, trained on the training sources."""
 
 
@@ -92,7 +92,7 @@ class Stage(OpenTable):
     """Registered name of the loss: transfer, distill or finetune; further keys of the table are its options."""
     tokens: Positive
     """Tokens to train on in this stage."""
-    batch_tokens: Positive = 4096
+    batch_tokens: Annotated[int, Field(gt=0, le=2**30)] = 4096
     """Tokens in an optimizer step, rounded down to whole rows."""
     micro_batch_tokens: Positive | None = None
     """Tokens in one forward and backward pass; the whole batch when left out."""
@@ -117,7 +117,7 @@ class Stage(OpenTable):
     """AdamW's decay rates of the first and second moment."""
     weight_decay: Rate = 0.0
     """AdamW's decoupled weight decay, on matrices only."""
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """The gradient is scaled down to this global norm."""
     teacher: str | None = None
     """Model to learn from, where the stage has one; the run's base when left out."""
@@ -147,7 +147,7 @@ class Recipe(Table):
     """`pretrained` takes the base's weights, `scratch` only its shape and tokenizer."""
     keep: str = "none"
     """Layers that keep softmax attention: none, all, every:N, first:N, last:N or numbers as in 0,5,7."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**47)] = 0
     """Seed of new parameters, data order and dropout."""
     mixer: Mixer = Mixer()
     """What replaces softmax attention, with its options."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from supra_cli.core.data.rows import Batch
+from supra_cli.core.errors import UsageError
 from supra_cli.core.stages import chunked, stages
 from supra_cli.core.stages.base import Loss, Stage
 
@@ -18,6 +19,10 @@ class Finetune(Stage):
     @dataclass(frozen=True)
     class Options:
         z_loss: float = 0.0
+
+        def __post_init__(self) -> None:
+            if not 0 <= self.z_loss <= 1:
+                raise UsageError(f"z_loss is {self.z_loss}, expected a number from 0 to 1")
 
     def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Loss:
         total, nll = student(

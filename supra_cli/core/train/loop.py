@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -315,7 +316,7 @@ class Trainer:
         """Save everything; `best` is the saved step with the lowest held-out loss."""
         counters, loss = self.counters, self._last_loss
         validated = loss is not None and self._validated_step == counters.step
-        best = validated and (counters.best_loss is None or loss < counters.best_loss)
+        best = validated and loss < (math.inf if counters.best_loss is None else counters.best_loss)
         if best:
             counters.best_loss, counters.best_step = loss, counters.step
         dtype = getattr(torch, self.recipe.checkpoint.dtype)

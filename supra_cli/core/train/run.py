@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
@@ -78,16 +79,19 @@ class RunDirectory:
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
         """The path of a folder to make and fill; it becomes `step-N`, marked complete and durable, when the block ends
-        well."""
+        well, and goes when it does not."""
         self.sweep()
         beside, target = self.path / f".writing-{step:06d}", self.step_path(step)
-        yield beside
-        (beside / MARKER).touch()
-        _sync_tree(beside)
-        if target.exists():
-            shutil.rmtree(target)
-        beside.rename(target)
-        _sync(self.path)
+        try:
+            yield beside
+            (beside / MARKER).touch()
+            _sync_tree(beside)
+            if target.exists():
+                shutil.rmtree(target)
+            beside.rename(target)
+            _sync(self.path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
     def clear(self) -> None:
         """Remove everything that a run writes, and nothing else."""
@@ -139,7 +143,14 @@ class RunDirectory:
 
     def log(self, record: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every number that JSON cannot hold: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment(device: str) -> dict[str, Any]:

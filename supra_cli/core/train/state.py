@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from supra_cli.core.checkpoint.writing import sha256
+from supra_cli.core.checkpoint.files import sha256, write_tensors
 from supra_cli.core.errors import SupraError
 from supra_cli.core.train import lowbit
 
@@ -50,14 +50,14 @@ def save(
         for key, value in state.items()
         for part, plain in lowbit.parts(value).items()
     }
-    save_file(moments, folder / "optimizer.safetensors")
+    write_tensors(moments, folder / "optimizer.safetensors")
     if masters:
         masters = {name: value.detach().cpu().contiguous() for name, value in masters.items()}
-        save_file(masters, folder / "masters.safetensors")
+        write_tensors(masters, folder / "masters.safetensors")
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    save_file(random, folder / "random.safetensors")
+    write_tensors(random, folder / "random.safetensors")
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     document = {"counters": dataclasses.asdict(counters), "data": data, "files": hashes}
     (folder / "state.json").write_text(json.dumps(document, indent=2))

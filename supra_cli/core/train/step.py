@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from supra_cli.core.checkpoint.files import write_tensors
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.stages import Stage
 from supra_cli.core.train import lowbit
@@ -109,7 +109,7 @@ def dump(folder: Path, micro_batches: Sequence[Batch], facts: dict[str, object])
     """Keep the batch of a step that went wrong, to look at: `batch.safetensors` and `facts.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     names = Batch._fields
-    save_file(
+    write_tensors(
         {name: torch.cat([getattr(batch, name) for batch in micro_batches]) for name in names},
         folder / "batch.safetensors",
     )

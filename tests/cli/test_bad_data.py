@@ -1,0 +1,215 @@
+"""Data that cannot be read ends in one sentence and a documented exit code, whichever verb meets it."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tomli_w
+
+from supra_cli.core.data import sources
+
+TEXT = "def read(self, size=-1):\n    return self.buffer[:size]\n"
+LINES = "".join(json.dumps({"text": TEXT}) + "\n" for _ in range(40)).encode()
+NOISE = random.Random(0).randbytes(20_000).hex().encode()  # compresses badly, so that half a file is half its text
+DEEP = b"[" * 100_000 + b"\n"
+HALF = b'{"text": "\\ud800"}\n'  # half of a surrogate pair
+COLUMNS = {"text": pyarrow.array([TEXT] * 40), "number": pyarrow.array(range(40))}
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
+
+
+def parquet(**columns: pyarrow.Array) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def not_unicode() -> pyarrow.Array:
+    offsets = pyarrow.array([0, 2], pyarrow.int32()).buffers()[1]
+    return pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff\xfe")])
+
+
+GOOD = {
+    "a.txt": TEXT.encode() * 40,
+    "a.jsonl": LINES,
+    "a.json": LINES,
+    "a.txt.gz": gzip.compress(NOISE),
+    "a.jsonl.gz": gzip.compress(LINES),
+    "a.jsonl.zst": zstd(LINES),
+    "a.txt.bz2": bz2.compress(NOISE),
+    "a.parquet": parquet(**COLUMNS),
+}
+BAD = {
+    "empty": ("a.txt", b"", "holds no record"),
+    "empty records": ("a.jsonl", b"\n  \n", "holds no record"),
+    "empty and compressed": ("a.jsonl.gz", gzip.compress(b""), "holds no record"),
+    "empty parquet": ("a.parquet", b"", "cannot read"),
+    "binary": ("a.txt", bytes(range(256)), "looks binary"),
+    "binary records": ("a.jsonl", bytes(range(256)), "is not JSON"),
+    "Latin-1": ("a.txt", "é".encode("latin-1"), "is not UTF-8"),
+    "Latin-1 records": ("a.jsonl", LINES.replace(b"size", b"\xe9"), "line 1 of"),
+    "UTF-16": ("a.txt", TEXT.encode("utf-16"), "looks binary"),
+    "UTF-16 records": ("a.jsonl", LINES.decode().encode("utf-16"), "is not JSON"),
+    "half a gzip": ("a.txt.gz", gzip.compress(NOISE)[:9000], "cannot read"),
+    "half a zstd": ("a.txt.zst", zstd(NOISE)[:9000], "cannot read"),
+    "half a bzip2": ("a.txt.bz2", bz2.compress(NOISE)[:9000], "cannot read"),
+    "half a parquet": ("a.parquet", GOOD["a.parquet"][:-40], "cannot read"),
+    "gzip in name": ("a.jsonl.gz", LINES, "cannot read"),
+    "zstd in name": ("a.jsonl.zst", LINES, "cannot read"),
+    "parquet in name": ("a.parquet", LINES, "cannot read"),
+    "too many broken lines": ("a.jsonl", LINES + b"{\n", "1 of 41 records"),
+    "too many empty records": ("a.jsonl", LINES + b'{"text": ""}\n', "record 41 is empty"),
+    "nothing but nesting": ("a.jsonl", DEEP, "is not JSON"),
+    "no Unicode": ("a.jsonl", HALF, "is no Unicode text"),
+    "no Unicode in a column": ("a.parquet", parquet(text=not_unicode()), "cannot read"),
+    "lists": ("a.jsonl", b"[1, 2]\n", "has no field 'text'"),
+    "numbers": ("a.jsonl", b"5\n", "has no field 'text'"),
+    "another field": ("a.jsonl", LINES.replace(b"text", b"txt"), "did you mean 'txt'"),
+    "another column": ("a.parquet", parquet(number=COLUMNS["number"]), "has no column 'text'; known: number"),
+    "a field of numbers": ("a.jsonl", b'{"text": 5}\n', "is int, expected text"),
+    "a column of numbers": ("a.parquet", parquet(text=COLUMNS["number"]), "holds int, expected text"),
+    "short": ("a.txt", b"a", "fewer than one row"),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SUPRA_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def recipe(base: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("recipe")
+
+    def write(path: Path | str, **data) -> Path:
+        stage = {"kind": "finetune", "tokens": 128, "batch_tokens": 64, "lr": 1e-3}
+        data = {"seq_len": 32, "sources": [{"path": str(path)}], **data}
+        file = folder / "recipe.toml"
+        file.write_text(tomli_w.dumps({"base": str(base), "data": data, "stages": [stage]}))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def both(supra, recipe, tmp_path_factory):
+    """What `data peek` and `uptrain` say about a path; the run that is not started is not there either."""
+
+    def run(path: Path | str, **data):
+        output = tmp_path_factory.mktemp("runs") / "run"
+        results = [
+            supra("data", "peek", recipe(path, **data)),
+            supra("uptrain", "-r", recipe(path, **data), "-o", output),
+        ]
+        assert output.exists() == (results[1].code == 0)
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_file_is_one_sentence_and_exit_1(fault, both, tmp_path):
+    name, content, told = BAD[fault]
+    (tmp_path / name).write_bytes(content)
+    for result in both(tmp_path / name):
+        assert result.code == 1, result.err
+        assert told in result.error
+        assert str(tmp_path / name) in result.error
+        assert result.err.strip().splitlines()[-1] == result.error
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "folder", "folder/*.txt", "link.txt", "loop.txt", "directory.jsonl"])
+def test_what_is_no_file_is_one_sentence_and_exit_3(name, both, tmp_path):
+    for folder in ("folder", "directory.jsonl"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link.txt").symlink_to("gone.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    for result in both(tmp_path / name):
+        assert result.code == 3, result.err
+        assert f"no data at '{tmp_path / name}'" in result.error
+
+
+def test_a_folder_of_something_else_is_one_sentence_that_names_the_file(both, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    for result in both(tmp_path / "pictures"):
+        assert result.code == 1
+        assert "a.png" in result.error
+
+
+@pytest.mark.parametrize("broken", [b"{\n", DEEP, HALF, b'{"text": null}\n', b"\xff\xfe\n"])
+def test_fewer_broken_records_than_the_stated_share_are_skipped(broken, both, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES + broken)
+    assert [result.code for result in both(tmp_path / "a.jsonl", skip_share=0.03)] == [0, 0]
+    assert [result.code for result in both(tmp_path / "a.jsonl", skip_share=0.02)] == [1, 1]
+
+
+def test_a_file_that_vanishes_between_two_readings_is_one_sentence_and_exit_3(both, tmp_path, monkeypatch):
+    fingerprint = sources.fingerprint
+
+    def vanishing(source, split):
+        digest = fingerprint(source, split)
+        Path(source.path).unlink()
+        return digest
+
+    monkeypatch.setattr(sources, "fingerprint", vanishing)
+    (tmp_path / "a.txt").write_bytes(GOOD["a.txt"])
+    for result in both(tmp_path / "a.txt"):
+        assert result.code == 3, result.err
+        assert "a.txt" in result.error
+
+
+@pytest.mark.parametrize("damage", ["ids.npy", "ends.npy", "both"])
+def test_a_damaged_cache_is_made_again(damage, supra, recipe, own_cache, tmp_path):
+    (tmp_path / "a.txt").write_bytes(GOOD["a.txt"])
+    first = supra("data", "peek", recipe(tmp_path / "a.txt"))
+    assert first.code == 0
+    for number, file in enumerate(sorted(own_cache.rglob("*.npy"))):
+        if damage in (file.name, "both"):
+            file.write_bytes(file.read_bytes()[: 200 * number])
+    assert supra("data", "peek", recipe(tmp_path / "a.txt")) == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOOD)
+def test_files_damaged_anyhow_end_in_success_or_a_documented_exit_code(name, supra, recipe, own_cache, tmp_path):
+    """Bytes overwritten, cut off, put in or all drawn at random; a repeated passage takes another path than rows."""
+    for seed in range(60):
+        (tmp_path / name).write_bytes(damaged(GOOD[name], random.Random(f"{name} {seed}")))
+        source = {"path": str(tmp_path / name), "repeat": ("no", "text")[seed % 2]}
+        result = supra("data", "peek", recipe("", sources=[source], skip_share=0.5))
+        assert result.code in (0, 1, 3), result.err
+        assert "internal error" not in result.err, (seed, result.err)
+        assert result.code == 0 or result.err.strip().splitlines()[-1] == result.error
+        shutil.rmtree(own_cache)
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    content = bytearray(content)
+    match chance.randrange(5):
+        case 0:
+            for _ in range(chance.choice([1, 5, 100])):
+                content[chance.randrange(len(content))] = chance.randrange(256)
+        case 1:
+            del content[chance.randrange(len(content)) :]
+        case 2:
+            start = chance.randrange(len(content))
+            content[start:start] = chance.randbytes(chance.randrange(1, 300))
+        case 3:
+            start = chance.randrange(len(content))
+            del content[start : start + chance.randrange(1, 300)]
+        case 4:
+            content = chance.randbytes(chance.randrange(1, 5000))
+    return bytes(content)
