@@ -13,7 +13,6 @@ from supra_cli.core import recipe as recipes
 from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import stages
-from supra_cli.core.swap import layer_kinds
 from supra_cli.core.train.prepare import select
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -23,11 +22,11 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 def test_a_shipped_recipe_is_valid_and_its_model_can_be_built(path: Path) -> None:
     recipe = recipes.load(path, lookup=lookup)
     if recipe.model is not None:
-        base = AutoConfig.for_model(**recipe.model, vocab_size=recipe.tokenizer.vocab_size)
+        shape = AutoConfig.for_model(**recipe.model, vocab_size=recipe.tokenizer.vocab_size)
+        base = SupraConfig.from_base(shape)
     else:
         base = checkpoint.read_config(hub.config_folder(hub.resolve(recipe.base)))
-    kinds = layer_kinds(base.num_hidden_layers, recipe.mixer.name, recipe.keep)
-    config = SupraConfig.from_base(base, mixer=recipe.mixer.name, options=recipe.mixer.options, layers=kinds)
+    config = base.with_mixer(recipe.mixer.name, recipe.mixer.options, recipe.keep)
     with torch.device("meta"):
         model = SupraForCausalLM._from_config(config)
     for spec in recipe.stages:

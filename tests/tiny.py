@@ -14,7 +14,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.swap import layer_kinds
 
 VOCABULARY = 97
 _SHAPE = {
@@ -50,10 +49,8 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> SupraForCausalLM:
-    config = tiny_config(base, **changes)
-    kinds = layer_kinds(config.num_hidden_layers, mixer, keep)
-    swapped = SupraConfig.from_base(config, mixer=mixer, options=options, layers=kinds)
-    return SupraForCausalLM._from_config(swapped, dtype=dtype).eval()
+    config = SupraConfig.from_base(tiny_config(base, **changes)).with_mixer(mixer, options, keep)
+    return SupraForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def of_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

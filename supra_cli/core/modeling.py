@@ -19,7 +19,7 @@ from supra_cli.core.archs import archs
 from supra_cli.core.errors import SupraError
 from supra_cli.core.layout import Layout, derive, softmax_mask
 from supra_cli.core.mixers import mixers, parse_options
-from supra_cli.core.swap import SOFTMAX, SwappedAttention, swap, swapped_layers
+from supra_cli.core.swap import SOFTMAX, SwappedAttention, layer_kinds, swap, swapped_layers
 
 Objective = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
 """(hidden [B,T,D], head: hidden -> logits) -> anything."""
@@ -84,6 +84,11 @@ class SupraConfig(PreTrainedConfig):
     @property
     def swap(self) -> Swap:
         return Swap(**self.supra)
+
+    def with_mixer(self, mixer: str, options: Mapping[str, Any] | None = None, keep: str = "none") -> SupraConfig:
+        """The base with `mixer` in every layer that `keep`, as `layer_kinds` reads it, does not spare."""
+        layers = layer_kinds(self.num_hidden_layers, mixer, keep)
+        return self.from_base(self, mixer=mixer, options=options, layers=layers)
 
     def plain(self) -> PreTrainedConfig:
         """The base's own config."""

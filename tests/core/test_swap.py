@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from tiny import tiny_model
+from transformers import DynamicCache, StaticCache
 
 from supra_cli.core.errors import UsageError
-from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.swap import RecurrentLayer, layer_kinds
 
 IDS = torch.arange(3, 20)[None]
@@ -17,17 +17,7 @@ IDS = torch.arange(3, 20)[None]
 
 def model(keep="none", **changes):
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }
-    config = LlamaConfig(**(shape | changes))
-    return SupraForCausalLM._from_config(
-        SupraConfig.from_base(config, mixer="supra", layers=layer_kinds(3, "supra", keep))
-    ).eval()
+    return tiny_model("llama", "supra", keep, **changes)
 
 
 @pytest.mark.parametrize(

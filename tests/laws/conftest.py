@@ -1,5 +1,6 @@
 """Every law runs over what is registered: `mixer` and `base` range over the registries, so a new file there is under
-the law. A mixer's variants are under it too, on one base each and without kept layers.
+the law; `recurrent` leaves out the mixer without a state. Variants of a mixer are under it too, on one base and without
+kept layers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tiny import tiny_model
 from supra_cli.core.archs import archs
 from supra_cli.core.mixers import mixers
 from supra_cli.core.modeling import SupraForCausalLM
+from supra_cli.core.swap import SOFTMAX
 
 # Models this small spend their time in starting threads.
 torch.set_num_threads(1)
@@ -40,11 +42,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ranges = {"base": list(archs), "keep": KEEPS}
     names = [name for name in ranges if name in metafunc.fixturenames]
     cases = list(product(*(ranges[name] for name in names)))
-    if "mixer" in metafunc.fixturenames:
+    for name in {"mixer", "recurrent"} & set(metafunc.fixturenames):
         narrow = tuple({"base": "llama", "keep": "none"}[name] for name in names)
-        cases = [(*case, mixer, {}) for mixer in mixers for case in cases]
-        cases += [(*narrow, mixer, options) for mixer in mixers for options in variants(mixer)]
-        names += ["mixer", "options"]
+        chosen = [mixer for mixer in mixers if name == "mixer" or mixer != SOFTMAX]
+        cases = [(*case, mixer, {}) for mixer in chosen for case in cases]
+        cases += [(*narrow, mixer, options) for mixer in chosen for options in variants(mixer)]
+        names += [name, "options"]
     if names:
         metafunc.parametrize(names, cases, ids=["-".join(map(_word, case)).strip("-") for case in cases])
 
@@ -55,7 +58,7 @@ def _word(value: str | dict[str, Any]) -> str:
 
 @pytest.fixture
 def options() -> dict[str, Any]:
-    """The options of `mixer`, for the laws that range over it."""
+    """The options of the mixer that a law ranges over."""
     return {}
 
 

@@ -78,10 +78,8 @@ def test_packed_documents_with_padding_on_either_side_do_not_see_each_other(exac
 
 
 @torch.no_grad()
-def test_after_packed_rows_the_state_is_the_last_documents(exact, mixer):
-    if mixer == "softmax":
-        pytest.skip("packed rows have no softmax cache")
-    model = exact("llama", mixer)
+def test_after_packed_rows_the_state_is_the_last_documents(exact, recurrent):
+    model = exact("llama", recurrent)
     first, second, more = tokens(21, seed=2), tokens(14, seed=3), tokens(1, 4, seed=4)
     memory = model(torch.cat((first, second))[None], position_ids=packed((21, 14)), use_cache=True).past_key_values
     logits = model(more, position_ids=14 + torch.arange(4)[None], past_key_values=memory).logits

@@ -20,6 +20,13 @@ def run(model, *pieces, **kwargs):
     return torch.cat(logits, dim=1), memory
 
 
+def a_layer(model, batch, length):
+    """A swapped layer, an input for it and the tables of its positions."""
+    _, layer = next(model.swapped_layers())
+    x = torch.randn(batch, length, 32, dtype=model.dtype)
+    return layer, x, model.model.rotary_emb(x, torch.arange(length)[None])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(1, 69), (64, 6), (7, 1, 62)])
 def test_a_sequence_in_pieces_gives_the_logits_of_the_whole(exact, base, mixer, lengths):
@@ -56,10 +63,8 @@ def test_the_past_matters_beyond_the_last_token(build, base, mixer):
 
 
 @torch.no_grad()
-def test_state_size_does_not_grow(build, mixer):
-    if mixer == "softmax":
-        pytest.skip("softmax keeps keys and values")
-    model = build("llama", mixer)
+def test_state_size_does_not_grow(build, recurrent):
+    model = build("llama", recurrent)
     _, short = run(model, tokens(1, 3))
     _, long = run(model, tokens(1, 200))
     for (_, layer), before, after in zip(model.swapped_layers(), short.layers, long.layers, strict=True):
@@ -70,33 +75,23 @@ def test_state_size_does_not_grow(build, mixer):
 
 
 @torch.no_grad()
-def test_the_initial_state_is_no_state_and_has_a_shape_on_meta(build, mixer):
-    if mixer == "softmax":
-        pytest.skip("softmax keeps keys and values")
-    model = build("llama", mixer)
-    _, layer = next(model.swapped_layers())
-    x = torch.randn(2, 9, 32)
-    rope = model.model.rotary_emb(x, torch.arange(9)[None])
+def test_the_initial_state_is_no_state_and_has_a_shape_on_meta(build, recurrent):
+    layer, x, tables = a_layer(build("llama", recurrent), 2, 9)
     start = layer.mixer.init_state(2, "cpu")
-    fresh, _ = layer.heads(x, rope)
-    given, _ = layer.heads(x, rope, state=start)
+    fresh, _ = layer.heads(x, tables)
+    given, _ = layer.heads(x, tables, state=start)
     assert_close(fresh, given)
     assert [tensor.shape for tensor in layer.mixer.init_state(2, "meta")] == [tensor.shape for tensor in start]
 
 
 @torch.no_grad()
-def test_in_bf16_the_error_of_steps_does_not_grow_with_length(build, mixer):
+def test_in_bf16_the_error_of_steps_does_not_grow_with_length(build, recurrent):
     """Steps against the parallel form, both in bf16: at 4,096 tokens at most twice the error at 64.
 
     An error below one rounding of the output (2⁻⁹ of its size) counts as one rounding.
     """
-    if mixer == "softmax":
-        pytest.skip("softmax steps are the base's own")
     length, window = 4096, 32
-    model = build("llama", mixer, num_hidden_layers=1).to(torch.bfloat16)
-    _, layer = next(model.swapped_layers())
-    x = torch.randn(1, length, 32, dtype=torch.bfloat16)
-    tables = model.model.rotary_emb(x, torch.arange(length)[None])
+    layer, x, tables = a_layer(build("llama", recurrent, num_hidden_layers=1).to(torch.bfloat16), 1, length)
     parallel, _ = layer.heads(x, tables)
     state, steps = None, []
     for t in range(length):
@@ -108,13 +103,8 @@ def test_in_bf16_the_error_of_steps_does_not_grow_with_length(build, mixer):
 
 
 @torch.no_grad()
-def test_a_state_is_left_as_it_was_given(build, mixer):
-    if mixer == "softmax":
-        pytest.skip("softmax keeps keys and values")
-    model = build("llama", mixer)
-    _, layer = next(model.swapped_layers())
-    x = torch.randn(2, 12, 32)
-    tables = model.model.rotary_emb(x, torch.arange(12)[None])
+def test_a_state_is_left_as_it_was_given(build, recurrent):
+    layer, x, tables = a_layer(build("llama", recurrent), 2, 12)
     _, state = layer.heads(x, tables)
     before = [tensor.clone() for tensor in state]
     layer.heads(x, tables, state=state)

@@ -14,7 +14,6 @@ from supra_cli.core.checkpoint.reading import check, digest, read_config, skelet
 from supra_cli.core.checkpoint.writing import finish, link_shards, tensor_bytes, write_shards
 from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraConfig
-from supra_cli.core.swap import layer_kinds
 
 MIXER_SHARD_BYTES = 256 * 2**20
 """New parameters are collected up to this size, or one layer's if that is more, and written."""
@@ -59,8 +58,7 @@ def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) 
     if config.swap.any:
         raise UsageError(f"{source} is converted already, to mixer '{config.swap.mixer}'; convert its base instead")
     check(config, tensors(source))
-    kinds = layer_kinds(config.num_hidden_layers, mixer, keep)
-    return SupraConfig.from_base(config, mixer=mixer, options=options, layers=kinds)
+    return config.with_mixer(mixer, options, keep)
 
 
 def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str, Tensor]]:

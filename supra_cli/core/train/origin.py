@@ -16,7 +16,6 @@ from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe import Recipe
-from supra_cli.core.swap import layer_kinds
 from supra_cli.core.train.run import RunDirectory
 
 
@@ -131,8 +130,7 @@ def _own_shape(recipe: Recipe) -> Start:
 
 def _swapped(config: SupraConfig, recipe: Recipe) -> SupraConfig:
     """`config` with the recipe's mixer in the layers that the recipe does not keep."""
-    layers = layer_kinds(config.num_hidden_layers, recipe.mixer.name, recipe.keep)
-    return SupraConfig.from_base(config, mixer=recipe.mixer.name, options=recipe.mixer.options, layers=layers)
+    return config.with_mixer(recipe.mixer.name, recipe.mixer.options, recipe.keep)
 
 
 def _same_swap(folder: Path, config: SupraConfig, wanted: SupraConfig) -> None:
