@@ -48,7 +48,7 @@ def run(
 
     output = output or Path("runs") / f"{_short(source)}-{mixer}"
     base = checkpoint.read_config(hub.config_folder(source))
-    config = accounting.swapped_config(_unconverted(base, model), mixer, options, keep)
+    config = _unconverted(base, model).with_mixer(mixer, options, keep)
     size = accounting.measure(config)
     document = {
         "source": asdict(source),

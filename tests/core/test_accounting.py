@@ -17,7 +17,7 @@ from supra_cli.core.stages import stages
 
 def planned(alias, mixer="supra", keep="none", **options):
     base = checkpoint.read_config(hub.config_folder(hub.resolve(alias)))
-    return accounting.measure(accounting.swapped_config(base, mixer, options, keep))
+    return accounting.measure(base.with_mixer(mixer, options, keep))
 
 
 @pytest.mark.parametrize(("alias", "millions"), [("llama-7b", 537.0), ("mistral-7b", 570.6)])

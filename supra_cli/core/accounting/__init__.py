@@ -4,7 +4,7 @@ No formula per architecture: the real model runs the real loss on tensors withou
 and multiply is counted. So the numbers hold for every base, mixer and stage, other people's included.
 """
 
-from supra_cli.core.accounting.model import ModelPlan, measure, swapped_config
+from supra_cli.core.accounting.model import ModelPlan, measure
 from supra_cli.core.accounting.run import GPUS, UTILISATION, Memory, Plan, StagePlan, plan, student_config
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "measure",
     "plan",
     "student_config",
-    "swapped_config",
 ]

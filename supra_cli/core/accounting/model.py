@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
 
 from supra_cli.core.archs import archs
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.swap import SOFTMAX, SwappedAttention, layer_kinds
+from supra_cli.core.swap import SOFTMAX, SwappedAttention
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,3 @@ def measure(config: SupraConfig, dtype: torch.dtype | None = None) -> ModelPlan:
         softmax_token_bytes=specs[0].kv_heads * (specs[0].head_dim + specs[0].v_dim) * dtype.itemsize,
         base_windows=tuple(spec.window for spec in specs),
     )
-
-
-def swapped_config(base: PreTrainedConfig, mixer: str, options: dict, keep: str) -> SupraConfig:
-    """`base` with `mixer` in every layer that `keep` does not spare."""
-    kinds = layer_kinds(base.num_hidden_layers, mixer, keep)
-    return SupraConfig.from_base(base, mixer=mixer, options=options, layers=kinds)

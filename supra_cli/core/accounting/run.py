@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from supra_cli.core import checkpoint, hub
 from supra_cli.core.accounting.meter import Meter
-from supra_cli.core.accounting.model import ModelPlan, measure, swapped_config
+from supra_cli.core.accounting.model import ModelPlan, measure
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import Stage, stages
@@ -127,8 +127,9 @@ def student_config(recipe: recipes.Recipe) -> SupraConfig:
     if recipe.base is not None:
         base = checkpoint.read_config(hub.config_folder(hub.resolve(recipe.base)))
     else:
-        base = AutoConfig.for_model(**{"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
-    return swapped_config(base, recipe.mixer.name, recipe.mixer.options, recipe.keep)
+        shape = AutoConfig.for_model(**{"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
+        base = SupraConfig.from_base(shape)
+    return base.with_mixer(recipe.mixer.name, recipe.mixer.options, recipe.keep)
 
 
 def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalLM, dtype: torch.dtype) -> StagePlan:
