@@ -27,6 +27,7 @@ demo: $(BIN)/supra
 
 lint: $(BIN)/supra
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 test: lint
 	$(OFFLINE) $(BIN)/python -m pytest

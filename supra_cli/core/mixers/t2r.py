@@ -45,14 +45,7 @@ class T2R(MatrixMixer):
         return self.options.feature_size, self.spec.v_dim + 1
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor,
-        rope: Rotate,
-        state: MatrixState | None,
-        layout: Layout | None,
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
         k, v = (heads.repeat_interleave(self.spec.heads // self.spec.kv_heads, dim=2) for heads in (k, v))
         q = self.phi(rope(q) * self.spec.scale).relu()

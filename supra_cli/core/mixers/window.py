@@ -65,14 +65,7 @@ class Window(Mixer):
         return WindowState(zeros(sinks, k), zeros(sinks, v), zeros(recent, k), zeros(recent, v), seen)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor,
-        rope: Rotate,
-        state: WindowState | None,
-        layout: Layout | None,
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: WindowState | None, layout: Layout | None
     ) -> tuple[Tensor, WindowState]:
         batch, tokens = x.shape[:2]
         window, sinks = self.options.window, self.options.sinks
