@@ -228,14 +228,13 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
     return Mixture(streams, [source.weight for source in data.sources], _names(data.sources))
 
 
-def held_out(data: Data, tokenizer, rows_at_once: int = 8) -> list[Batch]:
+def held_out(data: Data, tokenizer) -> Batch | None:
     """The validation rows of a recipe, the same ones at every call: spread evenly over a local source's text."""
     pairs = []
     for source in data.validation:
         wanted = data.validation_tokens // len(data.validation) // data.seq_len
         pairs += _spread_rows(source, tokenizer, data, wanted)
-    chunks = [pairs[start : start + rows_at_once] for start in range(0, len(pairs), rows_at_once)]
-    return [collate([ids for ids, _ in some], [positions for _, positions in some]) for some in chunks]
+    return collate([ids for ids, _ in pairs], [positions for _, positions in pairs]) if pairs else None
 
 
 def _spread_rows(source: Source, tokenizer, data: Data, wanted: int) -> list[tuple[np.ndarray, np.ndarray]]:

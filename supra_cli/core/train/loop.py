@@ -28,15 +28,13 @@ from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.stages import Stage
 from supra_cli.core.train import origin, state
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
+from supra_cli.core.train.nonfinite import leave_out
 from supra_cli.core.train.optimizer import adamw, lr_factor, masters_in_place, release, set_lr
 from supra_cli.core.train.prepare import prepare, rehearse, stage_of, teacher_of
 from supra_cli.core.train.run import RunDirectory, environment
 from supra_cli.core.train.state import Counters
-from supra_cli.core.train.step import Outcome, Stepper, computing_in, dump
+from supra_cli.core.train.step import Stepper, computing_in
 from supra_cli.core.train.trackers import library, open_trackers
-
-MOST_SKIPPED = 100
-"""Steps that a run may leave out as not finite before it gives up."""
 
 
 def uptrain(
@@ -132,7 +130,7 @@ class Trainer:
             library(name)
         self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed)
         self.held_out = rows.held_out(self.recipe.data, tokenizer)
-        if base is not None and self.held_out and self._checkpoint is None:
+        if base is not None and self.held_out is not None and self._checkpoint is None:
             hub.fetch(hub.resolve(base))
 
     def _same_recipe(self) -> None:
@@ -216,7 +214,8 @@ class Trainer:
         watched = stepper.watch() if counters.stage_step == spec.warmup_steps else None
         outcome = stepper.take(micro_batches)
         if not outcome.finite:
-            yield self._not_finite(outcome, micro_batches, spec)
+            kept, policy = self.run.path / "non-finite", self.recipe.non_finite
+            yield Note(leave_out(outcome, micro_batches, self.student, counters, spec.kind, policy, kept))
         elif watched is not None and (share := stepper.swallowed(watched)) > 0.5:
             raise SupraError(
                 f"{100 * share:.0f} % of the updates in stage {counters.stage} ({spec.kind}) are too small for the "
@@ -244,30 +243,6 @@ class Trainer:
             log(step.step, {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.metrics})
         yield step
 
-    def _not_finite(self, outcome: Outcome, micro_batches: list[Batch], spec: recipes.Stage) -> Note:
-        """Keep the batch and say so; with non_finite = "stop", as an error."""
-        counters = self.counters
-        counters.skipped_steps += 1
-        facts = {
-            "stage": counters.stage,
-            "kind": spec.kind,
-            "step": counters.step + 1,
-            "loss": str(outcome.loss),
-            "grad_norm": str(outcome.grad_norm),
-        }
-        kept = dump(self.run.path / "non-finite" / f"step-{counters.step + 1:06d}", micro_batches, facts)
-        told = (
-            f"loss {outcome.loss} and gradient norm {outcome.grad_norm} in stage {counters.stage} ({spec.kind}), "
-            f"step {counters.step + 1}; nothing was updated and the batch is kept in {kept}"
-        )
-        if self.recipe.non_finite == "stop":
-            raise SupraError(
-                f"{told}; go on without it with --resume --set non_finite=skip, or lower the learning rate"
-            )
-        if counters.skipped_steps > MOST_SKIPPED:
-            raise SupraError(f"{told}; that is the {counters.skipped_steps}th, so it is not the batch: start over")
-        return Note(told)
-
     def _micro_batches(self, rows_in_step: int, rows_at_once: int, length: int) -> list[Batch]:
         return [
             self.mixture.batch(min(rows_at_once, rows_in_step - start), length)
@@ -289,14 +264,14 @@ class Trainer:
 
     def _teacher_loss(self) -> float | None:
         """The base's own held-out loss, measured once a run and kept with the counters."""
-        if self.origin.base is None or not self.held_out:
+        if self.origin.base is None or self.held_out is None:
             return None
         teacher = checkpoint.load(hub.fetch(hub.resolve(self.origin.base)), device=self.device, dtype=self.dtype)
         self.counters.teacher_loss = self._held_out_loss(teacher.eval())
         return self.counters.teacher_loss
 
     def _validate(self, teacher_loss: float | None) -> Iterator[Event]:
-        if not self.held_out:
+        if self.held_out is None:
             return
         counters, loss = self.counters, self._held_out_loss(self.student)
         self._last_loss, self._validated_step = loss, counters.step
@@ -308,9 +283,8 @@ class Trainer:
 
     def _held_out_loss(self, model: nn.Module) -> float:
         """Nats per held-out token."""
-        whole = Batch(*(torch.cat(parts) for parts in zip(*self.held_out, strict=True)))
         with computing_in(self.dtype, self.device):
-            return perplexity(model, whole.input_ids, whole.position_ids, whole.labels).nats
+            return perplexity(model, *self.held_out).nats
 
     def _save(self, optimizer: torch.optim.Optimizer) -> Iterator[Event]:
         """Save everything; `best` is the saved step with the lowest held-out loss."""

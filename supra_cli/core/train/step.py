@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.checkpoint.files import write_tensors
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.stages import Stage
 from supra_cli.core.train import lowbit
@@ -103,15 +100,3 @@ class Stepper:
 def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
     """Autocast to `dtype`; nothing for fp32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def dump(folder: Path, micro_batches: Sequence[Batch], facts: dict[str, object]) -> Path:
-    """Keep the batch of a step that went wrong, to look at: `batch.safetensors` and `facts.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = Batch._fields
-    write_tensors(
-        {name: torch.cat([getattr(batch, name) for batch in micro_batches]) for name in names},
-        folder / "batch.safetensors",
-    )
-    (folder / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    return folder

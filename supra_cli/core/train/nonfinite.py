@@ -1,0 +1,61 @@
+"""A step whose loss or gradient is not finite: what is kept of it, and whether the run may go on without it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from supra_cli.core.checkpoint.files import write_tensors
+from supra_cli.core.data.rows import Batch
+from supra_cli.core.errors import SupraError
+from supra_cli.core.train.state import Counters
+from supra_cli.core.train.step import Outcome
+
+MOST_SKIPPED = 100
+"""Steps that a run may leave out before it gives up."""
+
+
+def leave_out(
+    outcome: Outcome,
+    micro_batches: Sequence[Batch],
+    student: nn.Module,
+    counters: Counters,
+    kind: str,
+    policy: Literal["stop", "skip"],
+    folder: Path,
+) -> str:
+    """Keep the batch of the next step below `folder`; the sentence about it.
+
+    SupraError when that is no fault of the batch, or when the run is to stop at it.
+    """
+    counters.skipped_steps += 1
+    number = counters.step + 1
+    facts = {"stage": counters.stage, "kind": kind, "step": number}
+    facts |= {"loss": str(outcome.loss), "grad_norm": str(outcome.grad_norm)}
+    kept = dump(folder / f"step-{number:06d}", micro_batches, facts)
+    told = (
+        f"loss {outcome.loss} and gradient norm {outcome.grad_norm} in stage {counters.stage} ({kind}), "
+        f"step {number}; nothing was updated and the batch is kept in {kept}"
+    )
+    spoilt = [name for name, parameter in student.named_parameters() if not parameter.isfinite().all()]
+    if spoilt:
+        raise SupraError(f"{told}; the weight {spoilt[0]} is not finite: start over, with a lower learning rate")
+    if policy == "stop":
+        raise SupraError(f"{told}; go on without it with --resume --set non_finite=skip, or lower the learning rate")
+    if counters.skipped_steps > MOST_SKIPPED:
+        raise SupraError(f"{told}; that is the {counters.skipped_steps}th, so it is not the batch: start over")
+    return told
+
+
+def dump(folder: Path, micro_batches: Sequence[Batch], facts: dict[str, object]) -> Path:
+    """Keep the batch of a step that went wrong, to look at: `batch.safetensors` and `facts.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = Batch(*(torch.cat(parts) for parts in zip(*micro_batches, strict=True)))
+    write_tensors(whole._asdict(), folder / "batch.safetensors")
+    (folder / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    return folder
