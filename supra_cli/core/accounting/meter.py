@@ -1,52 +1,82 @@
-"""FLOPs and live bytes of whatever runs while the meter is on, with storage or without."""
+"""FLOPs and live bytes of whatever runs while the meter is on, with storage or without.
+
+The linear attention operator is one call to PyTorch, and its form for CPUs is made of many: what it takes inside is
+counted by running that form on the first tokens.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
-# The attention that the CPU runs is not in PyTorch's register; it takes what the others take.
+# Neither the CPU's attention nor products in place are in PyTorch's register; they take what the others take.
 _FLOPS = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward
     ],
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
 }
+
+_QUESTIONS = (_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default)
+_NUMBERS = 1 << 18
+"""Of q: two of the operator's blocks, each of which needs the same."""
+_TOKENS = 128
+"""At least: two of its chunks."""
+_KERNEL = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
 class Meter(TorchDispatchMode):
     """Adds up FLOPs and follows the bytes of all storages made while it is on, and their highest sum.
 
-    `copies` are those among them that are weights in another dtype.
+    What a program asks of data that are not there is answered with one: yes, a row holds more than one document.
     """
 
-    def __init__(self, *models: nn.Module | None):
+    def __init__(self, *given: nn.Module | Tensor | None):
+        """Counts nothing that is `given`."""
         super().__init__()
         self.flops = 0
         self.live = 0
         self.peak = 0
-        self.copies = 0
-        weights = [p.untyped_storage()._cdata for model in models if model is not None for p in _tensors(model)]
-        self._weights = frozenset(weights)
-        self._known = set(weights)
+        self.copies_at_peak = 0
+        """Those bytes of `peak` that are weights in another dtype."""
+        self.elsewhere = 0
+        """Bytes that whoever runs says are in another memory."""
+        self.peak_of_both = 0
+        self._copies = 0
+        self._given = [one for one in given if one is not None]
+
+    def __enter__(self):
+        weights = {tensor.untyped_storage()._cdata for one in self._given for tensor in _tensors(one)}
+        self._weights, self._known = weights, set(weights)
+        return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function in _QUESTIONS and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            return _yes(function, args[0].dtype)
         output = function(*args, **kwargs)
-        if count := _FLOPS.get(function.overloadpacket):
+        within = inside(function, args)
+        if within is not None:
+            self.flops += within.flops
+        elif count := _FLOPS.get(function.overloadpacket):
             self.flops += count(*args, **kwargs, out_val=output)
-        copied = function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
+        copied = function is _aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage(), copied)
+        self._reach(0 if within is None else within.scratch)
         return output
 
     def _see(self, storage: torch.UntypedStorage, copied: bool) -> None:
@@ -56,16 +86,66 @@ class Meter(TorchDispatchMode):
         size = storage.nbytes()
         self._known.add(key)
         self.live += size
-        self.peak = max(self.peak, self.live)
-        self.copies += size * copied
+        self._copies += size * copied
         weakref.finalize(storage, self._forget, key, size, copied)
+
+    def _reach(self, scratch: int) -> None:
+        now = self.live + scratch
+        if now > self.peak:
+            self.peak, self.copies_at_peak = now, self._copies
+        self.peak_of_both = max(self.peak_of_both, now + self.elsewhere)
 
     def _forget(self, key: int, size: int, copied: bool) -> None:
         self._known.discard(key)
         self.live -= size
-        self.copies -= size * copied
+        self._copies -= size * copied
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _tensors(given: nn.Module | Tensor) -> Iterator[Tensor]:
+    if isinstance(given, Tensor):
+        yield given
+    else:
+        yield from given.parameters()
+        yield from given.buffers()
+
+
+def _yes(question: torch._ops.OpOverload, dtype: torch.dtype) -> bool | int | float:
+    if question is _aten.is_nonzero.default or dtype == torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else 1
+
+
+class Inside(NamedTuple):
+    flops: int
+    scratch: int
+    """Bytes above those of what is returned."""
+
+
+def inside(function: torch._ops.OpOverload, args: tuple) -> Inside | None:
+    """What a call of `function` takes; None for any but the operator's chunked form."""
+    if function not in (torch.ops.supra.chunk.default, torch.ops.supra.chunk_backward.default):
+        return None
+    return _inside(function, tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in args))
+
+
+@lru_cache(maxsize=64)
+def _inside(function: torch._ops.OpOverload, described: tuple) -> Inside:
+    """By running it on the first tokens, without storage: each block after the first takes what that one takes."""
+    backward = function is torch.ops.supra.chunk_backward.default
+    (batch, tokens, heads, width), _ = described[0]
+    some = min(tokens, max(_TOKENS, _NUMBERS // (batch * heads * width) // _TOKENS * _TOKENS))
+
+    def shortened(shape: torch.Size) -> tuple[int, ...]:
+        return (batch, some, *shape[2:]) if shape[:2] == (batch, tokens) else shape
+
+    # A torch.device(...) around the plan is a function mode, which would make an ordinary call of that of one kernel.
+    with FakeTensorMode(), torch._C.DisableTorchFunction():
+        args = [torch.empty(shortened(x[0]), dtype=x[1]) if isinstance(x, tuple) else x for x in described]
+        if backward:
+            q, k, v, g, segment, _, scale, _ = args[2:]
+            args[7] = torch.ops.supra.chunk(q, k, v, g, None, segment, scale, True)[2]
+        counted = Meter(*(x for x in args if isinstance(x, Tensor)))
+        with counted:
+            returned = function._op_dk(_KERNEL, *args)
+        scratch = counted.peak - sum(tensor.nbytes for tensor in returned)
+    return Inside(counted.flops * tokens // some, max(0, scratch))

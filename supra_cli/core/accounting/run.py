@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +17,10 @@ from supra_cli.core.accounting.meter import Meter
 from supra_cli.core.accounting.model import ModelPlan, measure
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.stages import Stage, stages
+from supra_cli.core.stages import stages
 from supra_cli.core.train.optimizer import moment_bytes
 from supra_cli.core.train.prepare import prepare
+from supra_cli.core.train.step import Stepper
 
 if TYPE_CHECKING:
     from supra_cli.core import recipe as recipes
@@ -59,6 +58,8 @@ class Memory:
     """Everything else that is alive when most is, in one micro-batch."""
     host: int
     """fp32 weights, gradients and moments in CPU memory, where the optimizer keeps them there."""
+    together: int
+    """The most that device and host hold at one moment: what a run on a CPU takes, where they are one memory."""
 
     @property
     def total(self) -> int:
@@ -117,7 +118,7 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16) -> Plan:
     config = student_config(recipe)
     size = measure(config, getattr(torch, recipe.checkpoint.dtype))
     with FakeTensorMode(), torch.device("cpu"):
-        student = _built(config, torch.float32)
+        student = _built(config, torch.float32).train()
         stage_plans = tuple(_stage(recipe, spec, student, dtype) for spec in recipe.stages)
     return Plan(size, str(dtype).removeprefix("torch."), stage_plans)
 
@@ -135,16 +136,22 @@ def student_config(recipe: recipes.Recipe) -> SupraConfig:
 def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalLM, dtype: torch.dtype) -> StagePlan:
     stage_class = stages.get(spec.kind)
     stage = stage_class(stage_class.Options(**spec.options))
-    moving = [parameter.numel() for _, parameter in prepare(student, stage, spec)]
-    trained, offloaded = sum(moving), spec.optimizer == OFFLOAD
-    teacher = _teacher_config(recipe, spec) if stage.teacher == "separate" else None
-    cost = _cost(recipe, spec, stage, student.config, teacher, dtype)
-    gradients = 0 if offloaded else 4 * trained
-    moments = sum(moment_bytes(spec.optimizer, numbers) for numbers in moving)
+    trained = prepare(student, stage, spec)
+    moving = [parameter.numel() for _, parameter in trained]
+    config = _teacher_config(recipe, spec) if stage.teacher == "separate" else None
+    teacher = None if config is None else _built(config, dtype).eval().requires_grad_(False)
     rows, micro_rows, length = recipe.rows(spec), recipe.micro_rows(spec), recipe.seq_len(spec)
     steps = recipe.steps(spec)
-    # Later passes of a step find the gradients in place; in a single one they grow as the activations are given back.
-    beside = gradients if rows == micro_rows else 0
+    ids = torch.zeros((micro_rows, length), dtype=torch.long)
+    batch = FullBatch(ids, None if recipe.data.documents == "joined" else ids, ids)
+    passes = min(2, -(-rows // micro_rows))  # the second is the first that finds gradients in place
+    meter = Meter(student, teacher)
+    with offloaded(trained, dtype, meter) if spec.optimizer == OFFLOAD else nullcontext():
+        optimizer = torch.optim.SGD([parameter for _, parameter in trained], lr=0.0)  # moments are counted below
+        stepper = Stepper(stage, student, teacher, optimizer, spec.clip_norm, torch.device("cpu"), dtype)
+        with meter:
+            stepper.take([batch] * passes)
+        memory = _memory(spec, student, teacher, moving, meter)
     return StagePlan(
         kind=spec.kind,
         tokens=steps * rows * length,
@@ -152,17 +159,30 @@ def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalL
         rows=rows,
         micro_rows=micro_rows,
         seq_len=length,
-        trainable=trained,
-        flops=cost.flops * steps * rows // micro_rows,
-        memory=Memory(
-            weights=_parameter_bytes(student) - (4 - dtype.itemsize) * trained * offloaded,
-            copies=cost.copies,
-            gradients=gradients,
-            optimizer=0 if offloaded else moments,
-            teacher=0 if teacher is None else _parameter_bytes(_built(teacher, dtype)),
-            activations=max(0, cost.kept - beside) + cost.passing,
-            host=(4 + 4) * trained + moments if offloaded else 0,
-        ),
+        trainable=sum(moving),
+        flops=meter.flops * steps * rows // (micro_rows * passes),
+        memory=memory,
+    )
+
+
+def _memory(
+    spec: recipes.Stage, student: nn.Module, teacher: nn.Module | None, moving: Sequence[int], meter: Meter
+) -> Memory:
+    offloading = spec.optimizer == OFFLOAD
+    weights, moments = _parameter_bytes(student), sum(moment_bytes(spec.optimizer, numbers) for numbers in moving)
+    gradients = 0 if offloading else 4 * sum(moving)
+    beside = 0 if teacher is None else _parameter_bytes(teacher)
+    copies = min(meter.copies_at_peak, meter.peak - gradients)
+    held = weights + moments + beside + (4 * sum(moving) if offloading else 0)
+    return Memory(
+        weights=weights,
+        copies=copies,
+        gradients=gradients,
+        optimizer=0 if offloading else moments,
+        teacher=beside,
+        activations=meter.peak - gradients - copies,
+        host=(4 + 4) * sum(moving) + moments if offloading else 0,
+        together=held + meter.peak_of_both,
     )
 
 
@@ -173,94 +193,41 @@ def _teacher_config(recipe: recipes.Recipe, spec: recipes.Stage) -> SupraConfig 
     return checkpoint.read_config(hub.config_folder(hub.resolve(name)))
 
 
-class Cost(NamedTuple):
-    """Of one micro-batch, forward and backward."""
-
-    flops: int
-    copies: int
-    """Bytes of the weights' copies in the computing dtype that the forward pass leaves for the backward pass."""
-    kept: int
-    """Other bytes that the forward pass leaves for the backward pass."""
-    passing: int
-    """Bytes beyond that, and beyond the gradients, that are alive for a moment."""
-
-
-def _cost(
-    recipe: recipes.Recipe,
-    spec: recipes.Stage,
-    stage: Stage,
-    config: SupraConfig,
-    teacher: SupraConfig | None,
-    dtype: torch.dtype,
-) -> Cost:
-    """The cost with all layers, from models of one and two layers: every further layer of a kind costs the same."""
-    first = config.swap.layers[0]
-
-    def probe(*layers: str, teacher_layers: int = 1) -> Cost:
-        student = _built(_cut(config, layers), torch.float32).train()
-        trained = prepare(student, stage, spec)
-        if spec.optimizer == OFFLOAD:
-            offload(trained, dtype)
-        beside = None if teacher is None else _built(_cut(teacher, teacher.swap.layers[:teacher_layers]), dtype).eval()
-        with stage.attached(student):
-            return one_pass(stage, student, beside, recipe.micro_rows(spec), recipe.seq_len(spec), dtype)
-
-    one = probe(first)
-    further = [(probe(first, kind), count) for kind, count in Counter(config.swap.layers[1:]).items()]
-    if teacher is not None:
-        further.append((probe(first, teacher_layers=2), len(teacher.swap.layers) - 1))
-    sums = [at_one + sum(count * (two[i] - at_one) for two, count in further) for i, at_one in enumerate(one[:3])]
-    return Cost(*sums, passing=max(cost.passing for cost in (one, *(two for two, _ in further))))
-
-
-def _cut(config: SupraConfig, layers: Sequence[str]) -> SupraConfig:
-    """`config` with these layers alone."""
-    base = copy.deepcopy(config.plain())
-    if getattr(base, "layer_types", None):
-        base.layer_types = base.layer_types[: len(layers)]
-    base.num_hidden_layers = len(layers)
-    swap = config.swap
-    return SupraConfig.from_base(base, mixer=swap.mixer, options=swap.options, layers=layers)
-
-
 def _built(config: SupraConfig, dtype: torch.dtype) -> SupraForCausalLM:
     return SupraForCausalLM._from_config(config, dtype=dtype)
 
 
-def offload(trained: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
+@contextmanager
+def offloaded(trained: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype, meter: Meter) -> Iterator[None]:
     """Let the device have what it has under the offloading optimizer: weights in `dtype`, gradients for a moment."""
+    masters = [parameter.data for _, parameter in trained]
+    gone: set[Tensor] = set()
+
+    def hand_over(parameter: Tensor) -> None:
+        parameter.grad = None
+        meter.elsewhere += 0 if parameter in gone else 4 * parameter.numel()
+        gone.add(parameter)
+
     for _, parameter in trained:
         parameter.data = parameter.data.to(dtype)
-        parameter.register_post_accumulate_grad_hook(_drop)
-
-
-def _drop(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def one_pass(
-    stage: Stage, student: nn.Module, teacher: nn.Module | None, rows: int, length: int, dtype: torch.dtype
-) -> Cost:
-    """The cost of `rows` rows of `length` tokens, by running them."""
-    ids = torch.zeros((rows, length), dtype=torch.long)
-    batch = FullBatch(ids, None, ids)
-    meter = Meter(student, teacher)
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
-    with meter:
-        with autocast:
-            loss = stage.loss(student, teacher, batch).sum
-        copies, kept = meter.copies, meter.live - meter.copies
-        loss.backward()
-    gradients = sum(parameter.nbytes for parameter in student.parameters() if parameter.grad is not None)
-    return Cost(meter.flops, copies, kept, max(0, meter.peak - copies - max(kept, gradients)))
+    hooks = [parameter.register_post_accumulate_grad_hook(hand_over) for _, parameter in trained]
+    try:
+        yield
+    finally:
+        for (_, parameter), master, hook in zip(trained, masters, hooks, strict=True):
+            parameter.data = master
+            hook.remove()
 
 
 class FullBatch(Batch):
-    """A batch in which every position has a target, countable without looking at the labels."""
+    """A batch in which every position has a target, countable without looking at the labels; it stays where it is."""
 
     @property
     def targets(self) -> int:
         return self.labels.numel()
+
+    def to(self, device: torch.device) -> FullBatch:
+        return self
 
 
 def _parameter_bytes(model: nn.Module) -> int:
