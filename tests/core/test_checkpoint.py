@@ -196,10 +196,20 @@ def test_when_only_mixers_changed_the_bases_shards_are_linked(converted, tmp_pat
     model = checkpoint.load(converted)
     for name, parameter in model.named_parameters():
         parameter.data.add_(1 if ".mixer." in name else 0)
-    checkpoint.save(model, tmp_path / "out", source=converted, provenance={}, changed="mixers")
+    checkpoint.save(model, tmp_path / "out", source=converted, provenance={}, unchanged=converted)
     assert (tmp_path / "out" / "model-base.safetensors").samefile(converted / "model-base.safetensors")
     again = checkpoint.load(tmp_path / "out")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+    checkpoint.verify(tmp_path / "out")
+
+
+def test_a_shard_that_holds_a_mixer_too_is_not_linked(converted, tmp_path):
+    model = checkpoint.load(converted)
+    model.save_pretrained(tmp_path / "merged")
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(1 if ".mixer." in name else 0)
+    checkpoint.save(model, tmp_path / "out", source=converted, provenance={}, unchanged=tmp_path / "merged")
+    assert torch.equal(checkpoint.load(tmp_path / "out")(IDS).logits, model(IDS).logits)
     checkpoint.verify(tmp_path / "out")
 
 

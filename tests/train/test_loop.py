@@ -73,6 +73,38 @@ def test_transfer_leaves_the_base_as_it_was(recipe_file: Write, base: Path, tmp_
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("more", "linked"),
+    [({}, True), ({"train": "mixer"}, True), ({"train": "all"}, False), ({"train": "mixer", "untie": True}, False)],
+)
+def test_a_base_that_did_not_move_is_linked(more: dict, linked: bool, recipe_file: Write, tmp_path: Path) -> None:
+    """In bf16 checkpoints too: the base's own shards are exact, whatever their dtype. The whole run resumes from it."""
+    stages = one_stage("transfer", tokens=64) + (one_stage("finetune", tokens=64, **more) if more else [])
+    settings = {"stages": stages, "checkpoint": {"every_steps": 1, "keep_last": 2, "dtype": "bfloat16"}}
+    run(recipe_file(**settings), tmp_path / "run")
+    shard = "model-base.safetensors"
+    base = tmp_path / "run" / "converted" / shard
+    assert (tmp_path / "run" / "step-000001" / shard).samefile(base)
+    assert (tmp_path / "run" / "last" / shard).samefile(base) == linked
+    checkpoint.verify(tmp_path / "run" / "last")
+
+
+def test_a_base_that_was_converted_anew_is_not_linked(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+    """`--model` names a folder that others may write to while the run goes on."""
+    settings = {"mixer": "supra", "options": {}, "keep": "none", "seed": 0}
+    folder = checkpoint.convert(base, tmp_path / "student", **settings)
+    recipe = recipes.load(recipe_file(stages=one_stage("transfer")), lookup=lookup)
+    events = loop.uptrain(recipe, tmp_path / "run", model=folder)
+    next(event for event in events if isinstance(event, Step))
+    model = checkpoint.load(base)
+    before = model.get_input_embeddings().weight.detach().clone()
+    model.get_input_embeddings().weight.data.zero_()
+    checkpoint.save(model, tmp_path / "other", source=base, provenance={})
+    checkpoint.convert(tmp_path / "other", folder, **settings, overwrite=True)
+    assert isinstance(list(events)[-1], Finished)
+    assert torch.equal(checkpoint.load(tmp_path / "run" / "last").get_input_embeddings().weight, before)
+
+
 def test_held_out_losses_are_those_of_the_models(recipe_file: Write, base: Path, tmp_path: Path) -> None:
     """Recomputed row by row on the saved model, and on the base through transformers alone."""
     from transformers import LlamaForCausalLM

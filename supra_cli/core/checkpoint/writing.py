@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +37,15 @@ def save(
     *,
     source: Path | str | None,
     provenance: Mapping[str, Any],
-    changed: Literal["all", "mixers"] = "all",
+    unchanged: Path | str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a whole model directory, or nothing; an existing non-empty `path` is refused unless `overwrite`.
 
-    Tokenizer and generation config come from `source`. With changed = "mixers" so do the base's shards, and only the
-    mixers are written. `dtype` is that of the weights written (None: the model's own); `provenance` goes into
-    supra.json.
+    Tokenizer and generation config come from `source`. `unchanged` is a model that differs in its mixers alone: the
+    other shards are its own, linked and in their dtype, unless one holds a mixer too. `dtype` is that of the weights
+    written (None: the model's own); `provenance` goes into supra.json.
     """
     source = None if source is None else Path(source)
     config = copy.deepcopy(model.config)
@@ -57,15 +57,22 @@ def save(
     base = revert_weight_conversion(model, {name: tensor for name, tensor in state.items() if name not in mixers})
     with atomic_directory(path, overwrite=overwrite) as directory:
         known: Hashes = {}
-        if changed == "mixers":
-            kept = {name: entry.file for name, entry in tensors(source).items() if name not in mixers}
-            placed, known = link_shards(source, directory, kept)
+        if kept := {} if unchanged is None else _without_mixers(Path(unchanged)):
+            placed, known = link_shards(Path(unchanged), directory, kept)
         else:
             placed = write_shards(_cast(base, dtype), directory, "base", _size(base, dtype))
         placed |= write_shards(_cast(mixers, dtype), directory, "mixers", _size(mixers, dtype))
         parent = {"parent": None if source is None else digest(read_provenance(source).get("files"))}
         finish(directory, config, placed, known, source=source, provenance=parent | dict(provenance))
     return Path(path)
+
+
+def _without_mixers(path: Path) -> dict[str, str]:
+    """Tensor → file of a model's shards that hold no mixer; nothing where one holds both."""
+    files = {name: entry.file for name, entry in tensors(path).items()}
+    mixed = {file for name, file in files.items() if ".mixer." in name}
+    kept = {name: file for name, file in files.items() if ".mixer." not in name}
+    return {} if mixed & set(kept.values()) else kept
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -30,7 +30,7 @@ from supra_cli.core.train import origin, state
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
 from supra_cli.core.train.nonfinite import leave_out
 from supra_cli.core.train.optimizer import adamw, lr_factor, masters_in_place, release, set_lr
-from supra_cli.core.train.prepare import prepare, rehearse, stage_of, teacher_of
+from supra_cli.core.train.prepare import moves_base, prepare, rehearse, stage_of, teacher_of
 from supra_cli.core.train.run import RunDirectory, environment
 from supra_cli.core.train.state import Counters
 from supra_cli.core.train.step import Stepper, computing_in
@@ -296,7 +296,14 @@ class Trainer:
         dtype = getattr(torch, self.recipe.checkpoint.dtype)
         with self.run.writing(counters.step) as folder, masters_in_place(optimizer):
             masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
-            checkpoint.save(self.student, folder, source=self.run.tokenizer, provenance=self._provenance(), dtype=dtype)
+            checkpoint.save(
+                self.student,
+                folder,
+                source=self.run.tokenizer,
+                unchanged=self._unchanged(),
+                provenance=self._provenance(),
+                dtype=dtype,
+            )
             state.save(folder / "training", counters, optimizer, masters, self.mixture.state())
         path = self.run.step_path(counters.step)
         self.run.link("last", path)
@@ -305,6 +312,13 @@ class Trainer:
         self.run.prune(self.recipe.checkpoint.keep_last)
         yield Saved(path)
         self._clock = time.perf_counter()
+
+    def _unchanged(self) -> Path | None:
+        """The converted model, as long as it is there as it was and only mixers have moved since."""
+        converted, stages = self.run.path / "converted", self.recipe.stages[: self.counters.stage + 1]
+        if self.origin.parent is None or any(moves_base(self.student, spec) for spec in stages):
+            return None
+        return converted if checkpoint.fingerprint(converted) == self.origin.parent else None
 
     def _provenance(self) -> dict:
         return {

@@ -74,6 +74,13 @@ def select(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[s
     return chosen
 
 
+def moves_base(student: nn.Module, spec: recipe.Stage) -> bool:
+    """Whether the stage changes any weight but the mixers'."""
+    stage = stage_of(spec)
+    base = (name for name, _ in student.named_parameters() if not is_mixer(name))
+    return spec.untie or (spec.train == "all" and any(stage.trains(name) for name in base))
+
+
 def checkpoint_activations(student: nn.Module, on: bool) -> None:
     """Compute the blocks' activations again in the backward pass, or keep them."""
     # transformers 5.23 renamed these from `gradient_checkpointing_*`.
