@@ -142,8 +142,8 @@ def test_every_bundled_configuration_is_json_that_belongs_to_an_alias():
     from supra_cli.core import hub
 
     configs = ROOT / "supra_cli" / "assets" / "configs"
-    bundled = {path.relative_to(configs).with_suffix("").as_posix(): path for path in configs.rglob("*.json")}
-    # Names have dots, as in Llama-3.1-8B, so only the last suffix counts.
+    bundled = {path.relative_to(configs).parent.as_posix(): path for path in configs.rglob("*.json")}
+    assert {path.name for path in bundled.values()} == {"config.json"}
     assert set(bundled) == set(hub.ALIASES.values())
     for path in bundled.values():
         assert json.loads(path.read_text())["model_type"]
