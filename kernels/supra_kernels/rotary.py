@@ -14,11 +14,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, form: str | None = None) -> T
     """x [B,T,H,K] with its positions in it; cos, sin [B,T,K] or [1,T,K], without gradients of their own.
 
     The Triton form, taken on a GPU, reads x and writes the result once, in fp32 between; the others, which the names of
-    `linear_attention`'s mean alike, run PyTorch's operations in the dtypes given.
+    `linear_attention`'s mean alike, run PyTorch's operations in the dtypes given. float64 is refused by Triton's.
     """
     if form is None:
         form = "triton" if x.is_cuda and x.dtype != torch.float64 else "chunk"
     if form == "triton":
+        if x.dtype == torch.float64:
+            raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
         return torch.ops.supra.rotary(x, cos, sin, False)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     x1, x2 = x.chunk(2, dim=-1)

@@ -43,6 +43,12 @@ def test_rotary_and_its_gradient_equal_a_matrix_and_its_transpose(shape, tables,
     torch.testing.assert_close(leaf.grad.cpu().double(), (R.mT @ dy.double().unsqueeze(-1)).squeeze(-1), **CLOSE)
 
 
+def test_rotary_by_triton_refuses_float64():
+    x, _, cos, sin = (t.double() for t in operands(1, 1, 1, 2, 1))
+    with pytest.raises(ValueError, match="float64"):
+        rotary(x, cos, sin, form="triton")
+
+
 def test_rotary_by_triton_keeps_the_dtype_takes_strides_and_passes_opcheck():
     pytest.importorskip("triton")
     x, _, cos, sin = (t.to(DEVICE) for t in operands(2, 3, 4, 8, 1))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from supra_cli.core.archs import Arch, Rope, archs, head_spec
 from supra_cli.core.layout import HeadSpec
+from supra_cli.core.ops import rotary
 
 
 def spec(attention: nn.Module) -> HeadSpec:
@@ -30,9 +30,7 @@ def normed_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def rotate(attention: nn.Module, x: Tensor, tables: Rope) -> Tensor:
     """x cos + (-x₂, x₁) sin, with x₁ and x₂ the halves of a head."""
-    cos, sin = (table.unsqueeze(-2) for table in tables)
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+    return rotary(x, *tables)
 
 
 LLAMA = Arch(
