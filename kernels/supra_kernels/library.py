@@ -89,7 +89,7 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _state(q: Tensor, k: Tensor, v: Tensor, sums: bool = False) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3] + sums, dtype=compute_dtype(q, k, v))
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3] + int(sums), dtype=compute_dtype(q, k, v))
 
 
 @torch.library.register_fake("supra::chunk", lib=library)

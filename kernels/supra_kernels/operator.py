@@ -103,7 +103,8 @@ def _check(
         )
     if g is not None and g.shape != (heads,) and g.shape != (batch, length, heads):
         raise ValueError(f"g is None, [{heads}] or [{batch}, {length}, {heads}], got {tuple(g.shape)}")
-    if state is not None and state.shape != (batch, heads, key_dim, v_dim + sums):
-        raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {v_dim + sums}], got {tuple(state.shape)}")
+    state_dim = v_dim + int(sums)
+    if state is not None and state.shape != (batch, heads, key_dim, state_dim):
+        raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {state_dim}], got {tuple(state.shape)}")
     if segment is not None and segment.shape != (batch, length):
         raise ValueError(f"segment is [{batch}, {length}], got {tuple(segment.shape)}")
