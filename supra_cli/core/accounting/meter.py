@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from supra_cli.core.accounting.attention import SDPA_FLOPS
 
 _aten = torch.ops.aten
-# Neither the CPU's attention nor products in place are in PyTorch's register; they take what the others take.
 _FLOPS = {
     **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-    _aten.baddbmm_: flop_registry[_aten.baddbmm],
+    **{operation: shape_wrapper(formula) for operation, formula in SDPA_FLOPS.items()},
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],  # products in place are not in PyTorch's register
 }
 
 _QUESTIONS = (_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default)

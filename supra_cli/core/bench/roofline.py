@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from supra_cli.core import ops
+from supra_cli.core.accounting.attention import SDPA_FLOPS
 from supra_cli.core.bench.timing import Run
 
 MATRIX = {"cpu": 1024, "cuda": 8192}
@@ -52,16 +53,14 @@ def operator_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int
 
 def counted_flops(run: Run) -> int:
     """FLOPs of whatever `run` multiplies; causal softmax attention by whole squares, as PyTorch counts it."""
-    supra, softmax_on_cpu = torch.ops.supra, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    supra = torch.ops.supra
     formulas = {
+        **SDPA_FLOPS,
         supra.chunk: lambda q, k, v, *_, **__: _chunked(q, v, "cpu")[0],
         supra.triton: lambda q, k, v, *_, **__: _chunked(q, v, "cuda")[0],
         supra.chunk_backward: lambda do, dS, q, k, v, *_, **__: _chunked(q, v, "cpu")[1],
         supra.triton_backward: lambda do, dS, q, k, v, *_, **__: _chunked(q, v, "cuda")[1],
         supra.triton_step: lambda q, k, v, *_, **__: 4 * q[0] * q[1] * q[2] * q[3] * v[3],
-        softmax_on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        backward_on_cpu: lambda do, q, k, v, *_, **__: sdpa_backward_flop_count(do, q, k, v),
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
