@@ -175,3 +175,10 @@ def _mutate(value: Any, chance: random.Random) -> None:
         elif isinstance(value, dict):
             value[chance.choice(["lr", "zzz", "name", "options", "self", "model_fields"])] = chance.choice(JUNK)
         return
+
+
+def test_a_shipped_recipe_is_read_by_its_name_unless_a_file_has_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipes.load(Path("t2r")) == recipes.load(recipes.find("t2r"))
+    (tmp_path / "t2r").write_text(recipes.find("demo").read_text(encoding="utf-8"), encoding="utf-8")
+    assert recipes.load(Path("t2r")) == recipes.load(recipes.find("demo"))

@@ -150,6 +150,31 @@ def test_transfer_compares_every_layer_on_the_teachers_own_input(student, batch:
     assert all("forward" not in vars(layer) for layer in layers)
 
 
+def test_transfer_begins_with_the_gains_of_least_squares(base: Path, tmp_path: Path, batch: Batch) -> None:
+    """At the minimum of Σ (gain · n − taught)² over one head, its derivative Σ (gain · n − taught) · n is zero."""
+    checkpoint.convert(base, tmp_path / "gained", mixer="supra", options={"gain": "head"}, keep="none", seed=0)
+    student = checkpoint.load(tmp_path / "gained")
+    others = {name: value.clone() for name, value in student.state_dict().items() if not name.endswith("gain")}
+    make("transfer").begin(student, batch)
+    assert all(value.equal(student.state_dict()[name]) for name, value in others.items())
+
+    seen: list[tuple[Tensor, Tensor]] = []
+    for _, layer in student.swapped_layers():
+
+        def spy(hidden_states, position_embeddings=None, layout=None, layer=layer, **kwargs):
+            taught = layer.softmax_heads(hidden_states, position_embeddings, layout)
+            seen.append((layer.heads(hidden_states, position_embeddings, layout)[0], taught))
+            return layer.arch.out(layer, taught.flatten(-2)), None
+
+        layer.forward = spy
+    with torch.no_grad():
+        student(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    for got, taught in seen:
+        slope = ((got - taught) * got).sum((0, 1, 3))
+        assert (slope.abs() <= 1e-4 * got.square().sum((0, 1, 3))).all()
+        assert not torch.allclose(got, taught)
+
+
 def test_transfer_moves_mixers_only_and_no_gradient_crosses_layers(student, batch: Batch) -> None:
     stage = make("transfer")
     chosen = select(student, stage, spec())

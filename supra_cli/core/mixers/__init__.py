@@ -57,6 +57,11 @@ class Mixer(nn.Module):
         """What the heads can be asked to equal, given the teacher's o [B,T,H,V]: o, or o normalised as they are."""
         return o
 
+    def fit(self, o: Tensor, taught: Tensor) -> None:
+        """Set the parameters that have a closed form so that the mixer's own o comes near the teacher's, both
+        [B,T,H,V]; called without gradient at the start of attention transfer.
+        """
+
 
 mixers: Registry[type[Mixer]] = Registry("mixer", package="supra_cli.core.mixers", group="supra.mixers")
 

@@ -56,6 +56,9 @@ class Retaining(MatrixMixer):
     def target(self, o: Tensor) -> Tensor:
         return self.norm.target(o)
 
+    def fit(self, o: Tensor, taught: Tensor) -> None:
+        self.norm.fit(o, taught)
+
 
 def log_decay(rule: SlopeRule, heads: int, device: torch.device | str) -> Tensor | None:
     """g_h = log γ_h ≤ 0 of every head, [H] fp32; None without decay."""
@@ -106,9 +109,19 @@ class HeadNorm(nn.Module):
         """What normed heads can be asked to equal: o, or without a gain, whose scale they cannot reach, o normed."""
         return self(o) if self.gain is None else o
 
+    def fit(self, o: Tensor, taught: Tensor) -> None:
+        """Least squares for the gain: gain_h ← gain_h · Σ o_h·taught_h / Σ o_h·o_h."""
+        if self.gain is not None:
+            self.gain *= (dots(o, taught) / dots(o, o))[:, None]
+
     def reset_parameters(self) -> None:
         if self.gain is not None:
             nn.init.ones_(self.gain)
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a·b of every head, [H] fp32, over batch, tokens and width of [B,T,H,V]."""
+    return (a.float() * b.float()).sum((0, 1, 3))
 
 
 class DenseMap(nn.Linear):

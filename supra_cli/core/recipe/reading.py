@@ -18,13 +18,17 @@ _SHIPPED = Path(__file__).resolve().parent.parent.parent / "assets" / "recipes"
 
 
 def load(path: Path, overrides: Iterable[str] = (), *, lookup: Lookup | None = None) -> Recipe:
-    """Read, override and validate the recipe at `path`; its relative data paths come back absolute.
+    """Read, override and validate the recipe at `path`, a file or the name of a shipped one; its relative data paths
+    come back absolute.
 
     `overrides` are `key.path=value` strings (values in TOML, bare words taken as text), as given to `--set`.
     Raises UsageError listing every problem with its key path.
     """
+    path = Path(path)
+    if not path.exists():
+        path = shipped().get(str(path), path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; `supra recipe list` names the shipped ones") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -35,7 +39,7 @@ def load(path: Path, overrides: Iterable[str] = (), *, lookup: Lookup | None = N
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         _override(raw, override)
-    return _anchor(validate(raw, str(path), lookup=lookup), Path(path).resolve().parent)
+    return _anchor(validate(raw, str(path), lookup=lookup), path.resolve().parent)
 
 
 def shipped() -> dict[str, Path]:

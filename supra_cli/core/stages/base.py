@@ -40,6 +40,9 @@ class Stage(ABC):
         """How many tokens of a batch the loss is a sum over: those with a next token to predict."""
         return batch.targets
 
+    def begin(self, student: nn.Module, batch: Batch) -> None:  # noqa: B027 - few stages do
+        """Set what needs data but no gradient, on the first rows of the stage, before its first step."""
+
     def attached(self, student: nn.Module) -> AbstractContextManager:
         """What has to be in place around `loss` and its backward pass; between steps the student is itself again."""
         return nullcontext()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -23,9 +23,11 @@ class Transfer(Stage):
     Both run on the teacher's own layer input, and the teacher's output is what goes on to the next layer, so the layers
     learn independently and no gradient crosses them. ô is `Mixer.target` of the softmax heads: a mixer that normalises
     its heads is compared with the teacher's normalised in the same way, before the output projection (its scale is out
-    of its reach). Logged beside the loss: `layer.N`, its parts, and `output`, the mean over layers of the relative
-    squared error after the output projection. Only mixers move: the projections are shared with the teacher, which must
-    not. Source: as in LoLCATs, arXiv:2410.10254, and RADLADS, arXiv:2505.03005, step 1.
+    of its reach); one with a gain is compared with ô itself, and first given its scale in closed form (`Mixer.fit`).
+    Logged beside the loss: `layer.N`, its parts, and `output`, the mean over layers of the relative squared error after
+    the output projection. Only mixers move: the projections are shared with the teacher, which must not.
+
+    Source: as in LoLCATs, arXiv:2410.10254, and RADLADS, arXiv:2505.03005, step 1; the fit is ours.
     """
 
     teacher = "shared"
@@ -36,33 +38,41 @@ class Transfer(Stage):
     def scored(self, batch: Batch) -> int:
         return batch.input_ids.numel()
 
+    @torch.no_grad()
+    def begin(self, student: nn.Module, batch: Batch) -> None:
+        """`Mixer.fit` every mixer to the teacher's heads."""
+        with answering(student, self._fit):
+            run(student, batch)
+
     @contextmanager
     def attached(self, student: nn.Module) -> Iterator[None]:
         """Every swapped layer answers with the teacher's output and puts its own error aside."""
         self._errors: list[tuple[Tensor, Tensor]] = []
-        layers = [layer for _, layer in student.swapped_layers()]
-        for layer in layers:
-            layer.forward = partial(self._compare, layer)
-        try:
+        with answering(student, self._compare):
             yield
-        finally:
-            for layer in layers:
-                del layer.forward
 
     def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Loss:
         self._errors.clear()
         with torch.no_grad():
-            student(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                objective=lambda hidden, head: None,
-            )
+            run(student, batch)
         tokens = self.scored(batch)
         heads = [error for error, _ in self._errors]
         metrics = {f"layer.{number}": error.detach() * tokens for number, error in enumerate(heads)}
         metrics["output"] = torch.stack([error for _, error in self._errors]).mean() * tokens
         return Loss(torch.stack(heads).sum() * tokens, metrics)
+
+    def _fit(
+        self,
+        layer: SwappedAttention,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        layout: Layout | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
+        taught = layer.softmax_heads(hidden_states, position_embeddings, layout)
+        o, _ = layer.heads(hidden_states, position_embeddings, layout)
+        layer.mixer.fit(o, taught)
+        return layer.arch.out(layer, taught.flatten(-2)), None
 
     def _compare(
         self,
@@ -79,6 +89,29 @@ class Transfer(Stage):
             error = relative_error(o, layer.mixer.target(taught))
         self._errors.append((error, relative_error(layer.arch.out(layer, o.flatten(-2)), answer)))
         return answer, None
+
+
+@contextmanager
+def answering(student: nn.Module, forward: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """`forward(layer, ...)` takes the place of every swapped layer's own."""
+    layers = [layer for _, layer in student.swapped_layers()]
+    for layer in layers:
+        layer.forward = partial(forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def run(student: nn.Module, batch: Batch) -> None:
+    """Through the layers alone: neither logits nor a cache."""
+    student(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        objective=lambda hidden, head: None,
+    )
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> Tensor:

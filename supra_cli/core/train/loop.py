@@ -176,6 +176,8 @@ class Trainer:
     def _stage(self, spec: recipes.Stage) -> Iterator[Event]:
         stage = stage_of(spec)
         trained = prepare(self.student, stage, spec)
+        if self.counters.stage_step == 0:
+            self._begin(stage, spec)
         optimizer = adamw(trained, spec, self.dtype)
         if self._checkpoint is not None and self.counters.stage_step:
             state.restore_optimizer(self._checkpoint / "training", optimizer)
@@ -194,6 +196,14 @@ class Trainer:
             yield from self._between_steps(optimizer, steps, spec)
         release(optimizer)
         self.counters.stage, self.counters.stage_step = self.counters.stage + 1, 0
+
+    def _begin(self, stage: Stage, spec: recipes.Stage) -> None:
+        """Show the stage the rows of its first pass, which come again in its first step."""
+        position = self.mixture.state()
+        batch = self.mixture.batch(self.recipe.micro_rows(spec), self.recipe.seq_len(spec))
+        self.mixture.restore(position)
+        with computing_in(self.dtype, self.device):
+            stage.begin(self.student, batch.to(self.device))
 
     def _between_steps(self, optimizer: torch.optim.Optimizer, steps: int, spec: recipes.Stage) -> Iterator[Event]:
         counters = self.counters
