@@ -15,7 +15,7 @@ $(BIN)/supra: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/supra
-	$(OFFLINE) $(BIN)/supra convert tiny --output runs/tiny-supra --overwrite
+	$(OFFLINE) $(BIN)/supra convert tiny --set mixer.gain=head --output runs/tiny-supra --overwrite
 	$(OFFLINE) $(BIN)/supra uptrain --recipe recipes/demo.toml --model runs/tiny-supra --output $(DEMO) --overwrite
 	$(OFFLINE) $(BIN)/supra eval runs/tiny-supra --tasks stdlib_cloze,stdlib_ppl --limit 100 > /dev/null
 	$(OFFLINE) $(BIN)/supra eval $(DEMO) --tasks stdlib_cloze,stdlib_ppl --limit 100 > /dev/null

@@ -3,18 +3,20 @@
 python benchmarks/curves.py --output benchmarks/results/curves.json --figure docs/curves.svg
 
 Both runs of a mixer see the same number of tokens, the transfer's included, with the same rates. `retention` and
-`window` stand beside them, distilled: they have no parameters for a transfer to move. The figure needs matplotlib
-(`pip install '.[plot]'`).
+`window` stand beside them, distilled: they have no parameters for a transfer to move. As many runs at once as there are
+cores, with one thread each. The figure needs matplotlib (`pip install '.[plot]'`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from supra_cli.core.train.run import environment  # noqa: E402
 RECIPE = HERE.parent / "recipes" / "demo.toml"
 MIXERS: dict[str, dict[str, Any]] = {
     "supra": {"name": "supra"},
+    "supra, gain": {"name": "supra", "gain": "head"},
     "t2r": {"name": "t2r", "feature_size": 32},
     "gated": {"name": "gated"},
     "retention": {"name": "retention"},
@@ -44,15 +47,17 @@ def recipe(mixer: dict[str, Any], transferred: int) -> dict[str, Any]:
     transfer, distill = demo["stages"]
     stages = [transfer | {"tokens": transferred}] if transferred else []
     stages.append(distill | {"tokens": TOKENS - transferred})
-    return demo | {"mixer": mixer, "validate_every_steps": 20, "stages": stages}
+    return demo | {"mixer": mixer, "validate_every_steps": 40, "stages": stages}
 
 
-def run(name: str, mixer: dict[str, Any], transferred: int, folder: Path) -> dict[str, Any]:
+def run(folder: Path, name: str, transferred: int) -> dict[str, Any]:
     """Held-out nats per token over tokens, and what each layer's transfer began and ended with."""
+    mixer = MIXERS[name]
     written, output = folder / f"{name}-{transferred}.toml", folder / f"{name}-{transferred}"
     written.write_text(tomli_w.dumps(recipe(mixer, transferred)), encoding="utf-8")
     command = [sys.executable, "-m", "supra_cli", "uptrain", "--recipe", str(written), "-o", str(output), "--json"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=HERE.parent)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=HERE.parent, env=one_thread)
     events = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     tokens = {0: 0} | {event["step"]: event["tokens"] for event in steps}
@@ -101,11 +106,13 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        runs = [
-            run(name, mixer, transferred, Path(folder))
-            for name, mixer in MIXERS.items()
+        cases = [
+            (name, transferred)
+            for name in MIXERS
             for transferred in ([0] if name in WITHOUT_PARAMETERS else [0, TRANSFERRED])
         ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            runs = list(pool.map(lambda case: run(Path(folder), *case), cases))
     document = {
         "benchmark": "curves",
         "environment": environment("cpu") | {"command": ["python", "benchmarks/curves.py"]},
