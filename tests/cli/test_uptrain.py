@@ -308,6 +308,15 @@ def test_peek_shows_rows_as_the_model_will_see_them(supra, recipe):
     assert "row 1 from" in plain.out
 
 
+def test_peek_shows_no_document_where_a_cut_row_is_empty(supra, recipe):
+    path = recipe(data={"seq_len": 32, "documents": "cut", "sources": [{"path": "short.jsonl"}]})
+    (path.parent / "short.jsonl").write_text('{"text": "one two three"}\n' * 40)
+    (row,) = json.loads(supra("data", "peek", path, "-n", "1", "--json").out)
+    (piece,) = row["documents"]
+    assert row["tokens"] == 32 > piece["tokens"]
+    assert "one two three" in piece["text"]
+
+
 def test_peek_at_a_missing_file_is_exit_3(supra, recipe):
     result = supra("data", "peek", recipe(data={"seq_len": 32, "sources": [{"path": "missing.txt"}]}))
     assert result.code == 3

@@ -86,6 +86,8 @@ def test_a_base_that_did_not_move_is_linked(more: dict, linked: bool, recipe_fil
     base = tmp_path / "run" / "converted" / shard
     assert (tmp_path / "run" / "step-000001" / shard).samefile(base)
     assert (tmp_path / "run" / "last" / shard).samefile(base) == linked
+    masters = load_file(tmp_path / "run" / "last" / "training" / "masters.safetensors")
+    assert all(".mixer." in name for name in masters) == linked
     checkpoint.verify(tmp_path / "run" / "last")
 
 
@@ -290,6 +292,18 @@ def test_nan_in_a_gradient_updates_nothing(
 def test_updates_too_small_for_the_weights_are_an_error(recipe_file: Write, tmp_path: Path) -> None:
     with pytest.raises(SupraError, match="too small for the weights' number format"):
         run(recipe_file(stages=one_stage(lr=1e-12)), tmp_path / "run")
+
+
+def test_rows_with_nothing_to_predict_are_a_step_of_loss_zero(base: Path) -> None:
+    """As where a document is one token longer than a row and rows hold one piece each."""
+    student, kind = checkpoint.load(base), stages.get("finetune")
+    spec = recipes.Stage(kind="finetune", tokens=1, lr=1e-3)
+    stage = kind(kind.Options())
+    optimizer = adamw(prepare(student, stage, spec), spec)
+    stepper = Stepper(stage, student, None, optimizer, 1.0, torch.device("cpu"), torch.float32)
+    nothing = torch.zeros(1, 8, dtype=torch.int64)
+    outcome = stepper.take([rows.Batch(nothing, nothing, torch.full_like(nothing, rows.IGNORED))])
+    assert (outcome.loss, outcome.grad_norm, outcome.finite) == (0.0, 0.0, True)
 
 
 def test_swallowed_updates_are_counted_as_the_format_loses_them() -> None:

@@ -22,6 +22,7 @@ from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.train import loop
 from supra_cli.core.train.events import Note, Saved, Step
+from supra_cli.core.train.run import MARKER, RunDirectory
 
 STEPS = 12
 
@@ -106,6 +107,18 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert any("step-000005 is damaged" in note for note in notes)
     assert "resuming from step-000004" in notes
     assert weights(output) == whole
+
+
+def test_a_damaged_checkpoint_of_a_later_step_costs_the_newest_nothing(tmp_path: Path) -> None:
+    """Stopped at 150 after falling back from 200 to 100."""
+    directory = RunDirectory(tmp_path)
+    for step in (50, 100, 150, 200):
+        directory.step_path(step).mkdir()
+        (directory.step_path(step) / MARKER).touch()
+    directory.link("best", directory.step_path(100))
+    directory.link("last", directory.step_path(150))
+    directory.prune(keep_last=1)
+    assert [path.name for path in directory.complete()] == ["step-000100", "step-000150", "step-000200"]
 
 
 def test_when_nothing_can_be_read_the_error_says_so(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

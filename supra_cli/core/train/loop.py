@@ -29,7 +29,7 @@ from supra_cli.core.stages import Stage
 from supra_cli.core.train import origin, state
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
 from supra_cli.core.train.nonfinite import leave_out
-from supra_cli.core.train.optimizer import adamw, lr_factor, masters_in_place, release, set_lr
+from supra_cli.core.train.optimizer import adamw, is_mixer, lr_factor, masters_in_place, release, set_lr
 from supra_cli.core.train.prepare import moves_base, prepare, rehearse, stage_of, teacher_of
 from supra_cli.core.train.run import RunDirectory, environment
 from supra_cli.core.train.state import Counters
@@ -303,14 +303,16 @@ class Trainer:
         best = validated and loss < (math.inf if counters.best_loss is None else counters.best_loss)
         if best:
             counters.best_loss, counters.best_step = loss, counters.step
-        dtype = getattr(torch, self.recipe.checkpoint.dtype)
+        dtype, unchanged = getattr(torch, self.recipe.checkpoint.dtype), self._unchanged()
         with self.run.writing(counters.step) as folder, masters_in_place(optimizer):
             masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
+            if unchanged is not None:
+                masters = {name: value for name, value in masters.items() if is_mixer(name)}
             checkpoint.save(
                 self.student,
                 folder,
                 source=self.run.tokenizer,
-                unchanged=self._unchanged(),
+                unchanged=unchanged,
                 provenance=self._provenance(),
                 dtype=dtype,
             )

@@ -48,7 +48,7 @@ def leave_out(
     if policy == "stop":
         raise SupraError(f"{told}; go on without it with --resume --set non_finite=skip, or lower the learning rate")
     if counters.skipped_steps > MOST_SKIPPED:
-        raise SupraError(f"{told}; that is the {counters.skipped_steps}th, so it is not the batch: start over")
+        raise SupraError(f"{told}; more than {MOST_SKIPPED} such steps are not the batch's fault: start over")
     return told
 
 

@@ -22,6 +22,8 @@ def peek(recipe: Recipe, count: int) -> list[dict[str, Any]]:
         ids, positions = batch.input_ids[0], batch.position_ids[0]
         starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
         pieces = [ids[start:end] for start, end in itertools.pairwise(starts)]
+        if recipe.data.documents == "cut":
+            del pieces[1:]  # what one document left empty
         documents = [{"tokens": len(piece), "text": tokenizer.decode(piece)} for piece in pieces]
         shown.append({"source": source, "tokens": len(ids), "documents": documents})
     return shown

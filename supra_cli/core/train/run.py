@@ -25,7 +25,8 @@ from supra_cli.core.errors import UsageError
 
 MARKER = "COMPLETE"
 
-_BEFORE_A_CHECKPOINT = {".lock", "recipe.toml", "env.json", "metrics.jsonl", "tokenizer", "converted", "non-finite"}
+_FILES, _FOLDERS = ("recipe.toml", "env.json", "metrics.jsonl"), ("tokenizer", "converted", "tensorboard")
+_BEFORE_A_CHECKPOINT = {".lock", "non-finite", *_FILES, *_FOLDERS}
 
 
 class RunDirectory:
@@ -94,13 +95,13 @@ class RunDirectory:
             shutil.rmtree(beside, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove everything that a run writes, and nothing else."""
+        """Remove what a run writes, and nothing else; `non-finite` stays, which says why one ended."""
         self.sweep()
-        for folder in [*self.path.glob("step-*"), *(self.path / name for name in ("converted", "tokenizer", "eval"))]:
+        for folder in [*self.path.glob("step-*"), *(self.path / name for name in (*_FOLDERS, "eval"))]:
             shutil.rmtree(folder, ignore_errors=True)
         if (self.path / "converted").is_symlink():
             (self.path / "converted").unlink()
-        for name in ("recipe.toml", "env.json", "metrics.jsonl", "last", "best"):
+        for name in (*_FILES, "last", "best"):
             (self.path / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
@@ -116,9 +117,8 @@ class RunDirectory:
         beside.replace(self.path / name)
 
     def prune(self, keep_last: int) -> None:
-        """Remove old checkpoints: never the newest complete one, nor what `best` points at."""
-        best = self.path / "best"
-        spared = {best.resolve()} if best.exists() else set()
+        """Remove old checkpoints: never what `last` or `best` points at, even if a damaged one has a higher number."""
+        spared = {(self.path / name).resolve() for name in ("last", "best")}
         for path in self.complete()[:-keep_last]:
             if path.resolve() not in spared:
                 (path / MARKER).unlink()

@@ -55,7 +55,7 @@ class Stepper:
 
     def take(self, micro_batches: Sequence[Batch]) -> Outcome:
         """One step on all micro-batches; none at all, and no gradient left, if loss or gradient are not finite."""
-        scored = sum(self._stage.scored(batch) for batch in micro_batches)
+        scored = max(1, sum(self._stage.scored(batch) for batch in micro_batches))  # rows may have nothing to predict
         sums: dict[str, Tensor] = {}
         for batch in micro_batches:
             with self._stage.attached(self._student):
