@@ -41,7 +41,9 @@ class Stage(ABC):
         return batch.targets
 
     def begin(self, student: nn.Module, batch: Batch) -> None:  # noqa: B027 - few stages do
-        """Set what needs data but no gradient, on the first rows of the stage, before its first step."""
+        """Set what needs data but no gradient, on the first rows of the stage; called before its first step, under
+        `torch.no_grad`.
+        """
 
     def attached(self, student: nn.Module) -> AbstractContextManager:
         """What has to be in place around `loss` and its backward pass; between steps the student is itself again."""

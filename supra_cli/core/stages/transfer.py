@@ -38,7 +38,6 @@ class Transfer(Stage):
     def scored(self, batch: Batch) -> int:
         return batch.input_ids.numel()
 
-    @torch.no_grad()
     def begin(self, student: nn.Module, batch: Batch) -> None:
         """`Mixer.fit` every mixer to the teacher's heads."""
         with answering(student, self._fit):

@@ -202,7 +202,7 @@ class Trainer:
         position = self.mixture.state()
         batch = self.mixture.batch(self.recipe.micro_rows(spec), self.recipe.seq_len(spec))
         self.mixture.restore(position)
-        with computing_in(self.dtype, self.device):
+        with torch.no_grad(), computing_in(self.dtype, self.device):
             stage.begin(self.student, batch.to(self.device))
 
     def _between_steps(self, optimizer: torch.optim.Optimizer, steps: int, spec: recipes.Stage) -> Iterator[Event]:
