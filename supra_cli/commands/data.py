@@ -19,7 +19,7 @@ def _group() -> None:
 
 @app.command()
 def peek(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a TOML file, or a shipped one's name.")],
     rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows to show.")] = 2,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in uptrain.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,

@@ -19,7 +19,9 @@ _CONTEXTS = (4096, 32768)
 
 
 def run(
-    recipe: Annotated[Path, typer.Option("--recipe", "-r", help="Recipe to plan, a TOML file.")],
+    recipe: Annotated[
+        Path, typer.Option("--recipe", "-r", help="Recipe to plan: a TOML file, or a shipped one's name.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of the recipe: --set stages.0.lr=1e-4.")
     ] = None,

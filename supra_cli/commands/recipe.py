@@ -51,7 +51,7 @@ def copy(
 
 @app.command()
 def validate(
-    path: Annotated[Path, typer.Argument(help="Recipe file.")],
+    path: Annotated[Path, typer.Argument(help="Recipe: a TOML file, or a shipped one's name.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in uptrain.")] = None,
 ) -> None:
     """Check a recipe: every problem at once, each with its key; the resolved recipe on stdout when there is none."""

@@ -18,7 +18,9 @@ _LINES_IN_A_STAGE = 20
 
 
 def run(
-    recipe: Annotated[Path, typer.Option("--recipe", "-r", help="Recipe to run, a TOML file.")],
+    recipe: Annotated[
+        Path, typer.Option("--recipe", "-r", help="Recipe to run: a TOML file, or a shipped one's name.")
+    ],
     model: Annotated[
         Path | None,
         typer.Option("--model", "-m", help="Converted model to start from, instead of converting the base."),

@@ -179,6 +179,8 @@ def _mutate(value: Any, chance: random.Random) -> None:
 
 def test_a_shipped_recipe_is_read_by_its_name_unless_a_file_has_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mistral").mkdir()
     assert recipes.load(Path("t2r")) == recipes.load(recipes.find("t2r"))
+    assert recipes.load(Path("mistral")) == recipes.load(recipes.find("mistral"))
     (tmp_path / "t2r").write_text(recipes.find("demo").read_text(encoding="utf-8"), encoding="utf-8")
     assert recipes.load(Path("t2r")) == recipes.load(recipes.find("demo"))

@@ -79,10 +79,13 @@ def test_another_seed_gives_other_bits(
     assert weights(tmp_path / "other") != whole
 
 
-def test_bfloat16_checkpoints_keep_their_masters(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop_after", [3, 5], ids=["base linked", "base written"])
+def test_bfloat16_checkpoints_keep_their_masters(
+    stop_after: int, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
     recipe = recipe_file(checkpoint={"every_steps": 3, "keep_last": 2, "dtype": "bfloat16"})
     run(recipe, tmp_path / "whole")
-    run(recipe, tmp_path / "stopped", stop_after=5)
+    run(recipe, tmp_path / "stopped", stop_after=stop_after)
     run(recipe, tmp_path / "stopped", resume=True)
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     masters = load_file(tmp_path / "stopped" / "last" / "training" / "masters.safetensors")

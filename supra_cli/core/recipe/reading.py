@@ -25,7 +25,7 @@ def load(path: Path, overrides: Iterable[str] = (), *, lookup: Lookup | None = N
     Raises UsageError listing every problem with its key path.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         path = shipped().get(str(path), path)
     try:
         text = path.read_text(encoding="utf-8")
