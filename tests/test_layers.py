@@ -26,7 +26,7 @@ TIERS = (
     core("archs", "mixers"),
     core("ops"),
     core("layout"),
-    ("supra_cli", CORE, *core("errors", "registry", "recipe", "corpus", "device")),
+    ("supra_cli", CORE, *core("errors", "registry", "recipe", "corpus", "device", "flops")),
     ("supra_kernels",),
 )
 

@@ -119,8 +119,12 @@ def test_a_decode_step_can_be_captured(kind):
     assert [x.data_ptr() for x in before] == [x.data_ptr() for x in after]
 
 
-def test_flops_are_counted_inside_the_operator_too():
-    q, k, v = (torch.randn(1, 128, 2, 64, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_flops_are_counted_inside_the_operator_too(path):
+    if path == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if path == "triton" and torch.cuda.is_available() else "cpu"
+    q, k, v = (torch.randn(1, 128, 2, 64, device=device, requires_grad=True) for _ in range(3))
     forward, backward = operator_flops(128 * 2, 64, 64, 64)
-    assert counted_flops(lambda: linear_attention(q, k, v)) == forward
-    assert counted_flops(lambda: linear_attention(q, k, v)[0].sum().backward()) == forward + backward
+    assert counted_flops(lambda: linear_attention(q, k, v, path=path)) == forward
+    assert counted_flops(lambda: linear_attention(q, k, v, path=path)[0].sum().backward()) == forward + backward

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from supra_cli.core import ops
-from supra_cli.core.accounting.attention import SDPA_FLOPS
 from supra_cli.core.bench.timing import Run
+from supra_cli.core.flops import SDPA_FLOPS
 
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the two matrices whose product shows the arithmetic rate."""
@@ -59,7 +59,7 @@ def counted_flops(run: Run) -> int:
         supra.chunk: lambda q, k, v, *_, **__: _chunked(q, v, "cpu")[0],
         supra.triton: lambda q, k, v, *_, **__: _chunked(q, v, "cuda")[0],
         supra.chunk_backward: lambda do, dS, q, k, v, *_, **__: _chunked(q, v, "cpu")[1],
-        supra.triton_backward: lambda do, dS, q, k, v, *_, **__: _chunked(q, v, "cuda")[1],
+        supra.triton_backward: lambda do, dd, dS, q, k, v, *_, **__: _chunked(q, v, "cuda")[1],
         supra.triton_step: lambda q, k, v, *_, **__: 4 * q[0] * q[1] * q[2] * q[3] * v[3],
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
