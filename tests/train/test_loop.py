@@ -421,3 +421,14 @@ def test_an_unknown_teacher_vocabulary_is_a_sentence(recipe_file: Write, base: P
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
     with pytest.raises(UsageError, match="one vocabulary"):
         run(recipe_file(stages=one_stage("distill", teacher=str(tmp_path / "other"))), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["converted", "recipe.toml"])
+def test_what_no_run_has_written_is_not_taken_for_its_own(name: str, recipe_file: Write, tmp_path: Path) -> None:
+    theirs = tmp_path / "run" / name
+    theirs.mkdir(parents=True) if name == "converted" else theirs.parent.mkdir()
+    kept = theirs / "model.safetensors" if theirs.is_dir() else theirs
+    kept.write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match="is not empty"):
+        run(recipe_file(), tmp_path / "run")
+    assert kept.read_text(encoding="utf-8") == "mine"

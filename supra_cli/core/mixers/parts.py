@@ -110,9 +110,11 @@ class HeadNorm(nn.Module):
         return self(o) if self.gain is None else o
 
     def fit(self, o: Tensor, taught: Tensor) -> None:
-        """Least squares for the gain: gain_h ← gain_h · Σ o_h·taught_h / Σ o_h·o_h."""
+        """Least squares for the gain: gain_h ← gain_h · Σ o_h·taught_h / Σ o_h·o_h; a head that answers 0 keeps its
+        own."""
         if self.gain is not None:
-            self.gain *= (dots(o, taught) / dots(o, o))[:, None]
+            square = dots(o, o)
+            self.gain *= torch.where(square > 0, dots(o, taught) / square, 1)[:, None]
 
     def reset_parameters(self) -> None:
         if self.gain is not None:

@@ -37,7 +37,7 @@ def of_options(raw: dict[str, Any], lookup: Lookup) -> list[str]:
         try:
             TypeAdapter(options).validate_python({key: value for key, value in values.items() if key in fields})
         except UsageError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
         except ValidationError as error:
             problems += [f"{where}.{'.'.join(map(str, item['loc']))}: {_message(item)}" for item in error.errors()]
     return problems

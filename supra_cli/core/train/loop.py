@@ -111,9 +111,10 @@ class Trainer:
             start = origin.look(self.recipe, self.run, model)
             self._ready(start.tokenizer, start.config, start.base)
             self.run.clear()
+        (self.run.path / "env.json").write_text(json.dumps(environment(str(self.device)), indent=2), encoding="utf-8")
+        if self._checkpoint is None:
             (self.run.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
             self.student, self.origin = origin.begin(start, self.recipe, self.run, model)
-        (self.run.path / "env.json").write_text(json.dumps(environment(str(self.device)), indent=2), encoding="utf-8")
         self.run.trim_metrics(self.counters.step)
         self.student.to(self.device).train()
         self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))

@@ -26,7 +26,7 @@ from supra_cli.core.errors import UsageError
 MARKER = "COMPLETE"
 
 _FILES, _FOLDERS = ("recipe.toml", "env.json", "metrics.jsonl"), ("tokenizer", "converted", "tensorboard")
-_BEFORE_A_CHECKPOINT = {".lock", "non-finite", *_FILES, *_FOLDERS}
+_NOTHING_LOST = {".lock", "non-finite"}
 
 
 class RunDirectory:
@@ -34,10 +34,11 @@ class RunDirectory:
         self.path = Path(path)
 
     def exists(self) -> bool:
-        """Whether there is something to lose, more than what a run writes before its first checkpoint."""
+        """Whether there is something to lose: more than what a run, known by its env.json, has before a checkpoint."""
         if self.path.is_file():
             raise UsageError(f"{self.path} is a file, expected a directory to write; choose another --output")
-        return self.path.exists() and any(entry.name not in _BEFORE_A_CHECKPOINT for entry in self.path.iterdir())
+        names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        return bool(names - _NOTHING_LOST.union(_FILES + _FOLDERS if "env.json" in names else ()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
