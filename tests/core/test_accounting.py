@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 
 from benchmarks.memory import totals
 from supra_cli.core import accounting, checkpoint, hub
 from supra_cli.core import recipe as recipes
+from supra_cli.core.accounting import layers
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
@@ -254,6 +257,48 @@ def handed_out(run) -> int:
         run()
     sums = totals(profile.profiler.kineto_results.experimental_event_tree())
     return max(sums) - sums[0]
+
+
+STEPS_OF_DEEP_MODELS = [
+    ("supra", "none", 64, {"kind": "finetune", "batch_tokens": 64}),
+    ("supra", "none", 64, {"kind": "finetune", "batch_tokens": 4096, "activation_checkpointing": True}),
+    ("supra", "every:4", 64, {"kind": "finetune", "batch_tokens": 1024, "micro_batch_tokens": 512}),
+    ("window", "every:3", 256, {"kind": "distill", "batch_tokens": 1024, "activation_checkpointing": True}),
+    ("gated", "none", 256, {"kind": "transfer", "batch_tokens": 512}),
+    ("t2r", "first:3", 64, {"kind": "transfer", "batch_tokens": 128, "micro_batch_tokens": 64}),
+    ("t2r", "none", 64, {"kind": "finetune", "batch_tokens": 64, "optimizer": "adamw-offload"}),
+    ("supra", "none", 64, {"kind": "distill", "batch_tokens": 2048, "untie": True, "train": "mixer"}),
+]
+
+
+@pytest.mark.parametrize(("mixer", "keep", "seq_len", "stage"), STEPS_OF_DEEP_MODELS)
+def test_a_deep_model_takes_what_its_first_layers_say(mixer, keep, seq_len, stage, monkeypatch):
+    """Against the same step of all layers, in steps whose most is alive with the activations or with the gradients."""
+    shape = {**SHAPE, "num_hidden_layers": 8, "tie_word_embeddings": True}
+    teacher = {"teacher": "tiny"} if stage["kind"] == "distill" else {}
+    stage = {"tokens": 4096, **teacher, **stage}
+    tokenizer = {"vocab_size": 2048}  # the teacher's
+    deep = recipe(stage, seq_len=seq_len, mixer=mixer, keep=keep, model=shape, tokenizer=tokenizer)
+    few = accounting.plan(deep).stages[0]
+    monkeypatch.setattr(layers, "FEW", 8)
+    whole = accounting.plan(deep).stages[0]
+    assert few.flops == whole.flops
+    assert few.memory.total == pytest.approx(whole.memory.total, rel=0.005)
+    assert few.memory.together == pytest.approx(whole.memory.together, rel=0.005)
+
+
+def test_a_shortened_model_has_so_many_layers_of_each_kind_and_keeps_the_last():
+    shape = {key: SHAPE[key] for key in SHAPE if key != "model_type"} | {"num_hidden_layers": 8}
+    windows = ["full_attention"] * 4 + ["sliding_attention"] * 4
+    base = SupraConfig.from_base(Qwen2Config(**shape, use_sliding_window=True, sliding_window=16, layer_types=windows))
+    config = base.with_mixer("supra", {}, "every:2")
+    counts = Counter({kind: 1 + (kind[0] == "supra") for kind in layers.kinds(config)})
+    short = layers.shortened(config, counts)
+    kinds = layers.kinds(short)
+    assert Counter(kinds) == counts
+    assert kinds[-1] == layers.kinds(config)[-1]
+    assert len(SupraForCausalLM._from_config(short).base_model.layers) == len(kinds) == 6
+    assert layers.kinds(config) == layers.kinds(base.with_mixer("supra", {}, "every:2"))
 
 
 def test_planning_a_7b_recipe_allocates_nothing(monkeypatch):

@@ -35,8 +35,18 @@ _TOKENS = 128
 _KERNEL = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
+class Lap(NamedTuple):
+    """Bytes while a lap lasted."""
+
+    peak: int = 0
+    copies: int = 0
+    """Those bytes of `peak` that are weights in another dtype."""
+    both: int = 0
+    """The peak with what is in another memory."""
+
+
 class Meter(TorchDispatchMode):
-    """Adds up FLOPs and follows the bytes of all storages made while it is on, and their highest sum.
+    """Adds up FLOPs and follows the bytes of all storages made while it is on, and their highest sum in each lap.
 
     What a program asks of data that are not there is answered with one: yes, a row holds more than one document.
     """
@@ -46,14 +56,14 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.flops = 0
         self.live = 0
-        self.peak = 0
-        self.copies_at_peak = 0
-        """Those bytes of `peak` that are weights in another dtype."""
+        self.laps = [Lap()]
         self.elsewhere = 0
         """Bytes that whoever runs says are in another memory."""
-        self.peak_of_both = 0
         self._copies = 0
         self._given = [one for one in given if one is not None]
+
+    def lap(self) -> None:
+        self.laps.append(Lap())
 
     def __enter__(self):
         weights = {tensor.untyped_storage()._cdata for one in self._given for tensor in _tensors(one)}
@@ -88,10 +98,9 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self._forget, key, size, copied)
 
     def _reach(self, scratch: int) -> None:
-        now = self.live + scratch
-        if now > self.peak:
-            self.peak, self.copies_at_peak = now, self._copies
-        self.peak_of_both = max(self.peak_of_both, now + self.elsewhere)
+        now, lap = self.live + scratch, self.laps[-1]
+        both = max(lap.both, now + self.elsewhere)
+        self.laps[-1] = Lap(now, self._copies, both) if now > lap.peak else lap._replace(both=both)
 
     def _forget(self, key: int, size: int, copied: bool) -> None:
         self._known.discard(key)
@@ -145,5 +154,5 @@ def _inside(function: torch._ops.OpOverload, described: tuple) -> Inside:
         counted = Meter(*(x for x in args if isinstance(x, Tensor)))
         with counted:
             returned = function._op_dk(_KERNEL, *args)
-        scratch = counted.peak - sum(tensor.nbytes for tensor in returned)
+        scratch = counted.laps[-1].peak - sum(tensor.nbytes for tensor in returned)
     return Inside(counted.flops * tokens // some, max(0, scratch))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from supra_cli.core import checkpoint, hub
-from supra_cli.core.accounting.meter import Meter
+from supra_cli.core.accounting.layers import extrapolated
+from supra_cli.core.accounting.meter import Lap, Meter
 from supra_cli.core.accounting.model import ModelPlan, measure
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.stages import stages
+from supra_cli.core.stages import Loss, Stage
 from supra_cli.core.train.optimizer import moment_bytes
-from supra_cli.core.train.prepare import prepare
+from supra_cli.core.train.prepare import prepare, stage_of
 from supra_cli.core.train.step import Stepper
 
 if TYPE_CHECKING:
@@ -117,9 +119,8 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16) -> Plan:
     """
     config = student_config(recipe)
     size = measure(config, getattr(torch, recipe.checkpoint.dtype))
-    with FakeTensorMode(), torch.device("cpu"):
-        student = _built(config, torch.float32).train()
-        stage_plans = tuple(_stage(recipe, spec, student, dtype) for spec in recipe.stages)
+    student = checkpoint.skeleton(config)
+    stage_plans = tuple(_stage(recipe, spec, student, dtype) for spec in recipe.stages)
     return Plan(size, str(dtype).removeprefix("torch."), stage_plans)
 
 
@@ -134,24 +135,15 @@ def student_config(recipe: recipes.Recipe) -> SupraConfig:
 
 
 def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalLM, dtype: torch.dtype) -> StagePlan:
-    stage_class = stages.get(spec.kind)
-    stage = stage_class(stage_class.Options(**spec.options))
-    trained = prepare(student, stage, spec)
-    moving = [parameter.numel() for _, parameter in trained]
-    config = _teacher_config(recipe, spec) if stage.teacher == "separate" else None
-    teacher = None if config is None else _built(config, dtype).eval().requires_grad_(False)
+    stage = stage_of(spec)
+    moving = [parameter.numel() for _, parameter in prepare(student, stage, spec)]
+    teacher = _teacher_config(recipe, spec) if stage.teacher == "separate" else None
+    beside = 0 if teacher is None else _parameters(checkpoint.skeleton(teacher)) * dtype.itemsize
     rows, micro_rows, length = recipe.rows(spec), recipe.micro_rows(spec), recipe.seq_len(spec)
     steps = recipe.steps(spec)
-    ids = torch.zeros((micro_rows, length), dtype=torch.long)
-    batch = FullBatch(ids, None if recipe.data.documents == "joined" else ids, ids)
-    passes = min(2, -(-rows // micro_rows))  # the second is the first that finds gradients in place
-    meter = Meter(student, teacher)
-    with offloaded(trained, dtype, meter) if spec.optimizer == OFFLOAD else nullcontext():
-        optimizer = torch.optim.SGD([parameter for _, parameter in trained], lr=0.0)  # moments are counted below
-        stepper = Stepper(stage, student, teacher, optimizer, spec.clip_norm, torch.device("cpu"), dtype)
-        with meter:
-            stepper.take([batch] * passes)
-        memory = _memory(spec, student, teacher, moving, meter)
+    step = partial(_pass, recipe, spec, dtype)
+    flops, *bytes_of_laps = extrapolated(step, [student.config] if teacher is None else [student.config, teacher])
+    laps = [Lap(*some) for some in zip(*[iter(bytes_of_laps)] * len(Lap._fields), strict=True)]
     return StagePlan(
         kind=spec.kind,
         tokens=steps * rows * length,
@@ -160,29 +152,67 @@ def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalL
         micro_rows=micro_rows,
         seq_len=length,
         trainable=sum(moving),
-        flops=meter.flops * steps * rows // (micro_rows * passes),
-        memory=memory,
+        flops=flops * steps * rows // micro_rows,
+        memory=_memory(spec, student, beside, moving, dtype, laps),
     )
 
 
+def _pass(recipe: recipes.Recipe, spec: recipes.Stage, dtype: torch.dtype, configs: Sequence[SupraConfig]) -> list[int]:
+    """FLOPs and laps of a step's last micro-batch, with models of these configurations.
+
+    Laps end where what is alive may begin to grow with the layers otherwise than before: the teacher's pass; the
+    student's, which ends with all of autocast's copies; the backward pass, which begins with most activations; its end
+    in the first layer, where gradients have taken their place.
+    """
+    accumulating = recipe.rows(spec) > recipe.micro_rows(spec)
+    with FakeTensorMode(), torch.device("cpu"):
+        student = _built(configs[0], torch.float32).train()
+        teacher = _built(configs[1], dtype).eval().requires_grad_(False) if configs[1:] else None
+        stage = stage_of(spec)
+        trained = [parameter for _, parameter in prepare(student, stage, spec)]
+        ids = torch.zeros((recipe.micro_rows(spec), recipe.seq_len(spec)), dtype=torch.long)
+        batch = FullBatch(ids, None if recipe.data.documents == "joined" else ids, ids)
+        optimizer = torch.optim.SGD(trained, lr=0.0)  # moments are counted apart
+        if spec.optimizer == OFFLOAD:
+            for parameter in trained:
+                parameter.data = parameter.data.to(dtype)
+        stepper = Stepper(stage, student, teacher, optimizer, spec.clip_norm, torch.device("cpu"), dtype)
+        with Meter(student, teacher) as meter:
+            if spec.optimizer == OFFLOAD:
+                _offload(trained, accumulating, meter)
+            elif accumulating:
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
+            _divide(stage, student, meter)
+            stepper.take([batch])
+    return [meter.flops, *chain.from_iterable(meter.laps)]
+
+
 def _memory(
-    spec: recipes.Stage, student: nn.Module, teacher: nn.Module | None, moving: Sequence[int], meter: Meter
+    spec: recipes.Stage,
+    student: nn.Module,
+    teacher: int,
+    moving: Sequence[int],
+    dtype: torch.dtype,
+    laps: Sequence[Lap],
 ) -> Memory:
     offloading = spec.optimizer == OFFLOAD
-    weights, moments = _parameter_bytes(student), sum(moment_bytes(spec.optimizer, numbers) for numbers in moving)
-    gradients = 0 if offloading else 4 * sum(moving)
-    beside = 0 if teacher is None else _parameter_bytes(teacher)
-    copies = min(meter.copies_at_peak, meter.peak - gradients)
-    held = weights + moments + beside + (4 * sum(moving) if offloading else 0)
+    masters = 4 * sum(moving)
+    weights, moments = 4 * _parameters(student), sum(moment_bytes(spec.optimizer, numbers) for numbers in moving)
+    on_device = weights - masters + dtype.itemsize * sum(moving) if offloading else weights
+    gradients = 0 if offloading else masters
+    peak, copies, _ = max(laps)
+    copies = min(copies, peak - gradients)
+    held = on_device + moments + teacher + (masters if offloading else 0)
     return Memory(
-        weights=weights,
+        weights=on_device,
         copies=copies,
         gradients=gradients,
         optimizer=0 if offloading else moments,
-        teacher=beside,
-        activations=meter.peak - gradients - copies,
-        host=(4 + 4) * sum(moving) + moments if offloading else 0,
-        together=held + meter.peak_of_both,
+        teacher=teacher,
+        activations=peak - gradients - copies,
+        host=2 * masters + moments if offloading else 0,
+        together=held + max(lap.both for lap in laps),
     )
 
 
@@ -197,26 +227,38 @@ def _built(config: SupraConfig, dtype: torch.dtype) -> SupraForCausalLM:
     return SupraForCausalLM._from_config(config, dtype=dtype)
 
 
-@contextmanager
-def offloaded(trained: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype, meter: Meter) -> Iterator[None]:
-    """Let the device have what it has under the offloading optimizer: weights in `dtype`, gradients for a moment."""
-    masters = [parameter.data for _, parameter in trained]
-    gone: set[Tensor] = set()
+def _offload(trained: Sequence[Tensor], accumulating: bool, meter: Meter) -> None:
+    """Let the device have what it has under the offloading optimizer: gradients for a moment."""
 
     def hand_over(parameter: Tensor) -> None:
         parameter.grad = None
-        meter.elsewhere += 0 if parameter in gone else 4 * parameter.numel()
-        gone.add(parameter)
+        meter.elsewhere += 0 if accumulating else 4 * parameter.numel()
 
-    for _, parameter in trained:
-        parameter.data = parameter.data.to(dtype)
-    hooks = [parameter.register_post_accumulate_grad_hook(hand_over) for _, parameter in trained]
-    try:
-        yield
-    finally:
-        for (_, parameter), master, hook in zip(trained, masters, hooks, strict=True):
-            parameter.data = master
-            hook.remove()
+    meter.elsewhere += 4 * sum(parameter.numel() for parameter in trained) if accumulating else 0
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(hand_over)
+
+
+def _divide(stage: Stage, student: SupraForCausalLM, meter: Meter) -> None:
+    """Begin a lap with the student's pass, the backward pass and the first gradient of the first layer that moves."""
+    loss, reached = stage.loss, False
+
+    def lost(*args: object) -> Loss:
+        found = loss(*args)
+        meter.lap()
+        return found
+
+    def reach(_: Tensor) -> None:
+        nonlocal reached
+        if not reached:
+            meter.lap()
+        reached = True
+
+    student.register_forward_pre_hook(lambda *_: meter.lap())
+    stage.loss = lost
+    moving = ([p for p in layer.parameters() if p.requires_grad] for layer in student.arch.layers(student))
+    for parameter in next(filter(None, moving), []):
+        parameter.register_post_accumulate_grad_hook(reach)
 
 
 class FullBatch(Batch):
@@ -230,5 +272,5 @@ class FullBatch(Batch):
         return self
 
 
-def _parameter_bytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,58 @@
+"""Models of many layers by models of few: every layer of one kind adds the same to what a step takes."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+from supra_cli.core.modeling import SupraConfig
+
+FEW = 2
+"""Layers of a kind in the smallest model that is tried: the first and the last may differ from those between."""
+
+Step = Callable[[Sequence[SupraConfig]], list[int]]
+
+
+def extrapolated(step: Step, configs: Sequence[SupraConfig]) -> list[int]:
+    """step(configs), whose every figure is linear in the numbers of layers: f₀ + Σ_kinds (n − FEW)·(f₊₁ − f₀).
+
+    f₀ is of models with FEW layers of each kind, f₊₁ of the same with one more of that kind.
+    """
+    whole = [Counter(kinds(config)) for config in configs]
+    few = [Counter({kind: min(count, FEW) for kind, count in counts.items()}) for counts in whole]
+
+    def of(numbers: Sequence[Counter]) -> list[int]:
+        return step([shortened(config, counts) for config, counts in zip(configs, numbers, strict=True)])
+
+    least = of(few)
+    total = least
+    for number, counts in enumerate(whole):
+        for kind, count in counts.items():
+            if count > FEW:
+                more = of([*few[:number], few[number] + Counter([kind]), *few[number + 1 :]])
+                grown = zip(total, more, least, strict=True)
+                total = [so_far + (count - FEW) * (after - before) for so_far, after, before in grown]
+    return total
+
+
+def kinds(config: SupraConfig) -> list[Hashable]:
+    """Of each layer what tells it from others: its mixer, and the base's type of layer where it has several."""
+    mixers = config.swap.layers
+    return list(zip(mixers, getattr(config, "layer_types", None) or [None] * len(mixers), strict=True))
+
+
+def shortened(config: SupraConfig, counts: Counter) -> SupraConfig:
+    """`config` with so many layers of each kind: the first ones and the last."""
+    every = kinds(config)
+    whole, seen, chosen = Counter(every), Counter(), []
+    for layer, kind in enumerate(every):
+        seen[kind] += 1
+        if seen[kind] < counts[kind] or seen[kind] == whole[kind]:
+            chosen.append(layer)
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = len(chosen)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in chosen]
+    config.supra = {**config.supra, "layers": [config.supra["layers"][layer] for layer in chosen]}
+    return config
