@@ -78,7 +78,7 @@ def run(folder: Path, name: str, transferred: int) -> dict[str, Any]:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """One panel a mixer: held-out nats per token over tokens, from 3 nats above the teacher down."""
+    """One panel a mixer: held-out nats per token over tokens."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -94,9 +94,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             panel.plot(thousands, nats, label=label, color="C0" if entry["transferred"] else "C1")
         teacher = runs[0]["teacher"]
         panel.axhline(teacher, linestyle="--", color="black", linewidth=0.8, label="teacher")
-        panel.set(title=name, xlabel="thousand tokens", ylim=(teacher - 0.2, teacher + 3))
+        panel.set(title=name, xlabel="thousand tokens")
     panels[0].set_ylabel("held-out nats per token")
-    panels[0].legend(fontsize="small")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
 
