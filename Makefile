@@ -21,9 +21,9 @@ demo: $(BIN)/supra
 	$(OFFLINE) $(BIN)/supra eval $(DEMO) --tasks stdlib_cloze,stdlib_ppl --limit 100 > /dev/null
 	$(OFFLINE) $(BIN)/supra report $(DEMO)
 	@echo; echo 'The teacher goes on:'
-	$(OFFLINE) $(BIN)/supra generate tiny --prompt 'def read(self, size=-1):' --max-new-tokens 48 --quiet
+	$(OFFLINE) $(BIN)/supra generate tiny --prompt 'def read(self, size=-1):' --max-new-tokens 48 --temperature 0.8 --seed 1 --quiet
 	@echo; echo 'The student goes on, in constant memory:'
-	$(OFFLINE) $(BIN)/supra generate $(DEMO) --prompt 'def read(self, size=-1):' --max-new-tokens 48 --quiet
+	$(OFFLINE) $(BIN)/supra generate $(DEMO) --prompt 'def read(self, size=-1):' --max-new-tokens 48 --temperature 0.8 --seed 1 --quiet
 
 lint: $(BIN)/supra
 	$(BIN)/ruff check .
