@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from supra_cli.core import checkpoint
-from supra_cli.core.checkpoint import conversion, writing
+from supra_cli.core.checkpoint import conversion, files
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 
 SHAPE = {
@@ -253,7 +253,7 @@ def test_a_save_that_fails_leaves_what_was_there(converted, tmp_path, monkeypatc
     def fail(*_, **__):
         raise failure
 
-    monkeypatch.setattr(writing, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(SupraError if isinstance(failure, OSError) else KeyboardInterrupt):
         checkpoint.save(model, output, source=converted, provenance={"tokens": 2}, overwrite=True)
     assert contents(output) == before
