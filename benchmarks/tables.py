@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "uptraining.md")
+PAGES = (README, ROOT / "docs" / "performance.md", ROOT / "docs" / "uptraining.md")
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -43,7 +43,7 @@ def demo() -> str:
 
 
 def operator() -> str:
-    found = json.loads(next(RESULTS.glob("operator*-cpu.json")).read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / "operator-cpu.json").read_text(encoding="utf-8"))
     rows = [
         [
             target["what"],
@@ -54,6 +54,22 @@ def operator() -> str:
         for target in found["targets"]
     ]
     return _markdown(["CPU, fp32, one thread, B1 H4 D64", "asked", "measured", "met"], rows)
+
+
+def operator_times() -> str:
+    found = json.loads((RESULTS / "operator-cpu.json").read_text(encoding="utf-8"))
+    columns = {
+        "T": "tokens",
+        "forward": "forward_ms",
+        "forward + backward": "forward_backward_ms",
+        "SDPA forward": "sdpa_forward_ms",
+        "SDPA forward + backward": "sdpa_forward_backward_ms",
+        "naive forward": "naive_forward_ms",
+    }
+    rows = [
+        [f"{row['tokens']}", *(_figure(row.get(key)) for key in list(columns.values())[1:])] for row in found["rows"]
+    ]
+    return _markdown(list(columns), rows)
 
 
 def curves() -> str:
@@ -80,7 +96,7 @@ def curves() -> str:
 
 def render(text: str) -> str:
     """`text` with every block between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
-    tables = {"demo": demo, "operator": operator, "curves": curves}
+    tables = {"demo": demo, "operator": operator, "operator-times": operator_times, "curves": curves}
     return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)
 
 
