@@ -146,6 +146,9 @@ def test_a_new_run_clears_the_old_one_only_when_it_can_start(recipe_file: Write,
     for model in (output / "converted", output / "last"):
         with pytest.raises(UsageError, match="which a new run clears"):
             run(recipe_file(), output, overwrite=True, model=model)
+    teaching = recipe_file(stages=one_stage("distill", teacher=str(output / "last")))
+    with pytest.raises(UsageError, match="which a new run clears"):
+        run(teaching, output, overwrite=True)
     assert sorted(output.rglob("*")) == before
     (output / "notes.txt").write_text("kept")
     run(recipe_file(stages=one_stage(tokens=64)), output, overwrite=True)

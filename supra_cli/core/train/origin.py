@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,13 +50,13 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
 
     Raises what is wrong with it, and UsageError when it lies in the run that is cleared for it.
     """
+    _apart(run, (stage.teacher for stage in recipe.stages))
     if model is None and recipe.base is None:
         return _own_shape(recipe)
     source = hub.resolve(recipe.base) if model is None else None
     folder = hub.fetch(source) if model is None else model
     config = checkpoint.read_config(folder)
-    if folder.resolve().is_relative_to(run.path.resolve()):
-        raise UsageError(f"{folder} lies in {run.path}, which a new run clears; choose another --output")
+    _apart(run, [str(folder), checkpoint.read_provenance(folder).get("base")])
     if model is not None:
         checkpoint.check(config, checkpoint.tensors(folder))
         _same_swap(folder, config, _swapped(config, recipe))
@@ -68,6 +69,13 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
         config = checkpoint.planned(folder, mixer=recipe.mixer.name, options=recipe.mixer.options, keep=recipe.keep)
         weights, base = folder, hub.lasting_name(source, folder)
     return Start(config, checkpoint.load_tokenizer(folder), _beside(folder), weights, base)
+
+
+def _apart(run: RunDirectory, needed: Iterable[str | None]) -> None:
+    """UsageError when a model that the run needs lies in the run's own directory."""
+    for name in needed:
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(run.path.resolve()):
+            raise UsageError(f"{name} lies in {run.path}, which a new run clears; choose another --output")
 
 
 def begin(start: Start, recipe: Recipe, run: RunDirectory, model: Path | None) -> tuple[SupraForCausalLM, Origin]:
