@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from supra_cli.core.accounting.attention import SDPA_FLOPS
+from supra_cli.core.flops import SDPA_FLOPS
 
 _aten = torch.ops.aten
 _FLOPS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from supra_cli.core.layout import Layout
 from supra_cli.core.stages import stages
 from supra_cli.core.stages.base import Loss, Stage
 from supra_cli.core.swap import SwappedAttention
+
+Heads = Callable[[], tuple[Tensor, NamedTuple]]
+"""The mixer's heads [B,T,H,V] and its state."""
 
 
 @stages.register("transfer")
@@ -60,21 +64,24 @@ class Transfer(Stage):
         metrics["output"] = torch.stack([error for _, error in self._errors]).mean() * tokens
         return Loss(torch.stack(heads).sum() * tokens, metrics)
 
-    def _fit(
-        self,
-        layer: SwappedAttention,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        layout: Layout | None = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, None]:
-        taught = layer.softmax_heads(hidden_states, position_embeddings, layout)
-        o, _ = layer.heads(hidden_states, position_embeddings, layout)
-        layer.mixer.fit(o, taught)
-        return layer.arch.out(layer, taught.flatten(-2)), None
+    @staticmethod
+    def _fit(layer: SwappedAttention, heads: Heads, taught: Tensor, answer: Tensor) -> None:
+        layer.mixer.fit(heads()[0], taught)
 
-    def _compare(
-        self,
+    def _compare(self, layer: SwappedAttention, heads: Heads, taught: Tensor, answer: Tensor) -> None:
+        with torch.enable_grad():
+            o, _ = heads()
+            error = relative_error(o, layer.mixer.target(taught))
+        self._errors.append((error, relative_error(layer.arch.out(layer, o.flatten(-2)), answer)))
+
+
+@contextmanager
+def answering(student: nn.Module, look: Callable[[SwappedAttention, Heads, Tensor, Tensor], None]) -> Iterator[None]:
+    """Every swapped layer answers as its softmax does; `look` sees the layer, its mixer's heads on the same input, the
+    softmax heads and the answer.
+    """
+
+    def forward(
         layer: SwappedAttention,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -83,16 +90,9 @@ class Transfer(Stage):
     ) -> tuple[Tensor, None]:
         taught = layer.softmax_heads(hidden_states, position_embeddings, layout)
         answer = layer.arch.out(layer, taught.flatten(-2))
-        with torch.enable_grad():
-            o, _ = layer.heads(hidden_states, position_embeddings, layout)
-            error = relative_error(o, layer.mixer.target(taught))
-        self._errors.append((error, relative_error(layer.arch.out(layer, o.flatten(-2)), answer)))
+        look(layer, partial(layer.heads, hidden_states, position_embeddings, layout), taught, answer)
         return answer, None
 
-
-@contextmanager
-def answering(student: nn.Module, forward: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """`forward(layer, ...)` takes the place of every swapped layer's own."""
     layers = [layer for _, layer in student.swapped_layers()]
     for layer in layers:
         layer.forward = partial(forward, layer)
