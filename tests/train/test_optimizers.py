@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from running import run
 from safetensors.torch import load_file
 from torch import nn
 
 from supra_cli.core import recipe as recipes
-from supra_cli.core.errors import Stopped, UsageError
-from supra_cli.core.lookup import lookup
-from supra_cli.core.train import loop, lowbit, optimizer, state
-from supra_cli.core.train.events import Finished, Step
+from supra_cli.core.errors import UsageError
+from supra_cli.core.train import lowbit, optimizer, state
+from supra_cli.core.train.events import Finished
 
 Write = Callable[..., Path]
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed (extra 'lowbit')")
@@ -160,18 +159,6 @@ def flat(tree: object, place: str = "") -> dict[str, torch.Tensor]:
 
 
 # -- in the loop ------------------------------------------------------------------------------------------------------
-
-
-def run(recipe: Path, output: Path, stop_after: int | None = None, **given) -> list:
-    stop, events = threading.Event(), []
-    try:
-        for event in loop.uptrain(recipes.load(recipe, lookup=lookup), output, stop=stop, **given):
-            events.append(event)
-            if isinstance(event, Step) and event.step == stop_after:
-                stop.set()
-    except Stopped:
-        assert stop_after is not None
-    return events
 
 
 def stages(raw: dict, kind: str) -> list[dict]:

@@ -9,35 +9,22 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import run
 from safetensors.torch import load_file
 
 from supra_cli.core import recipe as recipes
-from supra_cli.core.errors import Stopped, SupraError, UsageError
+from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.train import loop
 from supra_cli.core.train.events import Note, Saved, Step
 from supra_cli.core.train.run import MARKER, RunDirectory
 
 STEPS = 12
-
-
-def run(recipe: Path, output: Path, *, stop_after: int | None = None, resume: bool = False) -> list:
-    stop = threading.Event()
-    events = []
-    try:
-        for event in loop.uptrain(recipes.load(recipe, lookup=lookup), output, resume=resume, stop=stop):
-            events.append(event)
-            if isinstance(event, Step) and event.step == stop_after:
-                stop.set()
-    except Stopped:
-        assert stop_after is not None
-    return events
 
 
 def weights(output: Path) -> dict[str, bytes]:
