@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from supra_cli.core import checkpoint
-from supra_cli.core.checkpoint import conversion, files
+from supra_cli.core.checkpoint import conversion, files, writing
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 
 SHAPE = {
@@ -201,6 +201,13 @@ def test_when_only_mixers_changed_the_bases_shards_are_linked(converted, tmp_pat
     again = checkpoint.load(tmp_path / "out")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     checkpoint.verify(tmp_path / "out")
+
+
+def test_a_base_that_is_linked_is_not_put_together_first(converted, tmp_path, monkeypatch):
+    """As it is on disk, it can be a copy of all of a model's weights."""
+    monkeypatch.setattr(writing, "revert_weight_conversion", lambda *_: pytest.fail("not needed"))
+    model = checkpoint.load(converted)
+    checkpoint.save(model, tmp_path / "out", source=converted, provenance={}, unchanged=converted)
 
 
 def test_a_shard_that_holds_a_mixer_too_is_not_linked(converted, tmp_path):

@@ -54,12 +54,12 @@ def save(
         name: tensor.detach() for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
     }
     mixers = {name: tensor for name, tensor in state.items() if ".mixer." in name}
-    base = revert_weight_conversion(model, {name: tensor for name, tensor in state.items() if name not in mixers})
     with atomic_directory(path, overwrite=overwrite) as directory:
         known: Hashes = {}
         if kept := {} if unchanged is None else _without_mixers(Path(unchanged)):
             placed, known = link_shards(Path(unchanged), directory, kept)
         else:
+            base = revert_weight_conversion(model, {name: value for name, value in state.items() if name not in mixers})
             placed = write_shards(_cast(base, dtype), directory, "base", _size(base, dtype))
         placed |= write_shards(_cast(mixers, dtype), directory, "mixers", _size(mixers, dtype))
         parent = {"parent": None if source is None else digest(read_provenance(source).get("files"))}
