@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +82,7 @@ FAULTS = {
     "a tokenizer too large": ({"base": "./small-vocabulary"}, 1, "they do not belong together"),
     "no tokenizer": ({"base": "./no-tokenizer"}, 3, "has no tokenizer"),
     "nothing to train": ({"mixer": {"name": "softmax"}} | stage(kind="transfer"), 2, "nothing to train"),
+    "a mixer without parameters": ({"mixer": {"name": "retention"}} | stage(kind="transfer"), 2, "nothing to train"),
     "activations of a transfer": (stage(kind="transfer", activation_checkpointing=True), 2, "activation_checkpointing"),
     "no such teacher": (stage(kind="distill", teacher="no-such-model"), 3, "no-such-model"),
     "no teacher": (SCRATCH | {"model": TINY} | stage(kind="distill"), 2, "learns from a teacher"),
@@ -86,8 +90,21 @@ FAULTS = {
     "a wrong shape": (SCRATCH | {"model": TINY | {"hidden_size": "wide"}}, 2, "[model]"),
     "a shape too large": (SCRATCH | {"model": TINY | {"intermediate_size": HUGE}}, 2, "[model]"),
     "an absent tracker": ({"track": ["wandb"]}, 2, "pip install wandb"),
+    "a tracker that wants a login": ({"track": ["trackio"]}, 1, "'trackio' does not start (no key for trackio)"),
+    "a tracker that cannot write": ({"track": ["tensorboard"]}, 1, "'tensorboard' does not start (no room)"),
     "absent 8-bit moments": (stage(kind="finetune", optimizer="adamw8bit"), 2, "pip install torchao"),
 }
+
+
+class NoKey(Exception):
+    """As wandb has a kind of its own: `wandb.Error`."""
+
+
+def refuse(error: Exception) -> Callable[..., None]:
+    def start(*_: object, **__: object) -> None:
+        raise error
+
+    return start
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -117,6 +134,10 @@ def test_a_run_that_cannot_start_leaves_everything_as_it_was(
     replaced, code, told = FAULTS[fault]
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    trackio = SimpleNamespace(init=refuse(NoKey("no key for trackio")), Error=NoKey)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    tensorboard = SimpleNamespace(SummaryWriter=refuse(OSError("no room")))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     shutil.copytree(old_run, tmp_path / "old", symlinks=True)
     before = contents(tmp_path)
     for arguments in (("-o", "new/run"), ("-o", "old", "--overwrite")):
@@ -138,6 +159,46 @@ def test_a_model_that_is_not_the_recipes_leaves_everything_as_it_was(
         result = supra("uptrain", "--recipe", recipe(**replaced), "--model", "converted", *arguments)
         assert result.code == 2, result.err
         assert "the recipe asks for" in result.error
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["trackio", "tensorboard"])
+def test_a_resume_without_its_tracker_leaves_everything_as_it_was(name, supra, recipe, tmp_path, monkeypatch) -> None:
+    longer = {"stages": [{"kind": "finetune", **STAGE}, {"kind": "finetune", **STAGE, "lr": 1e-12}]}
+    assert supra("uptrain", "--recipe", recipe(**longer), "-o", "run").code == 1  # its updates are swallowed
+    before = contents(tmp_path)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=refuse(ValueError("no key"))))
+    library = SimpleNamespace(SummaryWriter=refuse(OSError("no room")))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", library)
+    result = supra("uptrain", "--recipe", recipe(**longer, track=[name]), "-o", "run", "--resume")
+    assert result.code == 1
+    assert f"'{name}' does not start" in result.error
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("file", ["env.json", "recipe.toml", "tokenizer.json", "model-mixers.safetensors"])
+def test_a_disk_that_fills_at_the_start_leaves_everything_as_it_was(
+    file, supra, recipe, old_run, tmp_path, monkeypatch
+) -> None:
+    """Full: `file` is the one that no longer fits."""
+    from supra_cli.core.checkpoint import writing
+
+    def fits(path: object) -> None:
+        if Path(os.fsdecode(path)).name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def checked(write: Callable[..., object], place: int) -> Callable[..., object]:
+        return lambda *given, **named: fits(given[place]) or write(*given, **named)
+
+    shutil.copytree(old_run, tmp_path / "old", symlinks=True)
+    before, path = contents(tmp_path), recipe()
+    monkeypatch.setattr(Path, "write_text", checked(Path.write_text, 0))
+    monkeypatch.setattr(Path, "write_bytes", checked(Path.write_bytes, 0))
+    monkeypatch.setattr(writing, "write_tensors", checked(writing.write_tensors, 1))
+    for arguments in (("-o", "new/run"), ("-o", "old", "--overwrite")):
+        result = supra("uptrain", "--recipe", path, *arguments)
+        assert result.code == 1, result.err
+        assert "make room" in result.error or "the disk is full" in result.error
         assert contents(tmp_path) == before
 
 

@@ -107,6 +107,38 @@ def test_a_base_that_was_converted_anew_is_not_linked(recipe_file: Write, base: 
     assert torch.equal(checkpoint.load(tmp_path / "run" / "last").get_input_embeddings().weight, before)
 
 
+def damage_shard(file: Path) -> None:
+    """A shorter file in its place; the bytes of the old one are the base's too."""
+    short = file.read_bytes()[:-4]
+    file.unlink()
+    file.write_bytes(short)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "model-base.safetensors").unlink(),
+        lambda folder: damage_shard(folder / "model-base.safetensors"),
+        lambda folder: (folder / "model.safetensors.index.json").unlink(),
+        lambda folder: (folder / "supra.json").write_text("{"),
+        lambda folder: shutil.rmtree(folder),
+    ],
+    ids=["a shard is gone", "a shard is cut", "the index is gone", "the record is damaged", "all is gone"],
+)
+def test_a_converted_model_that_is_no_longer_whole_is_not_linked(
+    harm: Callable[[Path], object], recipe_file: Write, tmp_path: Path
+) -> None:
+    recipe = recipe_file(stages=one_stage("transfer"), checkpoint={"every_steps": 1, "keep_last": 4})
+    run(recipe, tmp_path / "whole")
+    events = loop.uptrain(recipes.load(recipe, lookup=lookup), tmp_path / "run")
+    next(event for event in events if isinstance(event, Saved))
+    harm(tmp_path / "run" / "converted")
+    assert isinstance(list(events)[-1], Finished)
+    checkpoint.verify(tmp_path / "run" / "last")
+    ours, wanted = (checkpoint.load(tmp_path / name / "last").state_dict() for name in ("run", "whole"))
+    assert all(value.equal(wanted[name]) for name, value in ours.items())
+
+
 def test_held_out_losses_are_those_of_the_models(recipe_file: Write, base: Path, tmp_path: Path) -> None:
     """Recomputed row by row on the saved model, and on the base through transformers alone."""
     from transformers import LlamaForCausalLM
@@ -415,6 +447,39 @@ def test_a_tracker_hears_every_step(recipe_file: Write, tmp_path: Path, monkeypa
     run(recipe_file(track=["trackio"], stages=one_stage("transfer")), tmp_path / "run")
     assert [step for step, figures in heard if "loss" in figures] == [1, 2, 3, 4]
     assert {"layer.0", "layer.1", "output", "lr", "grad_norm"} <= set(heard[1][1])
+
+
+def test_tensorboard_is_written_into_the_run_that_it_is_about(
+    recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are the new run's, not among those that a new run clears."""
+
+    class Writer:
+        def __init__(self, folder: Path):
+            self.file = Path(folder) / "events"
+            self.file.parent.mkdir(exist_ok=True)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(f"{name} {step}\n")
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    for _ in range(2):
+        run(recipe_file(track=["tensorboard"], stages=one_stage()), tmp_path / "run", overwrite=True)
+        written = (tmp_path / "run" / "tensorboard" / "events").read_text(encoding="utf-8").splitlines()
+        assert [line for line in written if line.startswith("loss ")] == [f"loss {step}" for step in (1, 2, 3, 4)]
+
+
+def test_no_row_is_drawn_twice(recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage begins on rows that its first step takes as they are: to rewind a hub stream is to read it again."""
+    restored = []
+    monkeypatch.setattr(rows.Mixture, "restore", lambda *given: restored.append(given))
+    run(recipe_file(), tmp_path / "run")
+    assert restored == []
 
 
 def test_an_unknown_teacher_vocabulary_is_a_sentence(recipe_file: Write, base: Path, tmp_path: Path) -> None:

@@ -224,6 +224,17 @@ def fingerprint(path: Path | str) -> str | None:
     return digest(read_provenance(path).get("files"))
 
 
+def holds(path: Path | str, weights: str) -> bool:
+    """Whether a directory has the weights of that fingerprint, by its record, and every file of them in its full size.
+
+    Unlike `verify`, it reads headers only.
+    """
+    try:
+        return fingerprint(path) == weights and bool(tensors(Path(path)))
+    except (SupraError, OSError):
+        return False
+
+
 def digest(files: Mapping[str, Any] | None) -> str | None:
     """One hash of the hashes of files; None without any."""
     if not files:

@@ -7,11 +7,13 @@ all the state there is, so a run that was killed and resumed ends with the same 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,19 +107,24 @@ class Trainer:
             tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
             self._ready(tokenizer, self.student.config, self.origin.base)
             self.mixture.restore(self._data_state)
+            self._describe(self.run)
+            self.run.trim_metrics(self.counters.step)
+            self.student.to(self.device)
         else:
             if resume:
                 yield Note(f"no complete checkpoint in {self.run.path}; starting from the beginning")
             start = origin.look(self.recipe, self.run, model)
             self._ready(start.tokenizer, start.config, start.base)
-            self.run.clear()
-        (self.run.path / "env.json").write_text(json.dumps(environment(str(self.device)), indent=2), encoding="utf-8")
-        if self._checkpoint is None:
-            (self.run.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
-            self.student, self.origin = origin.begin(start, self.recipe, self.run, model)
-        self.run.trim_metrics(self.counters.step)
-        self.student.to(self.device).train()
-        self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))
+            with self.run.starting() as beside:
+                self._describe(beside)
+                (beside.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
+                self.student, self.origin = origin.begin(start, self.recipe, beside, model)
+                self.student.to(self.device)
+        self.student.train()
+
+    def _describe(self, run: RunDirectory) -> None:
+        described = json.dumps(environment(str(self.device)), indent=2)
+        (run.path / "env.json").write_text(described, encoding="utf-8")
 
     def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
         """Open the data, and raise whatever else would end the run later than it could be known."""
@@ -133,6 +140,7 @@ class Trainer:
         self.held_out = rows.held_out(self.recipe.data, tokenizer)
         if base is not None and self.held_out is not None and self._checkpoint is None:
             hub.fetch(hub.resolve(base))
+        self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))
 
     def _same_recipe(self) -> None:
         stored = self.run.path / "recipe.toml"
@@ -177,8 +185,7 @@ class Trainer:
     def _stage(self, spec: recipes.Stage) -> Iterator[Event]:
         stage = stage_of(spec)
         trained = prepare(self.student, stage, spec)
-        if self.counters.stage_step == 0:
-            self._begin(stage, spec)
+        drawn = self._drawn(stage, spec)
         optimizer = adamw(trained, spec, self.dtype)
         if self._checkpoint is not None and self.counters.stage_step:
             state.restore_optimizer(self._checkpoint / "training", optimizer)
@@ -193,18 +200,20 @@ class Trainer:
         self._clock = time.perf_counter()
         while self.counters.stage_step < steps:
             set_lr(optimizer, lr_factor(self.counters.stage_step, steps, spec))
-            yield from self._step(stepper, spec)
+            yield from self._step(stepper, spec, next(drawn))
             yield from self._between_steps(optimizer, steps, spec)
         release(optimizer)
         self.counters.stage, self.counters.stage_step = self.counters.stage + 1, 0
 
-    def _begin(self, stage: Stage, spec: recipes.Stage) -> None:
-        """Show the stage the rows of its first pass, which come again in its first step."""
-        position = self.mixture.state()
-        batch = self.mixture.batch(self.recipe.micro_rows(spec), self.recipe.seq_len(spec))
-        self.mixture.restore(position)
+    def _drawn(self, stage: Stage, spec: recipes.Stage) -> Iterator[list[Batch]]:
+        """The micro-batches of one step after the other, drawn when they are asked for; a stage begins on its first."""
+        drawn = iter(partial(self._micro_batches, spec), None)
+        if self.counters.stage_step:
+            return drawn
+        first = next(drawn)
         with torch.no_grad(), computing_in(self.dtype, self.device):
-            stage.begin(self.student, batch.to(self.device))
+            stage.begin(self.student, first[0].to(self.device))
+        return itertools.chain([first], drawn)
 
     def _between_steps(self, optimizer: torch.optim.Optimizer, steps: int, spec: recipes.Stage) -> Iterator[Event]:
         counters = self.counters
@@ -218,9 +227,8 @@ class Trainer:
         if self.stop.is_set() and not run_ends:
             raise Stopped(f"stopped after step {counters.step} with everything saved; go on with --resume")
 
-    def _step(self, stepper: Stepper, spec: recipes.Stage) -> Iterator[Event]:
-        counters, length = self.counters, self.recipe.seq_len(spec)
-        micro_batches = self._micro_batches(self.recipe.rows(spec), self.recipe.micro_rows(spec), length)
+    def _step(self, stepper: Stepper, spec: recipes.Stage, micro_batches: list[Batch]) -> Iterator[Event]:
+        counters, tokens = self.counters, self.recipe.rows(spec) * self.recipe.seq_len(spec)
         # Once a stage, at its full rate: that the weights' format can hold the updates.
         watched = stepper.watch() if counters.stage_step == spec.warmup_steps else None
         outcome = stepper.take(micro_batches)
@@ -235,7 +243,7 @@ class Trainer:
         seconds = self._lap()
         counters.stage_step += 1
         counters.step += 1
-        counters.tokens += self.recipe.rows(spec) * length
+        counters.tokens += tokens
         counters.seconds += seconds
         step = Step(
             stage=counters.stage,
@@ -245,7 +253,7 @@ class Trainer:
             loss=outcome.loss,
             grad_norm=outcome.grad_norm,
             lr=max(float(group["lr"]) for group in stepper.optimizer.param_groups),
-            tokens_per_second=self.recipe.rows(spec) * length / seconds,
+            tokens_per_second=tokens / seconds,
             seconds=seconds,
             metrics=outcome.metrics,
         )
@@ -254,9 +262,10 @@ class Trainer:
             log(step.step, {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.metrics})
         yield step
 
-    def _micro_batches(self, rows_in_step: int, rows_at_once: int, length: int) -> list[Batch]:
+    def _micro_batches(self, spec: recipes.Stage) -> list[Batch]:
+        rows_in_step, rows_at_once = self.recipe.rows(spec), self.recipe.micro_rows(spec)
         return [
-            self.mixture.batch(min(rows_at_once, rows_in_step - start), length)
+            self.mixture.batch(min(rows_at_once, rows_in_step - start), self.recipe.seq_len(spec))
             for start in range(0, rows_in_step, rows_at_once)
         ]
 
@@ -331,7 +340,7 @@ class Trainer:
         converted, stages = self.run.path / "converted", self.recipe.stages[: self.counters.stage + 1]
         if self.origin.parent is None or any(moves_base(self.student, spec) for spec in stages):
             return None
-        return converted if checkpoint.fingerprint(converted) == self.origin.parent else None
+        return converted if checkpoint.holds(converted, self.origin.parent) else None
 
     def _provenance(self) -> dict:
         return {

@@ -25,8 +25,9 @@ from supra_cli.core.errors import UsageError
 
 MARKER = "COMPLETE"
 
-_FILES, _FOLDERS = ("recipe.toml", "env.json", "metrics.jsonl"), ("tokenizer", "converted", "tensorboard")
-_NOTHING_LOST = {".lock", "non-finite"}
+_FILES, _FOLDERS = ("metrics.jsonl", "recipe.toml", "env.json"), ("tokenizer", "converted", "tensorboard")
+_STARTING = ".starting"
+_NOTHING_LOST = {".lock", "non-finite", _STARTING}
 
 
 class RunDirectory:
@@ -79,6 +80,27 @@ class RunDirectory:
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     @contextmanager
+    def starting(self) -> Iterator[RunDirectory]:
+        """A run directory to begin in; what is in it takes the place of the run that is here when the block ends well,
+        and goes when it does not.
+
+        Killed before that end, the old run is whole; killed after it, what is left of either is one that starts anew.
+        """
+        self.sweep()
+        beside = RunDirectory(self.path / _STARTING)
+        try:
+            beside.path.mkdir()
+            yield beside
+            _sync_tree(beside.path)
+            self.clear()
+            # First env.json, by which `exists` knows whose the rest is.
+            for name in sorted(os.listdir(beside.path), key=lambda name: name != "env.json"):
+                (beside.path / name).rename(self.path / name)
+            _sync(self.path)
+        finally:
+            shutil.rmtree(beside.path, ignore_errors=True)
+
+    @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
         """The path of a folder to make and fill; it becomes `step-N`, marked complete and durable, when the block ends
         well, and goes when it does not."""
@@ -96,19 +118,23 @@ class RunDirectory:
             shutil.rmtree(beside, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove what a run writes, and nothing else; `non-finite` stays, which says why one ended."""
-        self.sweep()
-        for folder in [*self.path.glob("step-*"), *(self.path / name for name in (*_FOLDERS, "eval"))]:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove what a run writes, checkpoints first, and nothing else; `non-finite`, why one ended, stays."""
+        for name in ("last", "best"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in self.path.glob("step-[0-9]*/"):
+            _remove(folder)
         if (self.path / "converted").is_symlink():
             (self.path / "converted").unlink()
-        for name in (*_FILES, "last", "best"):
+        for name in ("eval", *_FOLDERS):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what a killed save left behind."""
-        for left in [*self.path.glob(".writing-*"), *self.path.glob(".*.tmp"), *self.path.glob(".*.old")]:
-            shutil.rmtree(left)
+        """Remove what a killed start or save left behind."""
+        for pattern in (_STARTING, ".writing-*", ".*.tmp", ".*.old"):
+            for left in self.path.glob(pattern):
+                shutil.rmtree(left)
 
     def link(self, name: str, target: Path) -> None:
         """Point `name` at a checkpoint, atomically."""
@@ -122,8 +148,7 @@ class RunDirectory:
         spared = {(self.path / name).resolve() for name in ("last", "best")}
         for path in self.complete()[:-keep_last]:
             if path.resolve() not in spared:
-                (path / MARKER).unlink()
-                shutil.rmtree(path)
+                _remove(path)
 
     def trim_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be run again, and a last line cut short by a kill."""
@@ -145,6 +170,12 @@ class RunDirectory:
     def log(self, record: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which is at no time one that is marked complete and is not."""
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def _finite(value: Any) -> Any:

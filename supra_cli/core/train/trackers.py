@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import SupraError, UsageError, first_line
 
 Log = Callable[[int, Mapping[str, float]], None]
 """(step, figures by name) → kept somewhere."""
@@ -23,21 +27,38 @@ def library(name: str) -> ModuleType:
 
 
 def open_trackers(names: Sequence[str], folder: Path, recipe: Mapping[str, Any]) -> list[Log]:
-    """A function to log with for each tracker."""
-    return [(_tensorboard if name == "tensorboard" else _wandb_like)(library(name), folder, recipe) for name in names]
+    """A function to log with for each tracker; SupraError for one that does not start. None writes to `folder` yet."""
+    return [(_tensorboard if name == "tensorboard" else _wandb_like)(name, folder, recipe) for name in names]
 
 
-def _tensorboard(library: ModuleType, folder: Path, recipe: Mapping[str, Any]) -> Log:
-    writer = library.SummaryWriter(folder / "tensorboard")
+def _tensorboard(name: str, folder: Path, recipe: Mapping[str, Any]) -> Log:
+    open_writer = library(name).SummaryWriter
+    with _starting(name), tempfile.TemporaryDirectory() as elsewhere:
+        open_writer(elsewhere).close()
+    writer = functools.cache(lambda: open_writer(folder / "tensorboard"))
 
     def log(step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+        for figure, value in figures.items():
+            writer().add_scalar(figure, value, step)
+        writer().flush()
 
     return log
 
 
-def _wandb_like(library: ModuleType, folder: Path, recipe: Mapping[str, Any]) -> Log:
-    run = library.init(project="supra", name=folder.name, config=dict(recipe))
+def _wandb_like(name: str, folder: Path, recipe: Mapping[str, Any]) -> Log:
+    tracker = library(name)
+    with _starting(name, getattr(tracker, "Error", OSError)):
+        run = tracker.init(project="supra", name=folder.name, config=dict(recipe))
     return lambda step, figures: run.log(dict(figures), step=step)
+
+
+@contextmanager
+def _starting(name: str, own: type[Exception] = OSError) -> Iterator[None]:
+    """What the start of a tracker raises, of its `own` kind or another, as a sentence."""
+    try:
+        yield
+    except (own, LookupError, OSError, RuntimeError, TypeError, ValueError, sqlite3.Error) as error:
+        raise SupraError(
+            f"the tracker '{name}' does not start ({first_line(error)}); "
+            "log in or set it up as its own manual says, or leave it out of 'track'"
+        ) from error
