@@ -14,7 +14,8 @@ Derived in docs/numerics.md. Every exponent is a sum of log decays over a stretc
 
 Tokens are worked through in blocks of a few chunks, chunk first: [M,B,heads,C,·]. The forward pass keeps the state at
 each block's start, the backward pass recomputes the rest; time and memory are linear in T. Under GQA the query heads of
-a kv head are rows of one product, so k and v are never repeated.
+a kv head are rows of one product, so k and v are never repeated. Every product and copy of a block is written to a
+buffer of `Scratch`, which the next block uses again.
 """
 
 from __future__ import annotations
@@ -42,14 +43,29 @@ def block_sizes(batch: int, heads: int, key_dim: int, v_dim: int) -> tuple[int, 
     return size, max(1, BLOCK_ELEMENTS // (size * batch * heads * max(key_dim, v_dim)))
 
 
+class Scratch:
+    """Buffers by name and shape. Fresh ones for each block would cost a page fault for every 4 KiB, a sixth of the time."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype):
+        self._like, self._dtype = like, dtype
+        self._held: dict[tuple, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """The buffer [*shape], with whatever was last written to it."""
+        if (name, shape) not in self._held:
+            self._held[name, shape] = self._like.new_empty(shape, dtype=self._dtype)
+        return self._held[name, shape]
+
+
 class _Block(NamedTuple):
     start: int
     chunks: int
     length: int
 
-    def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def load(self, x: Tensor, into: Scratch, name: str) -> Tensor:
         """[B,T,heads,·] -> [M,B,heads,C,·] of this block, contiguous, in the compute dtype."""
-        return self._window(x).to(dtype).contiguous()
+        window = self._window(x)
+        return into(name, *window.shape).copy_(window)
 
     def store(self, x: Tensor, value: Tensor) -> None:
         self._window(x).copy_(value)
@@ -102,14 +118,15 @@ def _per_head(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(2, (kv_heads, -1)).transpose(3, 4).unsqueeze(-1)
 
 
-def _states(k: Tensor, v: Tensor, weights: Weights, start: Tensor) -> tuple[Tensor, Tensor]:
+def _states(k: Tensor, v: Tensor, weights: Weights, start: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """-> S before each chunk and after the last [M+1,B,H,K,V]; k weighted to the chunk's end [M·B·G, C, (H/G)·K]."""
     chunks, batch, kv_heads, length, key_dim = k.shape
     heads, v_dim = start.shape[1], v.shape[-1]
     group = heads // kv_heads
-    weighted = k.unsqueeze(4) * _per_head(weights.to_end, kv_heads)
-    weighted = weighted.expand(chunks, batch, kv_heads, length, group, key_dim).reshape(-1, length, group * key_dim)
-    states = start.new_empty(chunks + 1, batch, heads, key_dim, v_dim)
+    weighted = scratch("weighted", chunks, batch, kv_heads, length, group, key_dim)
+    torch.mul(k.unsqueeze(4).expand_as(weighted), _per_head(weights.to_end, kv_heads), out=weighted)
+    weighted = weighted.view(-1, length, group * key_dim)
+    states = scratch("states", chunks + 1, batch, heads, key_dim, v_dim)
     states[0] = start
     torch.bmm(weighted.mT, v.flatten(0, 2), out=states[1:].view(-1, group * key_dim, v_dim))
     each = states.unbind()
@@ -123,16 +140,20 @@ def _through(weights: Weights, chunks: int) -> tuple[Tensor, ...]:
     return weights.through[..., None, None].expand(chunks, -1, -1, -1, -1).unbind()
 
 
-def _forward_block(q: Tensor, k: Tensor, v: Tensor, weights: Weights, start: Tensor) -> tuple[Tensor, Tensor]:
-    kv_heads = k.shape[2]
-    shape = (*q.shape[:-1], v.shape[-1])
-    scores = torch.bmm(_group(q, kv_heads), k.flatten(0, 2).mT).view(*q.shape[:-1], q.shape[3])
+def _forward_block(
+    q: Tensor, k: Tensor, v: Tensor, weights: Weights, start: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """Overwrites q."""
+    kv_heads, (chunks, batch, heads, length, _), v_dim = k.shape[2], q.shape, v.shape[-1]
+    scores = scratch("P", chunks, batch, heads, length, length)
+    torch.bmm(_group(q, kv_heads), k.flatten(0, 2).mT, out=_group(scores, kv_heads))
     scores.mul_(weights.within)
-    o = torch.bmm(_group(scores, kv_heads), v.flatten(0, 2)).view(-1, *shape[-2:])
-    states, _ = _states(k, v, weights, start)
-    from_start = q * weights.from_start.unsqueeze(-1)
-    o.baddbmm_(from_start.flatten(0, 2), states[:-1].flatten(0, 2))
-    return o.view(shape), states[-1]
+    o = scratch("o", chunks, batch, heads, length, v_dim)
+    torch.bmm(_group(scores, kv_heads), v.flatten(0, 2), out=_group(o, kv_heads))
+    states, _ = _states(k, v, weights, start, scratch)
+    from_start = q.mul_(weights.from_start.unsqueeze(-1))
+    o.flatten(0, 2).baddbmm_(from_start.flatten(0, 2), states[:-1].flatten(0, 2))
+    return o, states[-1]
 
 
 class _Gradients(NamedTuple):
@@ -144,28 +165,41 @@ class _Gradients(NamedTuple):
 
 
 def _backward_block(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, weights: Weights, start: Tensor, d_end: Tensor, decays: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    weights: Weights,
+    start: Tensor,
+    d_end: Tensor,
+    decays: bool,
+    scratch: Scratch,
 ) -> _Gradients:
-    """Letters as in the module's formulas; d_end is dS' of the block's last chunk. dg is [M,B,H,C]."""
+    """Letters as in the module's formulas; d_end is dS' of the block's last chunk. dg is [M,B,H,C]. Overwrites do."""
     kv_heads, (chunks, batch, heads, length, key_dim), v_dim = k.shape[2], q.shape, v.shape[-1]
     group = heads // kv_heads
     square = (chunks, batch, heads, length, length)
     q_rows, do_rows, k_flat, v_flat = _group(q, kv_heads), _group(do, kv_heads), k.flatten(0, 2), v.flatten(0, 2)
-    states, weighted = _states(k, v, weights, start)
+    states, weighted = _states(k, v, weights, start, scratch)
 
-    P = torch.bmm(q_rows, k_flat.mT).view(square).mul_(weights.within)
-    D = torch.bmm(do_rows, v_flat.mT).view(square)
+    P, D = scratch("P", *square), scratch("D", *square)
+    P_rows, D_rows = _group(P, kv_heads), _group(D, kv_heads)
+    torch.bmm(q_rows, k_flat.mT, out=P_rows)
+    P.mul_(weights.within)
+    torch.bmm(do_rows, v_flat.mT, out=D_rows)
     pairs = P * D if decays else None
     D.mul_(weights.within)
-    dq = torch.bmm(_group(D, kv_heads), k_flat)
-    dk = torch.bmm(_group(D, kv_heads).mT, q_rows)
-    dv = torch.bmm(_group(P, kv_heads).mT, do_rows)
+    dq, dk, dv = scratch("dq", *q.shape), scratch("dk", *k.shape), scratch("dv", *v.shape)
+    torch.bmm(D_rows, k_flat, out=_group(dq, kv_heads))
+    torch.bmm(D_rows.mT, q_rows, out=dk.flatten(0, 2))
+    torch.bmm(P_rows.mT, do_rows, out=dv.flatten(0, 2))
 
-    do_start = (do * weights.from_start.unsqueeze(-1)).flatten(0, 2)
-    from_state = torch.bmm(do_start, states[:-1].flatten(0, 2).mT).view(q.shape)
-    dq = dq.view(q.shape).add_(from_state)
+    do_start = do.mul_(weights.from_start.unsqueeze(-1)).flatten(0, 2)
+    from_state = scratch("from_state", *q.shape)
+    torch.bmm(do_start, states[:-1].flatten(0, 2).mT, out=from_state.flatten(0, 2))
+    dq.add_(from_state)
 
-    d_states = torch.empty_like(states)
+    d_states = scratch("d_states", *states.shape)
     d_states[-1] = d_end
     torch.bmm(q.flatten(0, 2).mT, do_start, out=d_states[:-1].view(-1, key_dim, v_dim))
     each = d_states.unbind()[::-1]
@@ -173,10 +207,11 @@ def _backward_block(
         before.addcmul_(after, through)
 
     d_out = d_states[1:].view(-1, group * key_dim, v_dim)
-    to_state = torch.bmm(v_flat, d_out.mT).view(chunks, batch, kv_heads, length, group, key_dim)
+    to_state = scratch("to_state", chunks, batch, kv_heads, length, group, key_dim)
+    torch.bmm(v_flat, d_out.mT, out=to_state.view(-1, length, group * key_dim))
     to_state.mul_(_per_head(weights.to_end, kv_heads))
-    dk = dk.view(k.shape).add_(to_state.squeeze(4) if group == 1 else to_state.sum(4))
-    dv = dv.baddbmm_(weighted, d_out).view(v.shape)
+    dk.add_(to_state.squeeze(4) if group == 1 else to_state.sum(4))
+    dv.flatten(0, 2).baddbmm_(weighted, d_out)
 
     dg = None
     if decays:
@@ -205,11 +240,13 @@ def forward(
     shape = (batch, heads, key_dim, v.shape[-1])
     S = q.new_zeros(shape, dtype=plan.dtype) if state is None else state.to(plan.dtype)
     o = v.new_empty(batch, length, heads, v.shape[-1])
+    scratch = Scratch(q, plan.dtype)
     starts = q.new_empty((len(plan.blocks) if keep else 0, *shape), dtype=plan.dtype)
     for i, block in enumerate(plan.blocks):
         if keep:
             starts[i] = S
-        part, S = _forward_block(*(block.load(x, plan.dtype) for x in (q, k, v)), plan.weights(block, q.device), S)
+        inputs = (block.load(x, scratch, name) for name, x in (("q", q), ("k", k), ("v", v)))
+        part, S = _forward_block(*inputs, plan.weights(block, q.device), S, scratch)
         block.store(o, part)
     return o, S.clone(), starts
 
@@ -231,9 +268,10 @@ def backward(
     dS = torch.zeros_like(starts[0]) if dS is None else dS.to(plan.dtype)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dg = q.new_empty(q.shape[:3] if decays else 0, dtype=plan.dtype)
+    scratch = Scratch(q, plan.dtype)
     for block, start in zip(reversed(plan.blocks), reversed(starts.unbind()), strict=True):
-        inputs = (block.load(x, plan.dtype) for x in (q, k, v, do))
-        grads = _backward_block(*inputs, plan.weights(block, q.device), start, dS, decays)
+        inputs = (block.load(x, scratch, name) for name, x in (("q", q), ("k", k), ("v", v), ("do", do)))
+        grads = _backward_block(*inputs, plan.weights(block, q.device), start, dS, decays, scratch)
         dS = grads.state
         for whole, part in ((dq, grads.q), (dk, grads.k), (dv, grads.v)):
             block.store(whole, part)
