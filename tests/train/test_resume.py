@@ -17,6 +17,7 @@ import pytest
 from running import run
 from safetensors.torch import load_file
 
+from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
 from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.lookup import lookup
@@ -213,6 +214,49 @@ def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(
     done = subprocess.run(command(recipe_file(), output, "--resume"), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert weights(output) == whole
+
+
+DYING = """
+import os, signal, sys
+left, began = int(sys.argv.pop(1)), False
+
+def watch(event, given):
+    global left, began
+    began = began or (event == "os.mkdir" and str(given[0]).endswith(".starting"))
+    if began and event in ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+from supra_cli.__main__ import main
+sys.exit(main())
+"""
+"""`supra`, killed before a given change to the files, counted from the first that a new run makes."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [0, 7, 29, 53])
+def test_a_process_killed_while_it_replaces_a_run_leaves_one_that_goes_on(
+    change: int, whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run(recipe_file(seed=1), output)
+    old, stored = RunDirectory(output), (output / "recipe.toml").read_text()
+    before, names = weights(output), {path.name for path in output.iterdir()}
+    again = [*command(recipe_file(), output), "--overwrite"]
+    dying = [sys.executable, "-c", DYING, str(change), *again[3:]]
+    assert subprocess.run(dying, env=environment(), capture_output=True).returncode == -signal.SIGKILL
+    for path in old.complete():
+        checkpoint.verify(path)
+        assert (output / "recipe.toml").read_text() == stored
+    if (output / "last").exists():
+        assert weights(output) == before
+        run(recipe_file(seed=1), output, resume=True)
+        assert weights(output) == before
+    run(recipe_file(), output, overwrite=True)
+    assert weights(output) == whole
+    assert {path.name for path in output.iterdir()} == names
 
 
 @pytest.mark.slow
