@@ -54,7 +54,7 @@ def _look() -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "cpus": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
+        "memory_bytes": device.memory_bytes(),
         "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
         "auto_device": device.resolve("auto"),
         "kernels": _kernels(bool(gpus)),
@@ -76,13 +76,3 @@ def _kernels(has_gpu: bool) -> str:
     if find_spec("triton") is None:
         return "PyTorch only; Triton is not installed"
     return "Triton" if has_gpu else "PyTorch only; Triton is installed, but there is no GPU"
-
-
-def _memory() -> int | None:
-    """Physical memory in bytes, where the system tells."""
-    import os
-
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from supra_cli.core.errors import ResourceError, UsageError, near_miss
@@ -31,3 +33,11 @@ def dtype(name: str, device: str) -> torch.dtype:
     if name not in _DTYPES:
         raise UsageError(f"unknown dtype '{name}'{near_miss(name, [*_DTYPES, 'auto'])}")
     return _DTYPES[name]
+
+
+def memory_bytes() -> int | None:
+    """Physical memory of this machine, where the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -79,6 +79,7 @@ def test_steps_are_whole_rows_and_whole_steps() -> None:
         ("stages", [], "stages: tuple should have at least 1 item"),
         ("checkpoint", {"keep_last": 1}, "checkpoint.keep_last"),
         ("model", {"model_type": "llama"}, "exactly one of 'base'"),
+        ("model", {"n_layer": 10**9}, "model: n_layer is 1000000000, expected at most 1024"),
         ("tokenizer", {"vocab_size": 300}, "belong together"),
         ("mixer", 3, "mixer: input should be a valid dictionary"),
         ("data", "text", "data:"),

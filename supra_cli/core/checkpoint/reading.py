@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from supra_cli.core.checkpoint.files import read_json, sha256
-from supra_cli.core.errors import NotFoundError, SupraError, first_line
+from supra_cli.core.errors import NotFoundError, SupraError, UsageError, first_line
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 PROVENANCE = "supra.json"
@@ -113,6 +113,16 @@ def describing_a_model(
     ) as error:
         words = " ".join(str(error).split()) or type(error).__name__
         raise kind(f"{file} describes no model ({words}); {advice}") from error
+
+
+def own_shape(described: Mapping[str, Any], **ends: int | None) -> SupraConfig:
+    """The config of what a recipe's [model] and its tokenizer's `ends` describe; UsageError if that is no model."""
+    with describing_a_model("the recipe's [model]", "give a whole Hugging Face configuration", UsageError):
+        config = SupraConfig.from_base(AutoConfig.for_model(**described, **ends))
+        if config.num_hidden_layers < 1:
+            raise ValueError("it has no layer")
+        skeleton(config)
+        return config
 
 
 def read_provenance(path: Path | str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Lookup = Callable[[Literal["mixer", "stage"], str], type]
 """(kind, name) → the options dataclass of that mixer or stage; raises UsageError for an unknown name."""
@@ -13,6 +13,8 @@ Lookup = Callable[[Literal["mixer", "stage"], str], type]
 Packing = Literal["separate", "joined", "cut"]
 Positive = Annotated[int, Field(gt=0)]
 Row = Annotated[int, Field(ge=2, le=2**24)]
+MOST_LAYERS = 1024
+"""Of a model from scratch: each is built before anything can be said of the whole."""
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -163,6 +165,14 @@ class Recipe(Table):
     """Where metrics go besides the run's metrics.jsonl."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     """Training stages, run in order."""
+
+    @field_validator("model")
+    @classmethod
+    def _layers_are_countable(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key, value in (model or {}).items():
+            if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+                raise ValueError(f"{key} is {value}, expected at most {MOST_LAYERS}")
+        return model
 
     @model_validator(mode="after")
     def _one_origin(self) -> Recipe:

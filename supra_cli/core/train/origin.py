@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from supra_cli.core import checkpoint, hub
+from supra_cli.core import checkpoint, device, hub
 from supra_cli.core.checkpoint.writing import companions
 from supra_cli.core.data import sources
 from supra_cli.core.data import tokenizer as bpe
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import ResourceError, UsageError
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe import Recipe
 from supra_cli.core.train.run import RunDirectory
@@ -65,6 +65,7 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
         config, weights, base = _swapped(config, recipe), None, None
         with checkpoint.describing_a_model(folder / "config.json"):
             checkpoint.skeleton(config)
+        _has_room(config)
     else:
         config = checkpoint.planned(folder, mixer=recipe.mixer.name, options=recipe.mixer.options, keep=recipe.keep)
         weights, base = folder, hub.lasting_name(source, folder)
@@ -122,18 +123,25 @@ def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def _own_shape(recipe: Recipe) -> Start:
     """The recipe's [model], with a tokenizer trained now and read back as every later resume will read it."""
+    _has_room(checkpoint.own_shape({"vocab_size": recipe.tokenizer.vocab_size, **recipe.model}))
     words = bpe.train(sources.all_texts(recipe.data), recipe.tokenizer.vocab_size)
     ends = {key: getattr(words, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    with (
-        checkpoint.describing_a_model("the recipe's [model]", "give a whole Hugging Face configuration", UsageError),
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        shape = AutoConfig.for_model(**{"vocab_size": len(words), **recipe.model}, **ends)
-        config = _swapped(SupraConfig.from_base(shape), recipe)
-        checkpoint.skeleton(config)
+    shape = checkpoint.own_shape({"vocab_size": len(words), **recipe.model}, **ends)
+    with tempfile.TemporaryDirectory() as folder:
         words.save_pretrained(folder)
-        shape.save_pretrained(folder)
-        return Start(config, checkpoint.load_tokenizer(folder), _beside(Path(folder)), None, None)
+        shape.plain().save_pretrained(folder)
+        tokenizer, beside = checkpoint.load_tokenizer(folder), _beside(Path(folder))
+    return Start(_swapped(shape, recipe), tokenizer, beside, None, None)
+
+
+def _has_room(shape: SupraConfig) -> None:
+    """ResourceError if this machine cannot hold the weights of a model that starts from scratch."""
+    needed = 4 * sum(parameter.numel() for parameter in checkpoint.skeleton(shape).parameters())
+    if (room := device.memory_bytes()) is not None and needed > room:
+        raise ResourceError(
+            f"a model from scratch of this shape has {needed / 2**30:,.0f} GiB of weights in fp32, more than the "
+            f"{room / 2**30:,.0f} GiB of memory in this machine; describe a smaller one"
+        )
 
 
 def _swapped(config: SupraConfig, recipe: Recipe) -> SupraConfig:
