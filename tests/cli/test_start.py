@@ -152,6 +152,13 @@ def test_a_run_that_cannot_start_leaves_everything_as_it_was(
         assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("change", [{"model_type": "lama"}, {"num_hidden_layers": -1}, {"num_attention_heads": 10**9}])
+def test_a_shape_that_is_none_is_not_planned_either(change, supra, recipe) -> None:
+    result = supra("uptrain", "--recipe", recipe(**SCRATCH | {"model": TINY | change}), "--dry-run")
+    assert result.code == 2, result.err
+    assert "the recipe's [model] describes no model" in result.error
+
+
 @pytest.mark.parametrize("replaced", [{"keep": "first:1"}, {"base": "no-such-model", "mixer": {"name": "gated"}}])
 def test_a_model_that_is_not_the_recipes_leaves_everything_as_it_was(
     replaced, supra, recipe, old_run, base, tmp_path

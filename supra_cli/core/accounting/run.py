@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig
 
 from supra_cli.core import checkpoint, hub
 from supra_cli.core.accounting.layers import extrapolated
@@ -129,8 +128,7 @@ def student_config(recipe: recipes.Recipe) -> SupraConfig:
     if recipe.base is not None:
         base = checkpoint.read_config(hub.config_folder(hub.resolve(recipe.base)))
     else:
-        shape = AutoConfig.for_model(**{"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
-        base = SupraConfig.from_base(shape)
+        base = checkpoint.own_shape({"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
     return base.with_mixer(recipe.mixer.name, recipe.mixer.options, recipe.keep)
 
 
