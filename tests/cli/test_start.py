@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from safetensors.torch import load_file, save_file
 
 TEXT = "def read(self, size=-1):\n    return self.buffer[:size]\n"
 STAGE = {"tokens": 128, "batch_tokens": 64, "lr": 1e-3}
@@ -30,10 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     (folder / "text.txt").write_text(TEXT * 100)
     (folder / "short.txt").write_text("a")
     (folder / "records.jsonl").write_text('{"txt": "a"}\n' * 50)
-    for name in ("damaged", "small-vocabulary", "no-tokenizer"):
+    for name in ("damaged", "not-finite", "small-vocabulary", "no-tokenizer"):
         shutil.copytree(base, folder / name)
     weights = folder / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    spoilt = load_file(folder / "not-finite" / "model.safetensors")
+    spoilt["model.norm.weight"][0] = float("nan")
+    save_file(spoilt, folder / "not-finite" / "model.safetensors", metadata={"format": "pt"})
     for file in (folder / "no-tokenizer").glob("tokenizer*"):
         file.unlink()
     from transformers import AutoTokenizer
@@ -79,6 +83,7 @@ FAULTS = {
     "an impossible window": ({"mixer": {"name": "window", "window": 0}}, 2, "mixer.window"),
     "no such base": ({"base": "no-such-model"}, 3, "no-such-model"),
     "a damaged base": ({"base": "./damaged"}, 1, "damaged"),
+    "a base that is not finite": ({"base": "./not-finite"}, 1, "is not finite"),
     "a tokenizer too large": ({"base": "./small-vocabulary"}, 1, "they do not belong together"),
     "no tokenizer": ({"base": "./no-tokenizer"}, 3, "has no tokenizer"),
     "nothing to train": ({"mixer": {"name": "softmax"}} | stage(kind="transfer"), 2, "nothing to train"),
@@ -104,7 +109,7 @@ class NoKey(Exception):
     """As wandb has a kind of its own: `wandb.Error`."""
 
 
-def refuse(error: Exception) -> Callable[..., None]:
+def refuse(error: BaseException) -> Callable[..., None]:
     def start(*_: object, **__: object) -> None:
         raise error
 
@@ -211,6 +216,38 @@ def test_a_disk_that_fills_at_the_start_leaves_everything_as_it_was(
         assert result.code == 1, result.err
         assert "make room" in result.error or "the disk is full" in result.error
         assert contents(tmp_path) == before
+
+
+def test_an_interrupt_at_the_start_leaves_everything_as_it_was(supra, recipe, old_run, tmp_path, monkeypatch) -> None:
+    """The second Ctrl-C, that is; the first lets the run come to its first step and save."""
+    from supra_cli.core import checkpoint
+
+    shutil.copytree(old_run, tmp_path / "old", symlinks=True)
+    before = contents(tmp_path)
+    monkeypatch.setattr(checkpoint, "load", refuse(KeyboardInterrupt()))
+    for arguments in (("-o", "new/run"), ("-o", "old", "--overwrite")):
+        assert supra("uptrain", "--recipe", recipe(), *arguments).code == 130
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_what_no_run_has_written_is_never_cleared(flag, supra, recipe, tmp_path) -> None:
+    for name in ("eval/mine.py", "step-1/mine.txt", "metrics.jsonl"):
+        (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "project" / name).write_text("mine")
+    before = contents(tmp_path)
+    result = supra("uptrain", "--recipe", recipe(), "-o", "project", flag)
+    assert result.code == 2, result.err
+    assert "holds files but no run" in result.error
+    assert contents(tmp_path) == before
+
+
+def test_an_output_that_cannot_be_made_is_exit_2(supra, recipe, tmp_path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    for output in ("link", "link/run"):
+        result = supra("uptrain", "--recipe", recipe(), "-o", output)
+        assert result.code == 2, result.err
+        assert "cannot make link" in result.error
 
 
 def test_a_resume_that_cannot_go_on_leaves_everything_as_it_was(supra, recipe, folder, tmp_path) -> None:

@@ -58,10 +58,7 @@ def uptrain(
     SupraError for a loss that is not finite.
     """
     run = RunDirectory(output)
-    if run.exists() and not (resume or overwrite):
-        raise UsageError(
-            f"{output} is not empty; go on with --resume, start over with --overwrite, or choose another -o"
-        )
+    run.check_free(replace=resume or overwrite)
     with run.locked():
         trainer = Trainer(recipe, run, device, dtype, stop or threading.Event())
         yield from trainer.open(model, resume)
@@ -120,6 +117,7 @@ class Trainer:
                 (beside.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
                 self.student, self.origin = origin.begin(start, self.recipe, beside, model)
                 self.student.to(self.device)
+                self.counters.teacher_loss = self._teacher_loss()
         self.student.train()
 
     def _describe(self, run: RunDirectory) -> None:
@@ -171,7 +169,7 @@ class Trainer:
 
     def train(self) -> Iterator[Event]:
         if self._checkpoint is None:
-            yield from self._validate(self._teacher_loss())
+            yield from self._validate(self.counters.teacher_loss)
         while self.counters.stage < len(self.recipe.stages):
             yield from self._stage(self.recipe.stages[self.counters.stage])
         yield Finished(
@@ -287,8 +285,7 @@ class Trainer:
         if self.origin.base is None or self.held_out is None:
             return None
         teacher = checkpoint.load(hub.fetch(hub.resolve(self.origin.base)), device=self.device, dtype=self.dtype)
-        self.counters.teacher_loss = self._held_out_loss(teacher.eval())
-        return self.counters.teacher_loss
+        return self._held_out_loss(teacher.eval())
 
     def _validate(self, teacher_loss: float | None) -> Iterator[Event]:
         if self.held_out is None:

@@ -25,7 +25,7 @@ from supra_cli.core.errors import UsageError
 
 MARKER = "COMPLETE"
 
-_FILES, _FOLDERS = ("metrics.jsonl", "recipe.toml", "env.json"), ("tokenizer", "converted", "tensorboard")
+_FILES, _FOLDERS = ("recipe.toml", "env.json", "metrics.jsonl"), ("tokenizer", "converted", "tensorboard")
 _STARTING = ".starting"
 _NOTHING_LOST = {".lock", "non-finite", _STARTING}
 
@@ -34,12 +34,22 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = Path(path)
 
-    def exists(self) -> bool:
-        """Whether there is something to lose: more than what a run, known by its env.json, has before a checkpoint."""
+    def check_free(self, replace: bool) -> None:
+        """Raise a UsageError unless a run may begin here: nothing is lost, or with `replace` nothing but a run's.
+
+        What a run, known by its env.json, has before a checkpoint is not lost.
+        """
         if self.path.is_file():
             raise UsageError(f"{self.path} is a file, expected a directory to write; choose another --output")
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
-        return bool(names - _NOTHING_LOST.union(_FILES + _FOLDERS if "env.json" in names else ()))
+        if not names - _NOTHING_LOST.union(_FILES + _FOLDERS if "env.json" in names else ()):
+            return
+        if not replace:
+            raise UsageError(
+                f"{self.path} is not empty; go on with --resume, start over with --overwrite, or choose another -o"
+            )
+        if "env.json" not in names and not self.complete():
+            raise UsageError(f"{self.path} holds files but no run, so it is left alone; choose another -o")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -48,7 +58,10 @@ class RunDirectory:
         A block that writes nothing leaves nothing: neither the lock nor the folders that were made for it.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:  # a link to nothing, a folder that none can be made in
+            raise UsageError(f"cannot make {self.path} ({error.strerror}); choose another --output") from error
         lock = self.path / ".lock"
         with lock.open("a") as handle:
             try:
@@ -93,7 +106,7 @@ class RunDirectory:
             yield beside
             _sync_tree(beside.path)
             self.clear()
-            # First env.json, by which `exists` knows whose the rest is.
+            # First env.json, by which `check_free` knows whose the rest is.
             for name in sorted(os.listdir(beside.path), key=lambda name: name != "env.json"):
                 (beside.path / name).rename(self.path / name)
             _sync(self.path)
@@ -118,7 +131,9 @@ class RunDirectory:
             shutil.rmtree(beside, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove what a run writes, checkpoints first, and nothing else; `non-finite`, why one ended, stays."""
+        """Remove what a run writes, checkpoints first, and nothing else; env.json stays, whose run it was, and
+        `non-finite`, why it ended.
+        """
         for name in ("last", "best"):
             (self.path / name).unlink(missing_ok=True)
         for folder in self.path.glob("step-[0-9]*/"):
@@ -127,7 +142,7 @@ class RunDirectory:
             (self.path / "converted").unlink()
         for name in ("eval", *_FOLDERS):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in _FILES:
+        for name in ("metrics.jsonl", "recipe.toml"):
             (self.path / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
