@@ -440,6 +440,10 @@ def test_a_missing_tracker_is_a_sentence(recipe_file: Write, tmp_path: Path, mon
         run(recipe_file(track=["wandb"]), tmp_path / "run")
 
 
+class LostConnection(Exception):
+    """A library's own kind."""
+
+
 def test_a_tracker_hears_every_step(recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[tuple[int, dict]] = []
     handle = SimpleNamespace(log=lambda figures, step: heard.append((step, figures)))
@@ -447,6 +451,27 @@ def test_a_tracker_hears_every_step(recipe_file: Write, tmp_path: Path, monkeypa
     run(recipe_file(track=["trackio"], stages=one_stage("transfer")), tmp_path / "run")
     assert [step for step, figures in heard if "loss" in figures] == [1, 2, 3, 4]
     assert {"layer.0", "layer.1", "output", "lr", "grad_norm"} <= set(heard[1][1])
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, LostConnection])
+def test_a_tracker_that_fails_on_the_way_does_not_end_the_run(
+    kind: type[Exception], recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+
+    def log(figures: dict, step: int) -> None:
+        heard.append(step)
+        if step == 2:
+            raise kind("gone")
+
+    library = SimpleNamespace(init=lambda **_: SimpleNamespace(log=log), Error=LostConnection)
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    events = run(recipe_file(track=["wandb"], stages=one_stage()), tmp_path / "run")
+    assert isinstance(events[-1], Finished)
+    assert heard == [0, 1, 2]
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert len(told) == 1
+    assert "'wandb' failed (gone); the run goes on without it" in told[0]
 
 
 def test_tensorboard_is_written_into_the_run_that_it_is_about(

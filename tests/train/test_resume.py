@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -100,6 +101,24 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert weights(output) == whole
 
 
+def test_a_newest_checkpoint_that_the_disk_does_not_give_back_falls_back_too(
+    whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "unreadable"
+    run(recipe_file(), output, stop_after=5)
+    verify = checkpoint.verify
+
+    def reading(path: Path) -> None:
+        if path.name == "step-000005":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path / "model.safetensors"))
+        verify(path)
+
+    monkeypatch.setattr(checkpoint, "verify", reading)
+    notes = [event.text for event in run(recipe_file(), output, resume=True) if isinstance(event, Note)]
+    assert "step-000005 is damaged ([Errno 5]" in notes[0]
+    assert weights(output) == whole
+
+
 def test_a_damaged_checkpoint_of_a_later_step_costs_the_newest_nothing(tmp_path: Path) -> None:
     """Stopped at 150 after falling back from 200 to 100."""
     directory = RunDirectory(tmp_path)
@@ -182,8 +201,8 @@ def test_a_second_run_in_the_same_directory_is_refused(recipe_file: Callable[...
 def test_metrics_have_every_step_once_after_a_resume(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     output = tmp_path / "run"
     run(recipe_file(), output, stop_after=5)
-    with (output / "metrics.jsonl").open("a") as stream:
-        stream.write('{"event": "step", "step": 6, "lo')
+    with (output / "metrics.jsonl").open("a", errors="surrogateescape") as stream:
+        stream.write('[1]\n\udcff\n{"event": "step", "step": 6, "lo')
     run(recipe_file(), output, resume=True)
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["event"] == "step"] == list(range(1, STEPS + 1))

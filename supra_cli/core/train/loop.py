@@ -157,7 +157,7 @@ class Trainer:
                 self.counters, self._data_state = state.read(path / "training")
                 self.student, self.origin = origin.resume(path)
                 state.restore_masters(path / "training", self.student)
-            except SupraError as error:
+            except (SupraError, OSError) as error:
                 self.counters = Counters()
                 yield Note(f"checkpoint {path.name} is damaged ({error}); falling back to the one before it")
                 continue
@@ -256,9 +256,17 @@ class Trainer:
             metrics=outcome.metrics,
         )
         self.run.log({"event": "step", **dataclasses.asdict(step), "sources": self.mixture.tokens_by_source()})
-        for log in self.trackers:
-            log(step.step, {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.metrics})
+        yield from self._track({"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.metrics})
         yield step
+
+    def _track(self, figures: dict[str, float]) -> Iterator[Event]:
+        """Give the trackers the figures of this step; one that fails is named and heard of no more."""
+        for log in list(self.trackers):
+            try:
+                log(self.counters.step, figures)
+            except SupraError as error:
+                self.trackers.remove(log)
+                yield Note(str(error))
 
     def _micro_batches(self, spec: recipes.Stage) -> list[Batch]:
         rows_in_step, rows_at_once = self.recipe.rows(spec), self.recipe.micro_rows(spec)
@@ -293,8 +301,7 @@ class Trainer:
         counters, loss = self.counters, self._held_out_loss(self.student)
         self._last_loss, self._validated_step = loss, counters.step
         self.run.log({"event": "validation", "step": counters.step, "loss": loss, "teacher": teacher_loss})
-        for log in self.trackers:
-            log(counters.step, {"held_out_loss": loss})
+        yield from self._track({"held_out_loss": loss})
         yield Validated(counters.step, loss, teacher_loss)
         self._clock = time.perf_counter()
 

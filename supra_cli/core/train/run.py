@@ -166,17 +166,17 @@ class RunDirectory:
                 _remove(path)
 
     def trim_metrics(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which will be run again, and a last line cut short by a kill."""
+        """Drop the lines of steps after `step`, which will be run again, and those that a kill or a crash spoilt."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if record.get("step", 0) <= step:
+            if isinstance(record, dict) and record.get("step", 0) <= step:
                 kept.append(line + "\n")
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(kept), encoding="utf-8")

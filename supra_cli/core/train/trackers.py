@@ -7,7 +7,7 @@ import importlib
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from supra_cli.core.errors import SupraError, UsageError, first_line
 
 Log = Callable[[int, Mapping[str, float]], None]
-"""(step, figures by name) → kept somewhere."""
+"""(step, figures by name) → kept somewhere; SupraError if the tracker fails."""
 
 
 def library(name: str) -> ModuleType:
@@ -38,27 +38,40 @@ def _tensorboard(name: str, folder: Path, recipe: Mapping[str, Any]) -> Log:
     writer = functools.cache(lambda: open_writer(folder / "tensorboard"))
 
     def log(step: int, figures: Mapping[str, float]) -> None:
-        for figure, value in figures.items():
-            writer().add_scalar(figure, value, step)
-        writer().flush()
+        with _going_on(name):
+            for figure, value in figures.items():
+                writer().add_scalar(figure, value, step)
+            writer().flush()
 
     return log
 
 
 def _wandb_like(name: str, folder: Path, recipe: Mapping[str, Any]) -> Log:
     tracker = library(name)
-    with _starting(name, getattr(tracker, "Error", OSError)):
+    own = getattr(tracker, "Error", OSError)
+    with _starting(name, own):
         run = tracker.init(project="supra", name=folder.name, config=dict(recipe))
-    return lambda step, figures: run.log(dict(figures), step=step)
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        with _going_on(name, own):
+            run.log(dict(figures), step=step)
+
+    return log
 
 
 @contextmanager
-def _starting(name: str, own: type[Exception] = OSError) -> Iterator[None]:
-    """What the start of a tracker raises, of its `own` kind or another, as a sentence."""
+def _failing(told: str, advice: str, own: type[Exception] = OSError) -> Iterator[None]:
+    """What a tracker raises, of its `own` kind or another, as a SupraError."""
     try:
         yield
     except (own, LookupError, OSError, RuntimeError, TypeError, ValueError, sqlite3.Error) as error:
-        raise SupraError(
-            f"the tracker '{name}' does not start ({first_line(error)}); "
-            "log in or set it up as its own manual says, or leave it out of 'track'"
-        ) from error
+        raise SupraError(f"{told} ({first_line(error)}); {advice}") from error
+
+
+def _starting(name: str, *own: type[Exception]) -> AbstractContextManager:
+    advice = "log in or set it up as its own manual says, or leave it out of 'track'"
+    return _failing(f"the tracker '{name}' does not start", advice, *own)
+
+
+def _going_on(name: str, *own: type[Exception]) -> AbstractContextManager:
+    return _failing(f"the tracker '{name}' failed", "the run goes on without it, metrics.jsonl has all of it", *own)
