@@ -194,7 +194,7 @@ def dtype(name: str) -> torch.dtype:
 def planned(name: str, folder: Path) -> int:
     from supra_cli.core import accounting
 
-    return accounting.plan(recipe(name, folder), dtype(name)).stages[0].memory.together
+    return accounting.plan(recipe(name, folder), dtype(name), "cpu").stages[0].memory.together
 
 
 def steps(name: str, folder: Path, base: str | None = None) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""FLOPs of softmax attention by operation, from shapes: PyTorch 2.11 counts neither the CPU's nor grouped queries."""
+"""FLOPs of attention from shapes: of softmax by operation, as PyTorch 2.11 counts neither the CPU's nor grouped
+queries, and of the linear operator in chunks.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +35,15 @@ SDPA_FLOPS = {
     _aten._scaled_dot_product_efficient_attention_backward: _backward,
     _aten._scaled_dot_product_cudnn_attention_backward: _backward,
 }
+
+
+def operator_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int, int]:
+    """Of the matrix products over `rows` = B · T · H, a multiplication and an addition counted as two: (forward,
+    backward).
+
+    Forward: q k^T and its product with v inside a chunk, q S, k v^T. Backward: five products inside a chunk, k v^T
+    again, and four with the state or its gradient.
+    """
+    forward = chunk * (key_dim + v_dim) + 2 * key_dim * v_dim
+    backward = chunk * (3 * key_dim + 2 * v_dim) + 5 * key_dim * v_dim
+    return 2 * rows * forward, 2 * rows * backward

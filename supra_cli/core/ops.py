@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import supra_kernels
@@ -22,6 +24,8 @@ _log = logging.getLogger(__name__)
 _VARIABLE = "SUPRA_KERNEL"
 _FORMS = {"naive": "naive", "torch": "chunk", "triton": "triton"}
 """What the variable may say, and the form of supra_kernels that it means."""
+_planned: str | None = None
+"""The path that `planning` asks for. A plain variable: torch.compile reads no other through."""
 
 
 def linear_attention(
@@ -52,7 +56,7 @@ def linear_attention(
     segment = None if layout is None else layout.segment
     forced = path or _forced(q.device.type)
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _planned is None:
         _tell_once(forced or ("triton" if form == "triton" else "torch"), q.device.type, q.dtype)
     after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
     return supra_kernels.linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form, **after)
@@ -69,10 +73,24 @@ def chunk_tokens(device: str, key_dim: int, v_dim: int) -> int:
     return 64 if device == "cuda" else chunk_length(key_dim, v_dim)
 
 
+@contextmanager
+def planning(path: str | None) -> Iterator[None]:
+    """While this lasts, what SUPRA_KERNEL leaves open takes `path`, a word of it, whatever the device.
+
+    For tensors without storage, which show what a path would allocate where it cannot run.
+    """
+    global _planned
+    before, _planned = _planned, path
+    try:
+        yield
+    finally:
+        _planned = before
+
+
 def _forced(device: str) -> str | None:
     path = os.environ.get(_VARIABLE)
     if not path:
-        return None
+        return _planned
     if path not in _FORMS:
         raise UsageError(f"{_VARIABLE} is '{path}', expected one of {', '.join(_FORMS)}{near_miss(path, _FORMS)}")
     if path == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import supra_kernels.library
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, Qwen2Config
 
 from benchmarks.memory import totals
-from supra_cli.core import accounting, checkpoint, hub
+from supra_cli.core import accounting, checkpoint, hub, ops
 from supra_cli.core import recipe as recipes
 from supra_cli.core.accounting import layers
+from supra_cli.core.accounting.meter import Meter, inside
 from supra_cli.core.data.rows import Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
@@ -212,29 +215,129 @@ def test_untying_gives_the_head_weights_of_its_own():
 
 
 STEPS_OF_EACH_KIND = [
-    ("supra", "float32", {"kind": "finetune", "micro_batch_tokens": 512}),
-    ("gated", "bfloat16", {"kind": "distill", "activation_checkpointing": True}),
-    ("t2r", "float32", {"kind": "transfer"}),
-    ("supra", "bfloat16", {"kind": "finetune", "optimizer": "adamw-offload"}),
+    ("supra", "float32", "joined", {"kind": "finetune", "micro_batch_tokens": 512}),
+    ("gated", "bfloat16", "separate", {"kind": "distill", "activation_checkpointing": True}),
+    ("t2r", "float32", "separate", {"kind": "transfer"}),
+    ("supra", "bfloat16", "separate", {"kind": "finetune", "optimizer": "adamw-offload"}),
 ]
 
 
-@pytest.mark.parametrize(("mixer", "dtype", "stage"), STEPS_OF_EACH_KIND)
-def test_the_planned_peak_is_what_the_allocator_hands_out_for_a_real_step(mixer, dtype, stage):
+@pytest.mark.parametrize(("mixer", "dtype", "documents", "stage"), STEPS_OF_EACH_KIND)
+def test_the_planned_peak_is_what_the_allocator_hands_out_for_a_real_step(mixer, dtype, documents, stage):
     raw = {
         "base": "tiny",
         "keep": "every:3",
         "mixer": {"name": mixer},
-        "data": {"seq_len": 256, "sources": [{"path": "python-stdlib"}]},
+        "data": {"seq_len": 256, "documents": documents, "sources": [{"path": "python-stdlib"}]},
         "stages": [{"tokens": 1024, "batch_tokens": 1024, **stage}],
     }
     parsed, dtype = recipes.validate(raw, lookup=lookup), getattr(torch, dtype)
-    planned = accounting.plan(parsed, dtype).stages[0].memory.together
-    assert planned == pytest.approx(handed_out(lambda: two_steps(parsed, dtype)), rel=0.05)
+    planned = accounting.plan(parsed, dtype, "cpu").stages[0].memory.together
+    assert planned == pytest.approx(handed_out(lambda: two_steps(parsed, dtype)), rel=0.01)
+
+
+class NoKernel:
+    """Launched on any grid, it leaves zeros in every tensor."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: [x.data.zero_() for x in arguments if isinstance(x, torch.Tensor)]
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """The launcher of the Triton form as on a GPU, which allocates what it does there, without its kernels."""
+    pytest.importorskip("triton")
+    from supra_kernels.gpu import launch
+
+    for name in ("states", "output", "query_key", "value", "decay", "rotary"):
+        monkeypatch.setattr(launch, f"{name}_kernel", NoKernel())
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    return launch
+
+
+@pytest.mark.parametrize(("mixer", "kind"), [("supra", "finetune"), ("gated", "transfer")])
+def test_the_plan_for_a_gpu_counts_the_form_for_gpus(mixer, kind, launcher):
+    """But for the numbers of the documents and copies of decays, a few numbers a token."""
+    raw = {
+        "base": "tiny",
+        "mixer": {"name": mixer},
+        "data": {"seq_len": 256, "sources": [{"path": "python-stdlib"}]},
+        "stages": [{"kind": kind, "tokens": 2048, "batch_tokens": 2048}],
+    }
+    parsed = recipes.validate(raw, lookup=lookup)
+    planned = {device: accounting.plan(parsed, torch.float32, device).stages[0].memory for device in ("cpu", "cuda")}
+    with ops.planning("triton"):
+        found = handed_out(lambda: two_steps(parsed, torch.float32))
+    assert planned["cuda"].together == pytest.approx(found, rel=0.015)
+    assert planned["cpu"].together > 1.03 * found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sums", [False, True])
+def test_the_triton_form_s_scratch_is_what_its_launcher_allocates(dtype, sums, launcher):
+    """But for the copy of the decay and the numbers of the documents, a few numbers a token."""
+    fused = (None, 1e-6) if sums else (1e-5, None)
+    with FakeTensorMode(), torch.device("cpu"):
+        q, do = (torch.empty(2, 1000, 8, 64, dtype=dtype) for _ in range(2))
+        k, v = (torch.empty(2, 1000, 4, 64, dtype=dtype) for _ in range(2))
+        g, dd = torch.empty(8), torch.empty(2, 1000, 8) if sums else None
+        segment = torch.empty(2, 1000, dtype=torch.long)
+        forward = (q, k, v, g, None, segment, 1.0, *fused)
+        backward = (do, dd, None, q, k, v, g, None, segment, 1.0, True)
+        for name, arguments in (("triton", forward), ("triton_backward", backward)):
+            with Meter(*(x for x in arguments if isinstance(x, torch.Tensor))) as meter:
+                returned = getattr(supra_kernels.library, f"_{name}")(*arguments)
+            allocated = meter.laps[-1].peak - sum(tensor.nbytes for tensor in returned)
+            counted = inside(getattr(torch.ops.supra, name).default, arguments).scratch
+            assert counted == pytest.approx(allocated, rel=0.03)
+
+
+def saved_shape(folder, **keys) -> str:
+    """A base of which only the config exists."""
+    keys = {"vocab_size": 512, "dtype": "float32", **keys}
+    LlamaConfig(**{key: SHAPE[key] for key in SHAPE if key != "model_type"}, **keys).save_pretrained(folder)
+    return str(folder)
+
+
+TRANSFER, FINETUNE = ({"kind": kind, "tokens": 1024, "batch_tokens": 512} for kind in ("transfer", "finetune"))
+HEAD_BYTES = 4 * 512 * 64
+
+
+def unread(folder, *stages, device="cpu", data=(), **keys) -> list[int]:
+    raw = {
+        "base": saved_shape(folder, **keys),
+        "mixer": {"name": "supra"},
+        "data": {"seq_len": 64, "sources": [{"path": "python-stdlib"}], **dict(data)},
+        "stages": list(stages),
+    }
+    plan = accounting.plan(recipes.validate(raw, lookup=lookup), torch.float32, device)
+    for stage in plan.stages:
+        memory = stage.memory
+        assert memory.weights + memory.unread == 4 * plan.model.parameters
+        assert memory.together == memory.total
+    return [stage.memory.unread for stage in plan.stages]
+
+
+def test_a_transfer_leaves_the_head_in_its_mapped_file_until_a_stage_reads_it(tmp_path):
+    assert unread(tmp_path, TRANSFER, FINETUNE, TRANSFER) == [HEAD_BYTES, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"device": "cuda"},
+        {"tie_word_embeddings": True},
+        {"dtype": "bfloat16"},
+        {"data": {"validation": [{"path": "python-stdlib"}]}},
+    ],
+    ids=["copied to a GPU", "a tied head", "converted when loaded", "validation"],
+)
+def test_every_weight_takes_memory_where_something_reads_it(choice, tmp_path):
+    assert unread(tmp_path, TRANSFER, **choice) == [0]
 
 
 def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
-    """Of real tensors; each row has two documents. The second step finds the optimizer's moments."""
+    """Of real tensors; a row has two documents, or they are joined. The second step finds the moments."""
     (spec,), cpu = parsed.stages, torch.device("cpu")
     stage = stages.get(spec.kind)(stages.get(spec.kind).Options())
     student = SupraForCausalLM._from_config(accounting.student_config(parsed), dtype=torch.float32).train()
@@ -245,8 +348,9 @@ def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
         teacher = SupraForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
     stepper = Stepper(stage, student, teacher, optimizer, 1.0, cpu, dtype)
     rows = parsed.micro_rows(spec)
-    ids = torch.randint(2048, (rows, 256))
-    batch = Batch(ids, (torch.arange(256) % 128).expand(rows, 256), ids)
+    ids = torch.randint(260, (rows, 256))
+    document = 256 if parsed.data.documents == "joined" else 128
+    batch = Batch(ids, (torch.arange(256) % document).expand(rows, 256), ids)
     for _ in range(2):
         stepper.take([batch] * (parsed.rows(spec) // rows))
 
@@ -254,7 +358,9 @@ def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
 def handed_out(run) -> int:
     """The allocator's highest sum while `run` runs, as PyTorch's profiler follows it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        before = torch.empty(1)
         run()
+        del before
     sums = totals(profile.profiler.kineto_results.experimental_event_tree())
     return max(sums) - sums[0]
 

@@ -1,13 +1,13 @@
 """FLOPs and live bytes of whatever runs while the meter is on, with storage or without.
 
 The linear attention operator is one call to PyTorch, and its form for CPUs is made of many: what it takes inside is
-counted by running that form on the first tokens.
+counted by running that form on the first tokens. Its form for GPUs runs nowhere else; what that takes is written here.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from supra_cli.core.flops import SDPA_FLOPS
+from supra_cli.core import ops
+from supra_cli.core.flops import SDPA_FLOPS, operator_flops
 
 _aten = torch.ops.aten
 _FLOPS = {
@@ -48,10 +49,11 @@ class Lap(NamedTuple):
 class Meter(TorchDispatchMode):
     """Adds up FLOPs and follows the bytes of all storages made while it is on, and their highest sum in each lap.
 
-    What a program asks of data that are not there is answered with one: yes, a row holds more than one document.
+    What a program asks of data that are not there is answered with one, and where it asks for yes or no with `packed`:
+    whether a row holds more than one document.
     """
 
-    def __init__(self, *given: nn.Module | Tensor | None):
+    def __init__(self, *given: nn.Module | Tensor | None, packed: bool = True):
         """Counts nothing that is `given`."""
         super().__init__()
         self.flops = 0
@@ -60,21 +62,28 @@ class Meter(TorchDispatchMode):
         self.elsewhere = 0
         """Bytes that whoever runs says are in another memory."""
         self._copies = 0
+        self._packed = packed
         self._given = [one for one in given if one is not None]
 
     def lap(self) -> None:
         self.laps.append(Lap())
 
+    def unread(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of those of these given tensors from which no operation took a number."""
+        return sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage()._cdata in self._unread)
+
     def __enter__(self):
         weights = {tensor.untyped_storage()._cdata for one in self._given for tensor in _tensors(one)}
-        self._weights, self._known = weights, set(weights)
+        self._weights, self._known, self._unread = weights, set(weights), set(weights)
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in _QUESTIONS and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            return _yes(function, args[0].dtype)
+            return self._answer(function, args[0].dtype)
         output = function(*args, **kwargs)
+        if self._unread and not function.is_view:
+            self._take(args)
         within = inside(function, args)
         if within is not None:
             self.flops += within.flops
@@ -86,6 +95,13 @@ class Meter(TorchDispatchMode):
                 self._see(tensor.untyped_storage(), copied)
         self._reach(0 if within is None else within.scratch)
         return output
+
+    def _take(self, args: Iterable[object]) -> None:
+        for one in args:
+            if isinstance(one, Tensor):
+                self._unread.discard(one.untyped_storage()._cdata)
+            elif isinstance(one, (list, tuple)):
+                self._take(one)
 
     def _see(self, storage: torch.UntypedStorage, copied: bool) -> None:
         key = storage._cdata
@@ -107,6 +123,11 @@ class Meter(TorchDispatchMode):
         self.live -= size
         self._copies -= size * copied
 
+    def _answer(self, question: torch._ops.OpOverload, dtype: torch.dtype) -> bool | int | float:
+        if question is _aten.is_nonzero.default or dtype == torch.bool:
+            return self._packed
+        return 1.0 if dtype.is_floating_point else 1
+
 
 def _tensors(given: nn.Module | Tensor) -> Iterator[Tensor]:
     if isinstance(given, Tensor):
@@ -116,12 +137,6 @@ def _tensors(given: nn.Module | Tensor) -> Iterator[Tensor]:
         yield from given.buffers()
 
 
-def _yes(question: torch._ops.OpOverload, dtype: torch.dtype) -> bool | int | float:
-    if question is _aten.is_nonzero.default or dtype == torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
-
-
 class Inside(NamedTuple):
     flops: int
     scratch: int
@@ -129,10 +144,37 @@ class Inside(NamedTuple):
 
 
 def inside(function: torch._ops.OpOverload, args: tuple) -> Inside | None:
-    """What a call of `function` takes; None for any but the operator's chunked form."""
-    if function not in (torch.ops.supra.chunk.default, torch.ops.supra.chunk_backward.default):
+    """What a call of `function` takes; None for any but the operator's chunked forms."""
+    supra = torch.ops.supra
+    if function in (supra.triton.default, supra.triton_backward.default):
+        named = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False))
+        return _in_triton(**named)
+    if function not in (supra.chunk.default, supra.chunk_backward.default):
         return None
     return _inside(function, tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in args))
+
+
+def _in_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor | None = None,
+    dd: Tensor | None = None,
+    denominator_min: float | None = None,
+    **_: object,
+) -> Inside:
+    """Of the form for GPUs, which keeps the state at the start of each of N chunks while it runs: [B,H,N,K,V], in bf16
+    where q, k and v are and in fp32 elsewhere, and with a denominator [B,H,N,K] in fp32. Backward, as many gradients
+    of them and the last state [B,H,K,V or V+1].
+    """
+    backward, sums = do is not None, dd is not None or denominator_min is not None
+    batch, tokens, heads, width = q.shape
+    chunk, v_dim = ops.chunk_tokens("cuda", width, v.shape[-1]), v.shape[-1]
+    number = 2 if all(x.dtype == torch.bfloat16 for x in (q, k, v)) else 4
+    starts = batch * heads * -(-tokens // chunk) * width * (v_dim * number + 4 * sums)
+    last = 4 * batch * heads * width * (v_dim + sums)
+    flops = operator_flops(batch * tokens * heads, width, v_dim, chunk)[backward]
+    return Inside(flops, 2 * starts + last if backward else starts)
 
 
 @lru_cache(maxsize=64)

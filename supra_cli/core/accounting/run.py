@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
 
-from supra_cli.core import checkpoint, hub
+from supra_cli.core import checkpoint, hub, ops
 from supra_cli.core.accounting.layers import extrapolated
 from supra_cli.core.accounting.meter import Lap, Meter
 from supra_cli.core.accounting.model import ModelPlan, measure
@@ -44,10 +46,14 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part at the fullest moment of a training step, on the device but for `host`."""
+    """Bytes by part at the fullest moment of a training step, on the device but for `host` and `unread`."""
 
     weights: int
     """In fp32; with the optimizer's state offloaded, those that move in the computing dtype."""
+    unread: int
+    """Further weights, of which a CPU takes nothing: they stay in their file, mapped into memory, as nothing in the run
+    so far reads them. A transfer stage has no use for the output head, for one. A GPU holds them among its weights.
+    """
     copies: int
     """The fp32 weights' copies in the computing dtype."""
     gradients: int
@@ -60,7 +66,7 @@ class Memory:
     host: int
     """fp32 weights, gradients and moments in CPU memory, where the optimizer keeps them there."""
     together: int
-    """The most that device and host hold at one moment: what a run on a CPU takes, where they are one memory."""
+    """The most that device and host hold at one moment: on a CPU they are one memory."""
 
     @property
     def total(self) -> int:
@@ -89,6 +95,8 @@ class StagePlan:
 class Plan:
     model: ModelPlan
     """The student before its first stage."""
+    device: str
+    """cpu or cuda."""
     dtype: str
     """What the passes compute in."""
     stages: tuple[StagePlan, ...]
@@ -111,16 +119,31 @@ class Plan:
         return self.flops / (GPUS[gpu][1] * 1e12 * UTILISATION)
 
 
-def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16) -> Plan:
+def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16, device: Literal["cpu", "cuda"] = "cuda") -> Plan:
     """What running `recipe` takes on one device that computes in `dtype`, masters in fp32; touches no weights.
 
-    Needs the configurations of the base and the teachers, which are bundled for the aliased models.
+    The operator takes the device's form. All else runs as a CPU does it, so that a GPU's autocast, which keeps other
+    operations in fp32, and its kernels of softmax attention may take a little more or less; what CUDA itself and the
+    gaps between tensors take is not counted. Needs the configurations of the base and the teachers, which are bundled
+    for the aliased models.
     """
     config = student_config(recipe)
     size = measure(config, getattr(torch, recipe.checkpoint.dtype))
     student = checkpoint.skeleton(config)
-    stage_plans = tuple(_stage(recipe, spec, student, dtype) for spec in recipe.stages)
-    return Plan(size, str(dtype).removeprefix("torch."), stage_plans)
+    stage_plans = []
+    unread = 4 * _parameters(student) if device == "cpu" and _stays_mapped(recipe, config) else 0
+    for spec in recipe.stages:
+        stage_plans.append(_stage(recipe, spec, student, dtype, device, unread))
+        unread = stage_plans[-1].memory.unread
+    return Plan(size, device, str(dtype).removeprefix("torch."), tuple(stage_plans))
+
+
+def _stays_mapped(recipe: recipes.Recipe, config: SupraConfig) -> bool:
+    """Whether the student's weights are those of a file, and none is read before a stage needs it: weights in another
+    dtype are converted when they are loaded, and validation has every one in use.
+    """
+    from_file = recipe.base is not None and recipe.init != "scratch" and config.dtype in (None, torch.float32)
+    return from_file and not recipe.data.validation
 
 
 def student_config(recipe: recipes.Recipe) -> SupraConfig:
@@ -132,15 +155,24 @@ def student_config(recipe: recipes.Recipe) -> SupraConfig:
     return base.with_mixer(recipe.mixer.name, recipe.mixer.options, recipe.keep)
 
 
-def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalLM, dtype: torch.dtype) -> StagePlan:
+def _stage(
+    recipe: recipes.Recipe,
+    spec: recipes.Stage,
+    student: SupraForCausalLM,
+    dtype: torch.dtype,
+    device: str,
+    unread: int,
+) -> StagePlan:
+    """Of the weights at most `unread` bytes are still unread."""
     stage = stage_of(spec)
     moving = [parameter.numel() for _, parameter in prepare(student, stage, spec)]
     teacher = _teacher_config(recipe, spec) if stage.teacher == "separate" else None
     beside = 0 if teacher is None else _parameters(checkpoint.skeleton(teacher)) * dtype.itemsize
     rows, micro_rows, length = recipe.rows(spec), recipe.micro_rows(spec), recipe.seq_len(spec)
     steps = recipe.steps(spec)
-    step = partial(_pass, recipe, spec, dtype)
-    flops, *bytes_of_laps = extrapolated(step, [student.config] if teacher is None else [student.config, teacher])
+    step = partial(_pass, recipe, spec, dtype, device)
+    configs = [student.config] if teacher is None else [student.config, teacher]
+    flops, left, *bytes_of_laps = extrapolated(step, configs)
     laps = [Lap(*some) for some in zip(*[iter(bytes_of_laps)] * len(Lap._fields), strict=True)]
     return StagePlan(
         kind=spec.kind,
@@ -151,31 +183,34 @@ def _stage(recipe: recipes.Recipe, spec: recipes.Stage, student: SupraForCausalL
         seq_len=length,
         trainable=sum(moving),
         flops=flops * steps * rows // micro_rows,
-        memory=_memory(spec, student, beside, moving, dtype, laps),
+        memory=_memory(spec, student, beside, moving, dtype, laps, min(unread, left)),
     )
 
 
-def _pass(recipe: recipes.Recipe, spec: recipes.Stage, dtype: torch.dtype, configs: Sequence[SupraConfig]) -> list[int]:
-    """FLOPs and laps of a step's last micro-batch, with models of these configurations.
+def _pass(
+    recipe: recipes.Recipe, spec: recipes.Stage, dtype: torch.dtype, device: str, configs: Sequence[SupraConfig]
+) -> list[int]:
+    """FLOPs, unread bytes of frozen weights and laps of a step's last micro-batch, with models of these configurations.
 
     Laps end where what is alive may begin to grow with the layers otherwise than before: the teacher's pass; the
     student's, which ends with all of autocast's copies; the backward pass, which begins with most activations; its end
     in the first layer, where gradients have taken their place.
     """
     accumulating = recipe.rows(spec) > recipe.micro_rows(spec)
-    with FakeTensorMode(), torch.device("cpu"):
+    path = "triton" if device == "cuda" else None
+    with FakeTensorMode(), torch.device("cpu"), ops.planning(path), _masks_as_given():
         student = _built(configs[0], torch.float32).train()
         teacher = _built(configs[1], dtype).eval().requires_grad_(False) if configs[1:] else None
         stage = stage_of(spec)
         trained = [parameter for _, parameter in prepare(student, stage, spec)]
         ids = torch.zeros((recipe.micro_rows(spec), recipe.seq_len(spec)), dtype=torch.long)
-        batch = FullBatch(ids, None if recipe.data.documents == "joined" else ids, ids)
+        batch = FullBatch(ids, ids, ids)
         optimizer = torch.optim.SGD(trained, lr=0.0)  # moments are counted apart
         if spec.optimizer == OFFLOAD:
             for parameter in trained:
                 parameter.data = parameter.data.to(dtype)
         stepper = Stepper(stage, student, teacher, optimizer, spec.clip_norm, torch.device("cpu"), dtype)
-        with Meter(student, teacher) as meter:
+        with Meter(student, teacher, packed=recipe.data.documents != "joined") as meter:
             if spec.optimizer == OFFLOAD:
                 _offload(trained, accumulating, meter)
             elif accumulating:
@@ -183,7 +218,8 @@ def _pass(recipe: recipes.Recipe, spec: recipes.Stage, dtype: torch.dtype, confi
                     parameter.grad = torch.empty_like(parameter)
             _divide(stage, student, meter)
             stepper.take([batch])
-    return [meter.flops, *chain.from_iterable(meter.laps)]
+    frozen = (parameter for parameter in student.parameters() if not parameter.requires_grad)
+    return [meter.flops, meter.unread(frozen), *chain.from_iterable(meter.laps)]
 
 
 def _memory(
@@ -193,10 +229,12 @@ def _memory(
     moving: Sequence[int],
     dtype: torch.dtype,
     laps: Sequence[Lap],
+    unread: int,
 ) -> Memory:
     offloading = spec.optimizer == OFFLOAD
     masters = 4 * sum(moving)
-    weights, moments = 4 * _parameters(student), sum(moment_bytes(spec.optimizer, numbers) for numbers in moving)
+    weights = 4 * _parameters(student) - unread
+    moments = sum(moment_bytes(spec.optimizer, numbers) for numbers in moving)
     on_device = weights - masters + dtype.itemsize * sum(moving) if offloading else weights
     gradients = 0 if offloading else masters
     peak, copies, _ = max(laps)
@@ -204,6 +242,7 @@ def _memory(
     held = on_device + moments + teacher + (masters if offloading else 0)
     return Memory(
         weights=on_device,
+        unread=unread,
         copies=copies,
         gradients=gradients,
         optimizer=0 if offloading else moments,
@@ -212,6 +251,19 @@ def _memory(
         host=2 * masters + moments if offloading else 0,
         together=held + max(lap.both for lap in laps),
     )
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """Keep transformers from looking for several documents in a row: it takes positions without data to have them and
+    makes a mask, while rows that do have them come with one.
+    """
+    looking = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda positions: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looking
 
 
 def _teacher_config(recipe: recipes.Recipe, spec: recipes.Stage) -> SupraConfig | None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from supra_cli.core import ops
 from supra_cli.core.bench.timing import Run
-from supra_cli.core.flops import SDPA_FLOPS
+from supra_cli.core.flops import SDPA_FLOPS, operator_flops
 
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the two matrices whose product shows the arithmetic rate."""
@@ -37,18 +37,6 @@ def rate_runs(device: str, dtype: torch.dtype) -> dict[str, Run]:
 def rates(median: dict[str, float], device: str) -> Rates:
     """From the median milliseconds of `rate_runs`."""
     return Rates(2 * MATRIX[device] ** 3 / median["matrix"] / 1e6, 2 * COPY_BYTES[device] / median["copy"] / 1e6)
-
-
-def operator_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int, int]:
-    """Of the matrix products over `rows` = B · T · H, a multiplication and an addition counted as two: (forward,
-    backward).
-
-    Forward: q k^T and its product with v inside a chunk, q S, k v^T. Backward: five products inside a chunk, k v^T
-    again, and four with the state or its gradient.
-    """
-    forward = chunk * (key_dim + v_dim) + 2 * key_dim * v_dim
-    backward = chunk * (3 * key_dim + 2 * v_dim) + 5 * key_dim * v_dim
-    return 2 * rows * forward, 2 * rows * backward
 
 
 def counted_flops(run: Run) -> int:
