@@ -13,6 +13,7 @@ from torch import Tensor
 
 from supra_kernels import chunk as chunked
 from supra_kernels.boundaries import compute_dtype
+from supra_kernels.rotary import prepared
 
 STEP_LENGTH = 4
 """Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""
@@ -35,9 +36,12 @@ library.define(
     " Tensor? segment, float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, float scale, float? norm_eps,"
-    " float? denominator_min) -> Tensor"
+    "triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor? cos, Tensor? sin, bool relu,"
+    " float scale, float? norm_eps, float? denominator_min) -> Tensor"
 )
+
+library.define("rotary(Tensor x, Tensor cos, Tensor sin, bool relu) -> Tensor")
+library.define("rotary_backward(Tensor dy, Tensor? x, Tensor cos, Tensor sin) -> Tensor")
 
 library.impl("chunk", chunked.forward, "CompositeExplicitAutograd")
 library.impl("chunk_backward", chunked.backward, "CompositeExplicitAutograd")
@@ -72,13 +76,24 @@ def _triton_backward(do, dd, dS, q, k, v, g, state, segment, scale, decays):
     return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), dg, grads.state
 
 
-def _triton_step(q, k, v, g, state, scale, norm_eps, denominator_min):
+def _triton_step(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min):
     launch = gpu_kernels()
     problem = launch.Problem(q, k, v, g, None, scale, sums=denominator_min is not None)
-    return launch.step(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
+    before, after = {"cos": cos, "sin": sin, "relu": relu}, {"norm_eps": norm_eps, "denominator_min": denominator_min}
+    return launch.step(problem, state, v.dtype, **before, **after)
+
+
+def _rotary(x, cos, sin, relu):
+    return gpu_kernels().rotate(x, cos, sin, relu)
+
+
+def _rotary_backward(dy, x, cos, sin):
+    return gpu_kernels().rotate_backward(dy, x, cos, sin)
 
 
 for _key in ("CUDA", "CPU"):
+    library.impl("rotary", _rotary, _key)
+    library.impl("rotary_backward", _rotary_backward, _key)
     library.impl("triton", _triton, _key)
     library.impl("triton_backward", _triton_backward, _key)
     library.impl("triton_step", _triton_step, _key)
@@ -108,7 +123,7 @@ def _(q, k, v, g, state, segment, scale, norm_eps, denominator_min):
 
 
 @torch.library.register_fake("supra::triton_step", lib=library)
-def _(q, k, v, g, state, scale, norm_eps, denominator_min):
+def _(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min):
     return _output(q, v)
 
 
@@ -126,6 +141,25 @@ def _(do, dS, q, k, v, g, segment, starts, scale, decays):
 @torch.library.register_fake("supra::triton_backward", lib=library)
 def _(do, dd, dS, q, k, v, g, state, segment, scale, decays):
     return _fake_gradients(q, k, v, g, decays, dd is not None)
+
+
+@torch.library.register_fake("supra::rotary", lib=library)
+def _(x, cos, sin, relu):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("supra::rotary_backward", lib=library)
+def _(dy, x, cos, sin):
+    return torch.empty_like(dy, memory_format=torch.contiguous_format)
+
+
+def _rotary_setup(ctx, inputs, output):
+    x, cos, sin, relu = inputs
+    ctx.save_for_backward(x if relu else None, cos, sin)
+
+
+def _rotary_gradients(ctx, dy):
+    return torch.ops.supra.rotary_backward(dy, *ctx.saved_tensors), None, None, None
 
 
 def _chunk_setup(ctx, inputs, output):
@@ -180,6 +214,7 @@ def _for_inputs(grads, state, decays):
     return dq, dk, dv, dg if decays else None, None if state is None else d_state.to(state.dtype)
 
 
+torch.library.register_autograd("supra::rotary", _rotary_gradients, setup_context=_rotary_setup, lib=library)
 torch.library.register_autograd("supra::chunk", _chunk_gradients, setup_context=_chunk_setup, lib=library)
 torch.library.register_autograd("supra::triton", _triton_gradients, setup_context=_triton_setup, lib=library)
 
@@ -208,22 +243,28 @@ def triton(
     scale: float = 1.0,
     state: Tensor | None = None,
     segment: Tensor | None = None,
+    relu: bool = False,
+    rotation: tuple[Tensor, Tensor] | None = None,
     norm_eps: float | None = None,
     denominator_min: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton form (supra_kernels.gpu): chunks in parallel, or without gradients and for few tokens the decode step.
 
+    ReLU and rotation are done within the step, and in a kernel of their own, once for q and once for k, before the
+    chunks, whose kernels read q and k five times.
     fp32 inputs are multiplied in tf32 where torch.backends.cuda.matmul.allow_tf32 says so; float64 is refused.
     """
     if compute_dtype(q, k, v) == torch.float64:
         raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
     if q.shape[1] > STEP_LENGTH or segment is not None or _needs_gradient(q, k, v, g, state):
+        q, k = (prepared(x, relu, rotation, form="triton") for x in (q, k))
         return torch.ops.supra.triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min)[:2]
     if state is None:
         S = _state(q, k, v, denominator_min is not None).zero_()
     else:
         S = state.to(torch.float32).contiguous()
-    return torch.ops.supra.triton_step(q, k, v, g, S, scale, norm_eps, denominator_min), S
+    cos, sin = rotation or (None, None)
+    return torch.ops.supra.triton_step(q, k, v, g, S, cos, sin, relu, scale, norm_eps, denominator_min), S
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm
 from supra_kernels.boundaries import compute_dtype, numbered
 from supra_kernels.library import STEP_LENGTH, chunk, triton
 from supra_kernels.naive import naive
+from supra_kernels.rotary import prepared
 from supra_kernels.step import step
 
 FORMS = {"naive": naive, "chunk": chunk, "step": step, "triton": triton}
@@ -26,6 +27,8 @@ def linear_attention(
     state: Tensor | None = None,
     segment: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    relu: bool = False,
+    rotation: tuple[Tensor, Tensor] | None = None,
     norm_eps: float | None = None,
     denominator_min: float | None = None,
     form: str | None = None,
@@ -38,13 +41,16 @@ def linear_attention(
     segment [B,T] numbers the documents of a row, non-decreasing over real tokens, -1 on padding. S is zeroed where a
     document starts; a padding token changes nothing, and the output there is finite and meaningless.
     cu_seqlens [documents + 1], the offsets of documents laid end to end in one row (B = 1), says the same as a segment.
+    With relu, and with rotation = (cos, sin), [B or 1,T,R] each, q and k go through `rotary` first: max(x, 0), then the
+    positions.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
     With norm_eps, o is normalised over each head's V numbers, (o - mean) / sqrt(variance + norm_eps), as GroupNorm with
     H groups and no affine does.
     With denominator_min, o_t is divided by the sum of its weights, o_t / max(scale · q_t·z_t, denominator_min) with
     z_t = exp(g_t) z_{t-1} + k_t. The state is then [B,H,K,V+1], its last column z.
     Without gradients the step form overwrites `state` and returns it.
-    The Triton form normalises or divides in the kernel that makes o; the others afterwards.
+    The Triton form normalises or divides in the kernel that makes o, and decodes in one kernel from raw q and k; the
+    others do what comes before and after by itself.
     Raises ValueError for shapes that do not fit, for an unknown form, and for norm_eps beside denominator_min.
     """
     if cu_seqlens is not None:
@@ -60,8 +66,12 @@ def linear_attention(
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
     with _without_autocast(q.device.type):
         if form == "triton":
-            fused = {"norm_eps": norm_eps, "denominator_min": denominator_min}
-            return triton(q, k, v, g, scale=scale, state=state, segment=segment, **fused)
+            before, after = (
+                {"relu": relu, "rotation": rotation},
+                {"norm_eps": norm_eps, "denominator_min": denominator_min},
+            )
+            return triton(q, k, v, g, scale=scale, state=state, segment=segment, **before, **after)
+        q, k = (prepared(x, relu, rotation, form="chunk") for x in (q, k))
         values = v if denominator_min is None else _with_ones(v.to(compute_dtype(q, k, v)))
         o, S = FORMS[form](q, k, values, g, scale=scale, state=state, segment=segment)
         if denominator_min is not None:

@@ -1,12 +1,16 @@
-"""The words that architectures and mixers share: the shape of a layer, and where documents lie in a batch."""
+"""The words that architectures and mixers share: a layer's shape, its positions, where documents lie in a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Rotate = Callable[[Tensor], Tensor]
+"""x [B,T,·,K] -> x with the base's positions in it; the identity for a base with learned positions."""
 
 
 @dataclass(frozen=True)

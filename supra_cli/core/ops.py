@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import supra_kernels
 import torch
@@ -17,7 +18,7 @@ from supra_kernels.chunk import chunk_length
 from torch import Tensor
 
 from supra_cli.core.errors import UsageError, near_miss
-from supra_cli.core.layout import Layout
+from supra_cli.core.layout import Layout, Rotate
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +27,18 @@ _FORMS = {"naive": "naive", "torch": "chunk", "triton": "triton"}
 """What the variable may say, and the form of supra_kernels that it means."""
 _planned: str | None = None
 """The path that `planning` asks for. A plain variable: torch.compile reads no other through."""
+
+
+class Rotation(NamedTuple):
+    """Rotary positions as a function of x [B,T,·,K], from cos and sin [B or 1,T,R], of which the first R ≤ K turn."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x cos + (-x₂, x₁) sin, x₁ and x₂ the halves of what turns. On a GPU one kernel."""
+        forced = _forced(x.device.type)
+        return supra_kernels.rotary(x, self.cos, self.sin, form=None if forced is None else _FORMS[forced])
 
 
 def linear_attention(
@@ -37,6 +50,8 @@ def linear_attention(
     scale: float = 1.0,
     state: Tensor | None = None,
     layout: Layout | None = None,
+    relu: bool = False,
+    rope: Rotate | None = None,
     norm_eps: float | None = None,
     denominator_min: float | None = None,
     path: str | None = None,
@@ -48,6 +63,8 @@ def linear_attention(
     [B,H,K,V] or None for zeros. With norm_eps, o is (o - mean) / √(variance + norm_eps) over each head's V numbers.
     With denominator_min, o_t is divided by max(scale · q_t·z_t, denominator_min), z_t = exp(g_t) z_{t-1} + k_t; the
     state is then [B,H,K,V+1], its last column z.
+    With relu and rope, q and k are φ(q), φ(k) of what is given, φ(x) = rope(ReLU(x)) or what of it is asked for: on a
+    GPU in one kernel for a `Rotation`, and within the step when decoding.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, in fp32.
     `path` is a word of SUPRA_KERNEL and stands above it. Which path ran is logged once for each device and dtype.
     Raises UsageError for a SUPRA_KERNEL that is unknown, or triton where it cannot run; a failing kernel is an error,
@@ -58,14 +75,12 @@ def linear_attention(
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
     if not torch.compiler.is_compiling() and _planned is None:
         _tell_once(forced or ("triton" if form == "triton" else "torch"), q.device.type, q.dtype)
-    after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
-    return supra_kernels.linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form, **after)
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + (-x₂, x₁) sin, x₁ and x₂ the halves of x [B,T,·,K]; cos and sin [B or 1,T,K]. On a GPU one kernel."""
-    forced = _forced(x.device.type)
-    return supra_kernels.rotary(x, cos, sin, form=None if forced is None else _FORMS[forced])
+    if rope is not None and not isinstance(rope, Rotation):
+        q, k = (rope(x.relu() if relu else x) for x in (q, k))
+        relu, rope = False, None
+    before, after = {"relu": relu, "rotation": rope}, {"norm_eps": norm_eps, "denominator_min": denominator_min}
+    here = {"scale": scale, "state": state, "segment": segment, "form": form}
+    return supra_kernels.linear_attention(q, k, v, g, **here, **before, **after)
 
 
 def chunk_tokens(device: str, key_dim: int, v_dim: int) -> int:

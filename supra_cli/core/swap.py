@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class SwappedAttention(nn.Module):
     ) -> tuple[Tensor, NamedTuple]:
         """The mixer's heads o [B,T,H,V], before the output projection, and its new state."""
         q, k, v = self.arch.qkv(self, hidden_states)
-        rope = partial(self.arch.rotate, self, tables=position_embeddings)
+        rope = self.arch.rotation(self, position_embeddings)
         return self.mixer(q, k, v, hidden_states, rope, state, layout)
 
     def softmax_heads(
@@ -47,7 +47,7 @@ class SwappedAttention(nn.Module):
     ) -> Tensor:
         """The base's heads [B,T,H,V], before the output projection: what the mixer replaced."""
         q, k, v = self.arch.qkv(self, hidden_states)
-        rope = partial(self.arch.rotate, self, tables=position_embeddings)
+        rope = self.arch.rotation(self, position_embeddings)
         return Softmax(self.mixer.spec, Softmax.Options())(q, k, v, hidden_states, rope, None, layout)[0]
 
     def softmax(self, hidden_states: Tensor, layout: Layout | None = None, **kwargs: Any) -> Tensor:

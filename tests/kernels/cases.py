@@ -47,10 +47,16 @@ def with_sums(values):
     return [q, k, v, g, state]
 
 
+def tables(batch, length, rotated, seed=2):
+    """cos, sin [B,T,R], no two numbers alike, so that halves, tokens or rows that are mixed up show."""
+    rng = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, length, rotated, generator=rng) for _ in range(2))
+
+
 def differentiate(form, values, dtype, segment=None, scale=0.3, **fused):
     """-> o, S and the gradients of a random projection of both; the output on padding counts for nothing.
 
-    `fused` is norm_eps or denominator_min.
+    `fused` is norm_eps or denominator_min, relu and rotation.
     """
     q, k, v, g, state = (None if x is None else x.detach().clone().to(dtype).requires_grad_() for x in values)
     o, S = linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form, **fused)

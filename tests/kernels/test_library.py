@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import supra_kernels
 import torch
-from cases import inputs, packed, with_sums
+from cases import inputs, packed, tables, with_sums
 from supra_kernels import linear_attention
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -48,9 +48,11 @@ def test_the_triton_operator_with_a_denominator_passes_opcheck():
 def test_the_decode_step_operator_passes_opcheck():
     pytest.importorskip("triton")
     q, k, v, g, state, _, scale = (x.detach() if torch.is_tensor(x) else x for x in arguments("fixed", False, True, 1))
-    torch.library.opcheck(torch.ops.supra.triton_step.default, (q, k, v, g, state, scale, None, None))
+    torch.library.opcheck(
+        torch.ops.supra.triton_step.default, (q, k, v, g, state, None, None, False, scale, None, None)
+    )
     beside = with_sums([q, k, v, g, state])
-    torch.library.opcheck(torch.ops.supra.triton_step.default, (*beside, scale, None, 0.5))
+    torch.library.opcheck(torch.ops.supra.triton_step.default, (*beside, *tables(1, 1, 4), True, scale, None, 0.5))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

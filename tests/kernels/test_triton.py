@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DECAYS, assert_agrees, differentiate, inputs, packed, with_sums
+from cases import DECAYS, assert_agrees, differentiate, inputs, packed, tables, with_sums
 from supra_kernels import linear_attention
 
 pytest.importorskip("triton")
@@ -178,6 +178,35 @@ def test_prefill_then_steps_with_a_denominator_equals_one_pass():
     torch.testing.assert_close(S, end, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("relu", "rows", "rotated"), [(True, 0, 0), (True, 2, 8), (False, 1, 6)])
+def test_relu_and_rotation_before_the_chunks_equal_those_before_the_recurrence(relu, rows, rotated):
+    rotation = tuple(x.to(DEVICE) for x in tables(rows, 70, rotated)) if rotated else None
+    values = [x.to(DEVICE) for x in inputs(2, 70, 4, 2, 8, 12)]
+    got, want = (
+        [x.cpu() for x in differentiate(form, values, dtype, relu=relu, rotation=rotation)]
+        for form, dtype in (("triton", torch.float32), ("naive", torch.float64))
+    )
+    assert_agrees(got, want, torch.float32)
+
+
+@pytest.mark.parametrize(("relu", "rows", "rotated"), [(True, 0, 0), (True, 2, 8), (False, 1, 8), (True, 1, 6)])
+@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+def test_the_decode_step_makes_features_and_turns_them_itself(relu, rows, rotated, after, monkeypatch):
+    """The kernel that does so before the chunks is not launched."""
+    q, k, v, g, state = inputs(2, 3, 4, 2, 8, 20)
+    if "denominator_min" in after:
+        state = torch.cat((state, state[..., :1].abs()), -1)
+    rotation = tuple(x.to(DEVICE) for x in tables(rows, 3, rotated)) if rotated else None
+    q, k, v, g, state = (x.to(DEVICE) for x in (q, k, v, g, state))
+    given = {"scale": 0.3, "state": state, "relu": relu, "rotation": rotation, **after}
+    want, end = linear_attention(q, k, v, g, form="naive", **given)
+    monkeypatch.setattr(launch, "rotate", None)
+    o, S = linear_attention(q, k, v, g, form="triton", **given)
+    assert S.data_ptr() == state.data_ptr()
+    torch.testing.assert_close(o, want, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
+
+
 def test_a_rerun_gives_the_same_bits():
     values = [x.to(DEVICE) for x in inputs(1, 70, 2, 1, 8, 8, "token")]
     first, second = (differentiate("triton", values, torch.float32) for _ in range(2))
@@ -201,6 +230,7 @@ SHARED = dict(C=64, BK=64, BV=64, DECAY=2, PACKED=True, OPERAND=tl.bfloat16, PRE
 WALK = dict(SHARED, REVERSE=False, STORE=True, INITIAL=True)
 PLAIN = dict(SHARED, SUMS=False, p_dd=None, p_z=None, p_dz=None)
 SUMS = dict(SHARED, SUMS=True)
+RAW = dict(ROTARY=False, RELU=False, p_cos=None, p_sin=None)
 
 
 def kind(name):
@@ -220,9 +250,12 @@ for kernel, constants in (
     (launch.value_kernel, SHARED),
     (launch.decay_kernel, PLAIN),
     (launch.decay_kernel, SUMS),
-    (launch.step_kernel, dict(BK=64, BV=16, DECAY=1, NORM=False, SUMS=False)),
-    (launch.rotary_kernel, dict(BH=16, BK=64, TRANSPOSED=False)),
-    (launch.step_kernel, dict(BK=256, BV=64, DECAY=0, NORM=False, SUMS=True)),
+    (launch.step_kernel, dict(BK=64, BV=16, DECAY=1, NORM=False, SUMS=False, **RAW)),
+    (launch.step_kernel, dict(BK=128, BV=128, DECAY=1, NORM=True, SUMS=False, ROTARY=True, RELU=True)),
+    (launch.step_kernel, {**RAW, **dict(BK=256, BV=64, DECAY=0, NORM=False, SUMS=True, RELU=True)}),
+    (launch.rotary_kernel, dict(BH=16, BK=128, RELU=True)),
+    (launch.rotary_backward_kernel, dict(BH=16, BK=128, RELU=True)),
+    (launch.rotary_backward_kernel, dict(BH=16, BK=128, RELU=False, p_x=None)),
 ):
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
@@ -241,4 +274,4 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     environment |= {"PYTHONPATH": str(Path(launch.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 13
+    assert len(done.stdout.split()) == 16

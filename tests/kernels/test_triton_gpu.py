@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DECAYS, NAMES, inputs, packed, with_sums
+from cases import DECAYS, NAMES, inputs, packed, tables, with_sums
 from supra_kernels import linear_attention, rotary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -77,7 +77,8 @@ def test_fused_denominator_with_documents_and_padding():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary(dtype):
+@pytest.mark.parametrize("relu", [False, True])
+def test_rotary(dtype, relu):
     x, dy, _ = (t.to("cuda", dtype) for t in inputs(2, 1024, 32, 32, 128, 128)[:3])
     angles = torch.arange(1024.0, device="cuda")[:, None] * torch.exp2(-torch.arange(64.0, device="cuda") / 8)
     cos, sin = (torch.cat((table, table), -1)[None].to(dtype) for table in (angles.cos(), angles.sin()))
@@ -85,7 +86,7 @@ def test_rotary(dtype):
     def turned(values, form):
         x, cos, sin, dy = values
         leaf = x.detach().requires_grad_()
-        y = rotary(leaf, cos, sin, form=form)
+        y = rotary(leaf, cos, sin, relu=relu, form=form)
         return y, *torch.autograd.grad(y, leaf, dy)
 
     wide = turned([t.double() for t in (x, cos, sin, dy)], "chunk")
@@ -102,17 +103,18 @@ def test_a_rerun_gives_the_same_bits():
 @pytest.mark.parametrize("batch", [1, 16, 256])
 def test_decode_steps_in_a_cuda_graph(batch):
     q, k, v, g, state = (x.cuda() for x in inputs(batch, 1, 8, 2, 128, 128))
+    before = {"relu": True, "rotation": tuple(x.cuda() for x in tables(1, 1, 128))}
     S = state.clone()
-    linear_attention(q, k, v, g, state=S, form="triton")
+    linear_attention(q, k, v, g, state=S, form="triton", **before)
     S.copy_(state)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o, _ = linear_attention(q, k, v, g, state=S, form="triton")
+        o, _ = linear_attention(q, k, v, g, state=S, form="triton", **before)
     S.copy_(state)
     for _ in range(3):
         graph.replay()
     want = state
     for _ in range(3):
-        wanted, want = linear_attention(q, k, v, g, state=want, form="naive")
+        wanted, want = linear_attention(q, k, v, g, state=want, form="naive", **before)
     torch.testing.assert_close(S, want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(o, wanted, atol=1e-3, rtol=1e-4)

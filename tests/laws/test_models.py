@@ -54,7 +54,8 @@ def test_the_arch_describes_the_bases_own_attention(base, kv_heads):
     assert q.shape[2:] == (spec.heads, spec.head_dim)
     assert k.shape[2:] == (spec.kv_heads, spec.head_dim)
     assert v.shape[2:] == (spec.kv_heads, spec.v_dim)
-    q, k = (arch.rotate(attention, heads, given["position_embeddings"]) for heads in (q, k))
+    rotate = arch.rotation(attention, given["position_embeddings"])
+    q, k = rotate(q), rotate(k)
     k, v = (heads.repeat_interleave(spec.heads // spec.kv_heads, dim=2) for heads in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * spec.scale
     future = torch.ones(13, 13, dtype=torch.bool).triu(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from supra_kernels.boundaries import DECAY_FLOOR, documents
 from supra_kernels.gpu.gradients import decay_kernel, query_key_kernel, value_kernel
 from supra_kernels.gpu.output import output_kernel
-from supra_kernels.gpu.rotary import rotary_kernel
+from supra_kernels.gpu.rotary import rotary_backward_kernel, rotary_kernel
 from supra_kernels.gpu.states import states_kernel
 from supra_kernels.gpu.step import step_kernel
 from supra_kernels.gpu.tiles import FIXED_DECAY, NO_DECAY, TOKEN_DECAY
@@ -244,37 +244,62 @@ def step(
     state: Tensor,
     out_dtype: torch.dtype,
     *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    relu: bool = False,
     norm_eps: float | None = None,
     denominator_min: float | None = None,
 ) -> Tensor:
-    """-> o; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch."""
+    """-> o; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch.
+
+    q and k go through the ReLU with `relu`, then turn by cos, sin [B or 1,T,R] where given.
+    """
     least = norm_eps if denominator_min is None else denominator_min
     BK = _tile(problem.key_dim, 1 << 20)
     BV = min(16, _tile(problem.v_dim)) if least is None else _tile(problem.v_dim, 1 << 20)
     o = problem.empty(
         problem.batch, problem.length, problem.heads, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype
     )
+    tables = (None, None, 0, 0) if cos is None else _tables(cos, sin)
     with _on(problem.q):
         step_kernel[(problem.batch * problem.heads * triton.cdiv(problem.v_dim, BV),)](
-            problem.q, problem.k, problem.v, problem.g, state, o,
+            problem.q, problem.k, problem.v, problem.g, state, o, *tables,
             problem.length, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim, problem.scale,
             least or 0.0,
             BK=BK, BV=BV, DECAY=problem.shared["DECAY"], NORM=norm_eps is not None, SUMS=problem.sums,
+            ROTARY=cos is not None, RELU=relu,
             num_warps=min(16, max(4, BK * BV // 4096)),
         )  # fmt: skip
     return o.to(out_dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
-    """See rotary_kernel; x [B,T,H,K], cos and sin [B or 1,T,K]."""
-    batch, length, heads, width = x.shape
-    out_dtype = x.dtype
-    x, cos, sin = (_operand(t) for t in (x, cos, sin))
-    y = torch.empty_like(x)
-    BH, BK = min(16, triton.next_power_of_2(heads)), triton.next_power_of_2(width // 2)
-    with _on(x):
-        rotary_kernel[(batch * length * triton.cdiv(heads, BH),)](
-            x, cos, sin, y, length, heads, width, 0 if len(cos) == 1 else length * width,
-            BH=BH, BK=BK, TRANSPOSED=transposed, num_warps=4,
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """cos, sin [B or 1,T,R] -> both as operands, R, and the numbers from one sequence to the next."""
+    return _operand(cos), _operand(sin), cos.shape[-1], 0 if len(cos) == 1 else cos[0].numel()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, relu: bool) -> Tensor:
+    """See rotary_kernel; x [B,T,H,K], cos and sin [B or 1,T,R]."""
+    inside = _operand(x)
+    y = torch.empty_like(inside)
+    _turn(rotary_kernel, (inside,), cos, sin, y, relu)
+    return y.to(x.dtype)
+
+
+def rotate_backward(dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of x, which is given where it went through the ReLU."""
+    inside = _operand(dy)
+    dx = torch.empty_like(inside)
+    _turn(rotary_backward_kernel, (inside, None if x is None else _operand(x)), cos, sin, dx, x is not None)
+    return dx.to(dy.dtype)
+
+
+def _turn(kernel, given: tuple, cos: Tensor, sin: Tensor, out: Tensor, relu: bool) -> None:
+    batch, length, heads, width = out.shape
+    cos, sin, rotated, stride = _tables(cos, sin)
+    BH = min(16, triton.next_power_of_2(heads))
+    with _on(out):
+        kernel[(batch * length * triton.cdiv(heads, BH),)](
+            *given, cos, sin, out, length, heads, width, rotated, stride,
+            BH=BH, BK=triton.next_power_of_2(width), RELU=relu, num_warps=4,
         )  # fmt: skip
-    return y.to(out_dtype)

@@ -1,6 +1,6 @@
-"""y₁ = x₁ cos₁ - x₂ sin₁,   y₂ = x₂ cos₂ + x₁ sin₂, with ₁ and ₂ the halves of a head.
+"""ReLU, then positions: y₁ = x₁ cos₁ - x₂ sin₁,   y₂ = x₂ cos₂ + x₁ sin₂, with ₁ and ₂ the halves of what turns.
 
-Transposed, which is the gradient:   y₁ = x₁ cos₁ + x₂ sin₂,   y₂ = x₂ cos₂ - x₁ sin₁.
+Transposed, which is the gradient of the turn:   y₁ = x₁ cos₁ + x₂ sin₂,   y₂ = x₂ cos₂ - x₁ sin₁.
 """
 
 import triton
@@ -8,32 +8,67 @@ import triton.language as tl
 
 
 @triton.jit
-def rotary_kernel(
-    p_x, p_cos, p_sin, p_y,
-    T, H, K, STRIDE,
-    BH: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr,
+def relu(x):
+    """Not tl.maximum, which makes 0 of NaN."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def load_turned(
+    p_x, o_x, mask, o_k, p_cos, p_sin, o_table, R,
+    ROTARY: tl.constexpr, RELU: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BH heads of one token of x, y [B,T,H,K]. cos, sin [B,T,K] or, with STRIDE 0, [1,T,K]; K is even."""
+    """x at o_x, column o_k of its head, in fp32, after the ReLU and turned. The first R columns of a head turn, by the
+    rows of cos and sin that begin at o_table; the others stay."""
+    x = tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        x = relu(x)
+    if ROTARY:
+        half = R // 2
+        first, turns = o_k < half, o_k < R
+        across = tl.where(first, half, -half)
+        other = tl.load(p_x + o_x + across, mask=mask & turns, other=0.0).to(tl.float32)
+        if RELU:
+            other = relu(other)
+        cos = tl.load(p_cos + o_table + o_k, mask=turns, other=1.0).to(tl.float32)
+        if TRANSPOSED:
+            sin = tl.load(p_sin + o_table + o_k + across, mask=turns, other=0.0).to(tl.float32)
+            x = x * cos + tl.where(first, other, -other) * sin
+        else:
+            sin = tl.load(p_sin + o_table + o_k, mask=turns, other=0.0).to(tl.float32)
+            x = x * cos + tl.where(first, -other, other) * sin
+    return x
+
+
+@triton.jit
+def rotary_kernel(
+    p_x, p_cos, p_sin, p_y, T, H, K, R, STRIDE,
+    BH: tl.constexpr, BK: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """One program: BH heads of one token of x, y [B,T,H,K]. cos, sin [B,T,R] or, with STRIDE 0, [1,T,R]; R is even."""
+    o_k, o_x, mask, o_table = _places(T, H, K, R, STRIDE, BH, BK)
+    y = load_turned(p_x, o_x, mask, o_k, p_cos, p_sin, o_table, R, ROTARY=True, RELU=RELU, TRANSPOSED=False)
+    tl.store(p_y + o_x, y.to(p_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotary_backward_kernel(
+    p_dy, p_x, p_cos, p_sin, p_dx, T, H, K, R, STRIDE,
+    BH: tl.constexpr, BK: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """As rotary_kernel, from dy to dx; x, what went into the ReLU, is read only with RELU."""
+    o_k, o_x, mask, o_table = _places(T, H, K, R, STRIDE, BH, BK)
+    dx = load_turned(p_dy, o_x, mask, o_k, p_cos, p_sin, o_table, R, ROTARY=True, RELU=False, TRANSPOSED=True)
+    if RELU:
+        dx = tl.where(tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32) <= 0.0, 0.0, dx)
+    tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _places(T, H, K, R, STRIDE, BH: tl.constexpr, BK: tl.constexpr):
+    """-> columns [1,BK], offsets [BH,BK] and their mask, and where the token's rows of cos and sin begin."""
     tiles_h = tl.cdiv(H, BH)
     pid = tl.program_id(0).to(tl.int64)
-    i_bt, i_h = pid // tiles_h, pid % tiles_h * BH
-    half = K // 2
-    o_h, o_k = i_h + tl.arange(0, BH), tl.arange(0, BK)
-    m_k = o_k < half
-    o_table = i_bt // T * STRIDE + i_bt % T * K + o_k
-    cos1 = tl.load(p_cos + o_table, mask=m_k, other=0.0).to(tl.float32)
-    cos2 = tl.load(p_cos + o_table + half, mask=m_k, other=0.0).to(tl.float32)
-    sin1 = tl.load(p_sin + o_table, mask=m_k, other=0.0).to(tl.float32)
-    sin2 = tl.load(p_sin + o_table + half, mask=m_k, other=0.0).to(tl.float32)
-    o_x = (i_bt * H + o_h)[:, None] * K + o_k[None, :]
-    m_x = (o_h < H)[:, None] & m_k[None, :]
-    x1 = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-    x2 = tl.load(p_x + o_x + half, mask=m_x, other=0.0).to(tl.float32)
-    if TRANSPOSED:
-        y1 = x1 * cos1[None, :] + x2 * sin2[None, :]
-        y2 = x2 * cos2[None, :] - x1 * sin1[None, :]
-    else:
-        y1 = x1 * cos1[None, :] - x2 * sin1[None, :]
-        y2 = x2 * cos2[None, :] + x1 * sin2[None, :]
-    tl.store(p_y + o_x, y1.to(p_y.dtype.element_ty), mask=m_x)
-    tl.store(p_y + o_x + half, y2.to(p_y.dtype.element_ty), mask=m_x)
+    i_bt = pid // tiles_h
+    o_h, o_k = (pid % tiles_h * BH + tl.arange(0, BH))[:, None], tl.arange(0, BK)[None, :]
+    return o_k, (i_bt * H + o_h) * K + o_k, (o_h < H) & (o_k < K), i_bt // T * STRIDE + i_bt % T * R

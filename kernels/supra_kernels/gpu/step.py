@@ -1,24 +1,28 @@
 """S ← exp(g) S + k v^T,   o = scale · q^T S: one token per sequence, the state updated where it lies.
 
-With a denominator   z ← exp(g) z + k,   o / max(scale · q·z, least).
+With a denominator   z ← exp(g) z + k,   o / max(scale · q·z, least). Before, q and k may go through a ReLU and turn by
+their positions.
 """
 
 import triton
 import triton.language as tl
 
+from supra_kernels.gpu.rotary import load_turned
 from supra_kernels.gpu.tiles import FIXED_DECAY, TOKEN_DECAY
 
 
 @triton.jit
 def step_kernel(
-    p_q, p_k, p_v, p_g, p_state, p_o,
+    p_q, p_k, p_v, p_g, p_state, p_o, p_cos, p_sin, R, STRIDE,
     T, H, G, K, V, scale, least,
     BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
+    ROTARY: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """One program: BV columns of one head's state [B,H,K,V], fp32, for the T tokens one after the other.
 
     With NORM or SUMS, BV covers V. NORM normalises o as output_kernel does. With SUMS the state is [B,H,K,V+1], z its
-    last column. No dot: K · BV multiplications are bound by memory.
+    last column. ROTARY and RELU as in load_turned, with R and STRIDE as in rotary_kernel. No dot: K · BV
+    multiplications are bound by memory.
     """
     W = V + 1 if SUMS else V
     tiles_v = tl.cdiv(V, BV)
@@ -37,8 +41,9 @@ def step_kernel(
         b_z += tl.load(p_state + o_z, mask=m_k, other=0.0)
     for t in range(T):
         row = i_b * T + t
-        b_q = tl.load(p_q + (row * H + i_h) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_k = tl.load(p_k + (row * G + i_g) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        o_q, o_key, o_table = (row * H + i_h) * K + o_k, (row * G + i_g) * K + o_k, i_b * STRIDE + t * R
+        b_q = load_turned(p_q, o_q, m_k, o_k, p_cos, p_sin, o_table, R, ROTARY, RELU, TRANSPOSED=False)
+        b_k = load_turned(p_k, o_key, m_k, o_k, p_cos, p_sin, o_table, R, ROTARY, RELU, TRANSPOSED=False)
         b_v = tl.load(p_v + (row * G + i_g) * V + o_v, mask=m_v, other=0.0).to(tl.float32)
         decay = 1.0
         if DECAY == FIXED_DECAY:

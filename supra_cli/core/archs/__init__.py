@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from supra_cli.core.layout import HeadSpec
+from supra_cli.core.layout import HeadSpec, Rotate
 from supra_cli.core.registry import Registry
 
 Rope = tuple[Tensor, Tensor] | None
@@ -18,9 +18,9 @@ Rope = tuple[Tensor, Tensor] | None
 class Arch:
     """How one attention layout is read: one record for each Hugging Face `model_type` of that layout.
 
-    The law that ties the fields: `out(attention, softmax(rotate(q) rotate(k)ᵀ · spec.scale) v)` is what the base's
-    own attention returns. `qkv` and `out` call the base's submodules and never read their weights, so that adapters,
-    quantised linears and sharding go on working.
+    The law that ties the fields, with r = `rotation(attention, tables)`: `out(attention, softmax(r(q) r(k)ᵀ ·
+    spec.scale) v)` is what the base's own attention returns. `qkv` and `out` call the base's submodules and never read
+    their weights, so that adapters, quantised linears and sharding go on working.
     """
 
     layers: Callable[[nn.Module], Sequence[nn.Module]]
@@ -32,8 +32,9 @@ class Arch:
     qkv: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
     """(attention, x [B,T,D]) -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]: projected and normed, neither rotated nor
     repeated to H heads."""
-    rotate: Callable[[nn.Module, Tensor, Rope], Tensor]
-    """(attention, x [B,T,·,K], tables) -> x with this base's positions in it."""
+    rotation: Callable[[nn.Module, Rope], Rotate]
+    """(attention, tables) -> what puts this base's positions into x [B,T,·,K]: a `Rotation`, which kernels take in
+    whole, or any function; the identity for learned positions."""
     out: Callable[[nn.Module, Tensor], Tensor]
     """(attention, o [B,T,H·V]) -> [B,T,D]."""
     head: Callable[[nn.Module, Tensor], Tensor]

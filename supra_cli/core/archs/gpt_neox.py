@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, Rope, archs, head_spec
-from supra_cli.core.archs.llama import rotate
+from supra_cli.core.archs import Arch, archs, head_spec
+from supra_cli.core.ops import Rotation
 
 
 def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,17 +14,12 @@ def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def rotate_part(attention: nn.Module, x: Tensor, tables: Rope) -> Tensor:
-    rotated, rest = x.split((attention.rotary_ndims, attention.head_size - attention.rotary_ndims), dim=-1)
-    return torch.cat((rotate(attention, rotated, tables), rest), dim=-1)
-
-
 GPT_NEOX = Arch(
     layers=lambda model: model.base_model.layers,
     slot="attention",
     spec=lambda attention: head_spec(attention, head_dim=attention.head_size),
     qkv=qkv,
-    rotate=rotate_part,
+    rotation=lambda attention, tables: Rotation(*tables),
     out=lambda attention, o: attention.dense(o),
     head=lambda model, hidden: model.lm_head(hidden),
     cache="layer_past",

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, Rope, archs, head_spec
+from supra_cli.core.archs import Arch, archs, head_spec
 from supra_cli.core.layout import HeadSpec
-from supra_cli.core.ops import rotary
+from supra_cli.core.ops import Rotation
 
 
 def spec(attention: nn.Module) -> HeadSpec:
@@ -28,17 +28,12 @@ def normed_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return attention.q_norm(q), attention.k_norm(k), v
 
 
-def rotate(attention: nn.Module, x: Tensor, tables: Rope) -> Tensor:
-    """x cos + (-x₂, x₁) sin, with x₁ and x₂ the halves of a head."""
-    return rotary(x, *tables)
-
-
 LLAMA = Arch(
     layers=lambda model: model.base_model.layers,
     slot="self_attn",
     spec=spec,
     qkv=qkv,
-    rotate=rotate,
+    rotation=lambda attention, tables: Rotation(*tables),
     out=lambda attention, o: attention.o_proj(o),
     head=lambda model, hidden: model.lm_head(hidden),
     cache="past_key_values",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from supra_cli.core.errors import UsageError, near_miss
-from supra_cli.core.layout import HeadSpec, Layout
+from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.registry import Registry
-
-Rotate = Callable[[Tensor], Tensor]
-"""x [B,T,·,K] -> x with the base's positions in it; the identity for a base with learned positions."""
 
 
 class Mixer(nn.Module):

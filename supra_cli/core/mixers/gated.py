@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.layout import HeadSpec, Layout
-from supra_cli.core.mixers import Rotate, mixers
+from supra_cli.core.layout import HeadSpec, Layout, Rotate
+from supra_cli.core.mixers import mixers
 from supra_cli.core.mixers.parts import HeadMap, HeadNorm, MatrixMixer, MatrixState
 from supra_cli.core.ops import linear_attention
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.layout import HeadSpec, Layout
+from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import Mixer
 from supra_cli.core.ops import linear_attention
 
@@ -45,12 +45,20 @@ class Retaining(MatrixMixer):
         self.norm = HeadNorm(spec.heads, options.gain)
 
     def retain(
-        self, q: Tensor, k: Tensor, v: Tensor, state: MatrixState | None, layout: Layout | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: Rotate,
+        state: MatrixState | None,
+        layout: Layout | None,
+        relu: bool = False,
     ) -> tuple[Tensor, MatrixState]:
+        """Of q and k before their positions, and with `relu` before the ReLU too."""
         g = log_decay(self.options.slopes, self.spec.heads, q.device)
         S = None if state is None else state.S
         scale, eps = self.spec.head_dim**-0.5, self.norm.eps
-        o, S = linear_attention(q, k, v, g, scale=scale, state=S, layout=layout, norm_eps=eps)
+        o, S = linear_attention(q, k, v, g, scale=scale, state=S, layout=layout, relu=relu, rope=rope, norm_eps=eps)
         return self.norm.scaled(o), MatrixState(S)
 
     def target(self, o: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from supra_cli.core.layout import Layout
-from supra_cli.core.mixers import Rotate, mixers
+from supra_cli.core.layout import Layout, Rotate
+from supra_cli.core.mixers import mixers
 from supra_cli.core.mixers.parts import Gain, MatrixState, Retaining, SlopeRule
 
 
@@ -31,4 +31,4 @@ class Retention(Retaining):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
-        return self.retain(rope(q), rope(k), v, state, layout)
+        return self.retain(q, k, v, rope, state, layout)

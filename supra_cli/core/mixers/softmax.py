@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from supra_cli.core.layout import Layout, softmax_mask
-from supra_cli.core.mixers import Mixer, Rotate, mixers
+from supra_cli.core.layout import Layout, Rotate, softmax_mask
+from supra_cli.core.mixers import Mixer, mixers
 
 
 @mixers.register("softmax")

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from supra_cli.core.layout import HeadSpec, Layout
-from supra_cli.core.mixers import Rotate, mixers
+from supra_cli.core.layout import HeadSpec, Layout, Rotate
+from supra_cli.core.mixers import mixers
 from supra_cli.core.mixers.parts import DenseMap, Gain, HeadMap, MatrixState, Retaining, SlopeRule
 
 
@@ -46,11 +46,13 @@ class Supra(Retaining):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
-        q = rope(over_heads(self.q_norm, self.E(q).relu()))
-        k = rope(over_heads(self.k_norm, (self.E_kv or self.E)(k).relu()))
-        return self.retain(q, k, v, state, layout)
+        q, k = self.E(q), (self.E_kv or self.E)(k)
+        if self.q_norm is None:
+            return self.retain(q, k, v, rope, state, layout, relu=True)
+        q, k = over_heads(self.q_norm, q.relu()), over_heads(self.k_norm, k.relu())
+        return self.retain(q, k, v, rope, state, layout)
 
 
-def over_heads(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:
-    """`norm` over the concatenated heads of x, if there is one."""
-    return x if norm is None else norm(x.flatten(-2)).view(x.shape)
+def over_heads(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """`norm` over the concatenated heads of x."""
+    return norm(x.flatten(-2)).view(x.shape)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from supra_cli.core.errors import UsageError
-from supra_cli.core.layout import HeadSpec, Layout
-from supra_cli.core.mixers import Rotate, mixers
+from supra_cli.core.layout import HeadSpec, Layout, Rotate
+from supra_cli.core.mixers import mixers
 from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState
 from supra_cli.core.ops import linear_attention
 
@@ -48,8 +48,7 @@ class T2R(MatrixMixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
         k, v = (heads.repeat_interleave(self.spec.heads // self.spec.kv_heads, dim=2) for heads in (k, v))
-        q = self.phi(rope(q) * self.spec.scale).relu()
-        k = self.phi(rope(k)).relu()
+        q, k = self.phi(rope(q) * self.spec.scale), self.phi(rope(k))
         S = None if state is None else state.S
-        o, S = linear_attention(q, k, v, state=S, layout=layout, denominator_min=0.01)
+        o, S = linear_attention(q, k, v, state=S, layout=layout, relu=True, denominator_min=0.01)
         return o, MatrixState(S)

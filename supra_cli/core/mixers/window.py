@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from supra_cli.core.errors import UsageError
-from supra_cli.core.layout import Layout
-from supra_cli.core.mixers import Mixer, Rotate, mixers
+from supra_cli.core.layout import Layout, Rotate
+from supra_cli.core.mixers import Mixer, mixers
 
 BLOCK = 16
 """Fewest queries in a block, unless there are fewer tokens."""
