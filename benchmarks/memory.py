@@ -58,8 +58,8 @@ def case(rows: int = 4, length: int = 512, passes: int = 1, mixer: str = "supra"
 
 NOTE = (
     "Resident memory has only those pages of the mapped weights that were read, and so does the plan for a CPU: a "
-    "transfer stage reads no output head. An embedding counts as read whole: rows of ordinary text lie in nearly all of "
-    "its pages."
+    "transfer stage reads no output head. An embedding counts as read whole: rows of ordinary text lie in nearly all "
+    "of its pages."
 )
 
 CASES = {

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from supra_cli.commands import console
+from supra_cli.core.errors import UsageError, near_miss
 
 if TYPE_CHECKING:
     from supra_cli.core.accounting import ModelPlan, Plan, StagePlan
     from supra_cli.core.recipe import Recipe
 
 _CONTEXTS = (4096, 32768)
+_DEVICES = ("cuda", "cpu")
 
 
 def run(
@@ -25,25 +27,29 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of the recipe: --set stages.0.lr=1e-4.")
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="What is computed in: float32 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on cuda, else float32), or one.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="Whose memory: cuda or cpu.")] = "cuda",
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show what a recipe takes: parameters, memory by part, steps, FLOPs, time on named GPUs. Reads no weights."""
     from supra_cli.core import recipe as recipes
     from supra_cli.core.lookup import lookup
 
-    show(recipes.load(recipe, overrides or (), lookup=lookup), json, dtype)
+    if device not in _DEVICES:
+        raise UsageError(f"--device is '{device}', expected one of {', '.join(_DEVICES)}{near_miss(device, _DEVICES)}")
+    show(recipes.load(recipe, overrides or (), lookup=lookup), json, dtype, device)
 
 
-def show(recipe: Recipe, json: bool, dtype: str = "bfloat16") -> None:
-    """Print the plan of `recipe`, computed in `dtype`."""
+def show(recipe: Recipe, json: bool, dtype: str = "auto", device: str = "cuda") -> None:
+    """Print the plan of `recipe`, computed in `dtype` on a device of that kind."""
     from supra_cli.core import accounting
     from supra_cli.core import device as devices
 
-    plan = accounting.plan(recipe, devices.dtype(dtype, "cpu"))
+    plan = accounting.plan(recipe, devices.dtype(dtype, device), device)
     if json:
         document = {
             "model": model_document(plan.model),
+            "device": plan.device,
             "dtype": plan.dtype,
             "tokens": plan.tokens,
             "steps": sum(stage.steps for stage in plan.stages),
@@ -58,6 +64,8 @@ def show(recipe: Recipe, json: bool, dtype: str = "bfloat16") -> None:
     console.table(model_rows(plan.model))
     console.result("")
     _show_stages(plan)
+    if device == "cpu":
+        return
     console.result("")
     gpus = [
         (gpu, f"{memory} GB", "yes" if plan.memory_bytes < memory * 1e9 else "no", console.duration(plan.seconds(gpu)))
@@ -93,6 +101,8 @@ def _show_stages(plan: Plan) -> None:
     for stage in plan.stages:
         if stage.memory.host:
             console.result(f"{stage.kind} keeps {console.size(stage.memory.host)} more in CPU memory")
+        if stage.memory.unread:
+            console.result(f"{stage.kind} leaves {console.size(stage.memory.unread)} of weights in their file")
 
 
 def model_rows(plan: ModelPlan) -> list[tuple[str, str]]:

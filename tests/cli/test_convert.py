@@ -168,6 +168,17 @@ def test_plan_shows_a_table_for_people(supra, tmp_path):
         assert word in result.out
 
 
+def test_plan_for_a_cpu_names_no_gpu(supra, tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE.replace("mistral-7b", "pythia-160m"))
+    result = supra("plan", "-r", "r.toml", "--device", "cpu")
+    assert result.code == 0
+    assert "activations" in result.out
+    assert "H100 SXM" not in result.out
+    result = supra("plan", "-r", "r.toml", "--device", "cdua")
+    assert result.code == 2
+    assert "did you mean 'cuda'" in result.err
+
+
 def test_plan_refuses_a_recipe_that_is_none(supra, tmp_path):
     assert supra("plan", "-r", "nowhere.toml").code == 2
     (tmp_path / "r.toml").write_text(RECIPE.replace("seq_len", "seqlen"))
