@@ -139,9 +139,13 @@ def row(name: str, folder: Path, known: dict) -> dict:
 
 def forked(measure: Callable[[str, Path], int], name: str, folder: Path) -> int:
     """What `measure` finds in a process of its own, which begins with the imports of this one."""
+    from supra_cli.core import accounting  # noqa: F401
+    from supra_cli.core.train import loop  # noqa: F401
+
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
+        torch.set_num_threads(1)  # makes the thread pool anew, which a fork leaves to the first of several threads
         os.write(writing, str(measure(name, folder)).encode())
         os._exit(0)
     os.close(writing)
