@@ -15,9 +15,9 @@ Step = Callable[[Sequence[SupraConfig]], list[int]]
 
 
 def extrapolated(step: Step, configs: Sequence[SupraConfig]) -> list[int]:
-    """step(configs), whose every figure is linear in the numbers of layers: f₀ + Σ_kinds (n − FEW)·(f₊₁ − f₀).
+    """step(configs), whose every figure is linear in the numbers of layers: f₀ + Σ_n (n − FEW)·(f₊₁ − f₀).
 
-    f₀ is of models with FEW layers of each kind, f₊₁ of the same with one more of that kind.
+    f₀ is of models with FEW layers of each kind, f₊₁ of the same with one more of every kind that has n.
     """
     whole = [Counter(kinds(config)) for config in configs]
     few = [Counter({kind: min(count, FEW) for kind, count in counts.items()}) for counts in whole]
@@ -27,12 +27,10 @@ def extrapolated(step: Step, configs: Sequence[SupraConfig]) -> list[int]:
 
     least = of(few)
     total = least
-    for number, counts in enumerate(whole):
-        for kind, count in counts.items():
-            if count > FEW:
-                more = of([*few[:number], few[number] + Counter([kind]), *few[number + 1 :]])
-                grown = zip(total, more, least, strict=True)
-                total = [so_far + (count - FEW) * (after - before) for so_far, after, before in grown]
+    for count in {count for counts in whole for count in counts.values() if count > FEW}:
+        added = [Counter(kind for kind, number in counts.items() if number == count) for counts in whole]
+        grown = zip(total, of([one + more for one, more in zip(few, added, strict=True)]), least, strict=True)
+        total = [so_far + (count - FEW) * (after - before) for so_far, after, before in grown]
     return total
 
 
