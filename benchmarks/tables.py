@@ -72,6 +72,20 @@ def operator_times() -> str:
     return _markdown(list(columns), rows)
 
 
+def memory() -> str:
+    found = json.loads((RESULTS / "memory-cpu.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            row["case"],
+            f"{row['planned_mib']:.0f}",
+            f"{row['resident_mib']:.0f}",
+            f"{row['planned_over_resident']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    return _markdown(["a step of", "planned MiB", "measured MiB", "planned / measured"], rows)
+
+
 def curves() -> str:
     found = json.loads((RESULTS / "curves.json").read_text(encoding="utf-8"))
     ends = {(entry["mixer"], bool(entry["transferred"])): entry for entry in found["runs"]}
@@ -96,7 +110,13 @@ def curves() -> str:
 
 def render(text: str) -> str:
     """`text` with every block between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
-    tables = {"demo": demo, "operator": operator, "operator-times": operator_times, "curves": curves}
+    tables = {
+        "demo": demo,
+        "operator": operator,
+        "operator-times": operator_times,
+        "memory": memory,
+        "curves": curves,
+    }
     return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)
 
 
