@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from supra_cli.core.bench.roofline import operator_flops, rate_runs, rates
-from supra_cli.core.bench.timing import Run, measured, median_ratio, medians, result, target
+from supra_cli.core.bench.timing import Run, keep_freed_memory, measured, median_ratio, medians, result, target
 from supra_cli.core.ops import chunk_tokens, linear_attention
 
 LENGTHS = (2048, 8192, 32768)
@@ -36,10 +36,11 @@ RECURRENCE_AT = {"cpu": 2048, "cuda": None}
 
 
 def measure(device: str, *, rounds: int = 7, lengths: Sequence[int] = LENGTHS) -> dict:
-    """CPU: fp32, B1 H4 D64, one thread, CPU time. GPU: bf16, B4 H32 D128, time between events."""
-    shape, memory, growth = SHAPES[device], None, None
+    """CPU: fp32, B1 H4 D64, one thread, CPU time, freed memory kept. GPU: bf16, B4 H32 D128, time between events."""
+    shape, memory, growth, kept = SHAPES[device], None, None, None
     if device == "cpu":
         torch.set_num_threads(1)
+        kept = keep_freed_memory()
         memory = _backward_memory(8192) if 8192 in lengths else None
         growth = _growth(shape, (8192, 32768), rounds) if {8192, 32768} <= set(lengths) else None
     rows = [_row(shape, tokens, device, rounds) for tokens in lengths]
@@ -47,6 +48,7 @@ def measure(device: str, *, rounds: int = 7, lengths: Sequence[int] = LENGTHS) -
         "operator",
         device,
         rounds,
+        freed_memory_kept=kept,
         shape={**shape._asdict(), "dtype": str(shape.dtype), "decay": "fixed per head"},
         rows=rows,
         targets=_targets(rows, device, memory, growth),
