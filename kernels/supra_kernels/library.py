@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from supra_kernels import chunk as chunked
+from supra_kernels.around import prepared
 from supra_kernels.boundaries import compute_dtype
-from supra_kernels.rotary import prepared
 
 STEP_LENGTH = 4
 """Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""

@@ -6,12 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
+from supra_kernels.around import finished, prepared, with_ones
 from supra_kernels.boundaries import compute_dtype, numbered
 from supra_kernels.library import STEP_LENGTH, chunk, triton
 from supra_kernels.naive import naive
-from supra_kernels.rotary import prepared
 from supra_kernels.step import step
 
 FORMS = {"naive": naive, "chunk": chunk, "step": step, "triton": triton}
@@ -66,22 +65,13 @@ def linear_attention(
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
     with _without_autocast(q.device.type):
         if form == "triton":
-            before, after = (
-                {"relu": relu, "rotation": rotation},
-                {"norm_eps": norm_eps, "denominator_min": denominator_min},
-            )
+            before = {"relu": relu, "rotation": rotation}
+            after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
             return triton(q, k, v, g, scale=scale, state=state, segment=segment, **before, **after)
         q, k = (prepared(x, relu, rotation, form="chunk") for x in (q, k))
-        values = v if denominator_min is None else _with_ones(v.to(compute_dtype(q, k, v)))
+        values = v if denominator_min is None else with_ones(v.to(compute_dtype(q, k, v)))
         o, S = FORMS[form](q, k, values, g, scale=scale, state=state, segment=segment)
-        if denominator_min is not None:
-            o = (o[..., :-1] / o[..., -1:].clamp(min=denominator_min)).to(v.dtype)
-        return (o if norm_eps is None else layer_norm(o, o.shape[-1:], eps=norm_eps)), S
-
-
-def _with_ones(v: Tensor) -> Tensor:
-    """v with a value of 1 beside it, so that the sum of weights comes out as one more column of the weighted sum."""
-    return torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
+        return finished(o, norm_eps, denominator_min).to(v.dtype), S
 
 
 def default_form(q: Tensor, segment: Tensor | None) -> str:

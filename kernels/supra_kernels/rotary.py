@@ -29,10 +29,3 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str
     x1, x2 = turns.chunk(2, dim=-1)
     turned = turns * cos.unsqueeze(-2) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(-2)
     return turned if rotated == width else torch.cat((turned, stays), dim=-1)
-
-
-def prepared(x: Tensor, relu: bool, rotation: tuple[Tensor, Tensor] | None, form: str) -> Tensor:
-    """q or k as the chunks take it: `rotary` where there is a rotation, else at most the ReLU."""
-    if rotation is not None:
-        return rotary(x, *rotation, relu=relu, form=form)
-    return x.relu() if relu else x

@@ -207,6 +207,19 @@ def test_the_decode_step_makes_features_and_turns_them_itself(relu, rows, rotate
     torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("after", [{"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+def test_a_decode_step_of_a_state_too_large_for_one_program_equals_the_recurrence(after, monkeypatch):
+    monkeypatch.setattr(launch, "STEP_NUMBERS", 255)
+    q, k, v, g, state = (x.to(DEVICE) for x in inputs(2, 2, 4, 2, 8, 20))
+    if "denominator_min" in after:
+        state = torch.cat((state, state[..., :1].abs()), -1)
+    want, end = linear_attention(q, k, v, g, state=state, relu=True, form="naive", **after)
+    o, S = linear_attention(q, k, v, g, state=state, relu=True, form="triton", **after)
+    assert S.data_ptr() == state.data_ptr()
+    torch.testing.assert_close(o, want, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
+
+
 def test_a_rerun_gives_the_same_bits():
     values = [x.to(DEVICE) for x in inputs(1, 70, 2, 1, 8, 8, "token")]
     first, second = (differentiate("triton", values, torch.float32) for _ in range(2))

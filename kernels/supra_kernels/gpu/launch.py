@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supra_kernels.around import finished, with_ones
 from supra_kernels.boundaries import DECAY_FLOOR, documents
 from supra_kernels.gpu.gradients import decay_kernel, query_key_kernel, value_kernel
 from supra_kernels.gpu.output import output_kernel
@@ -23,6 +24,8 @@ from supra_kernels.gpu.step import step_kernel
 from supra_kernels.gpu.tiles import FIXED_DECAY, NO_DECAY, TOKEN_DECAY
 
 CHUNK = 64
+STEP_NUMBERS = 1 << 14
+"""Of a head's state, the most that one program of the decode step holds: 64 registers in each of 256 threads."""
 INTERPRETED = not isinstance(states_kernel, triton.JITFunction)
 """True under TRITON_INTERPRET=1, where bf16 arithmetic is wrong: operands are widened to fp32 before the launch."""
 
@@ -252,11 +255,17 @@ def step(
 ) -> Tensor:
     """-> o; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch.
 
-    q and k go through the ReLU with `relu`, then turn by cos, sin [B or 1,T,R] where given.
+    q and k go through the ReLU with `relu`, then turn by cos, sin [B or 1,T,R] where given. A norm or denominator needs
+    a head's whole state in one program; where that is too large they follow by themselves.
     """
     least = norm_eps if denominator_min is None else denominator_min
     BK = _tile(problem.key_dim, 1 << 20)
     BV = min(16, _tile(problem.v_dim)) if least is None else _tile(problem.v_dim, 1 << 20)
+    if least is not None and BK * BV > STEP_NUMBERS:
+        values = problem.v if denominator_min is None else with_ones(problem.v)
+        plain = Problem(problem.q, problem.k, values, problem.g, None, problem.scale)
+        o = step(plain, state, torch.float32, cos=cos, sin=sin, relu=relu)
+        return finished(o, norm_eps, denominator_min).to(out_dtype)
     o = problem.empty(
         problem.batch, problem.length, problem.heads, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype
     )
@@ -268,7 +277,7 @@ def step(
             least or 0.0,
             BK=BK, BV=BV, DECAY=problem.shared["DECAY"], NORM=norm_eps is not None, SUMS=problem.sums,
             ROTARY=cos is not None, RELU=relu,
-            num_warps=min(16, max(4, BK * BV // 4096)),
+            num_warps=max(4, BK * BV // 2048),
         )  # fmt: skip
     return o.to(out_dtype)
 
