@@ -244,10 +244,11 @@ def test_what_no_run_has_written_is_never_cleared(flag, supra, recipe, tmp_path)
 
 def test_an_output_that_cannot_be_made_is_exit_2(supra, recipe, tmp_path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
-    for output in ("link", "link/run"):
+    (tmp_path / "file").touch()
+    for output in ("link", "link/run", "file/run"):
         result = supra("uptrain", "--recipe", recipe(), "-o", output)
         assert result.code == 2, result.err
-        assert "cannot make link" in result.error
+        assert f"cannot make {output}" in result.error
 
 
 def test_a_resume_that_cannot_go_on_leaves_everything_as_it_was(supra, recipe, folder, tmp_path) -> None:

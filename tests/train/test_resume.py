@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,46 @@ def test_a_damaged_checkpoint_of_a_later_step_costs_the_newest_nothing(tmp_path:
     directory.link("last", directory.step_path(150))
     directory.prune(keep_last=1)
     assert [path.name for path in directory.complete()] == ["step-000100", "step-000150", "step-000200"]
+
+
+def of_a_run(path: Path) -> RunDirectory:
+    """Three complete checkpoints, the newest of them the last and the best."""
+    directory = RunDirectory(path)
+    for step in (1, 2, 3):
+        directory.step_path(step).mkdir(parents=True)
+        (directory.step_path(step) / MARKER).touch()
+    directory.link("best", directory.step_path(3))
+    directory.link("last", directory.step_path(3))
+    return directory
+
+
+def test_a_clearing_that_is_cut_short_leaves_the_newest_as_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run is not gone through again, so nothing would make its link anew."""
+    directory = of_a_run(tmp_path)
+
+    def cut_short(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        directory.clear()
+    assert (tmp_path / "last").resolve() == directory.complete()[-1] == directory.step_path(3)
+
+
+def test_clearing_takes_only_what_a_run_writes(tmp_path: Path) -> None:
+    """A checkpoint moved elsewhere stays there, whole; only its link goes."""
+    directory, moved = of_a_run(tmp_path / "run"), tmp_path / "moved"
+    directory.step_path(2).rename(moved)
+    directory.step_path(2).symlink_to(moved)
+    (tmp_path / "run" / ".notes.tmp").touch()
+    (tmp_path / "run" / "step-3-notes").mkdir()
+    (tmp_path / "run" / ".step-000003.17.tmp").mkdir()
+    directory.sweep()
+    directory.clear()
+    assert (moved / MARKER).exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".notes.tmp", "step-3-notes"}
 
 
 def test_when_nothing_can_be_read_the_error_says_so(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

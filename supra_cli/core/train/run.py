@@ -60,7 +60,7 @@ class RunDirectory:
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, FileNotFoundError) as error:  # a link to nothing, a folder that none can be made in
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:  # below a link to nothing, or a file
             raise UsageError(f"cannot make {self.path} ({error.strerror}); choose another --output") from error
         lock = self.path / ".lock"
         with lock.open("a") as handle:
@@ -89,7 +89,12 @@ class RunDirectory:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = [path.parent for path in self.path.glob(f"step-[0-9]*/{MARKER}")]
+        return [path for path in self._checkpoints() if (path / MARKER).exists()]
+
+    def _checkpoints(self) -> list[Path]:
+        """Complete or not, links to moved ones among them, oldest first."""
+        folders = (path for path in self.path.glob("step-*") if path.is_dir())
+        found = [path for path in folders if path.name.removeprefix("step-").isdecimal()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     @contextmanager
@@ -123,21 +128,25 @@ class RunDirectory:
             yield beside
             (beside / MARKER).touch()
             _sync_tree(beside)
-            if target.exists():
-                shutil.rmtree(target)
+            if os.path.lexists(target):
+                _remove(target)
             beside.rename(target)
             _sync(self.path)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove what a run writes, checkpoints first, and nothing else; env.json stays, whose run it was, and
-        `non-finite`, why it ended.
+        """Remove what a run writes, checkpoints first, the newest last, and nothing else; env.json stays, whose run it
+        was, and `non-finite`, why it ended.
         """
-        for name in ("last", "best"):
-            (self.path / name).unlink(missing_ok=True)
-        for folder in self.path.glob("step-[0-9]*/"):
+        links = [self.path / name for name in ("last", "best")]
+        for folder in self._checkpoints():
+            for link in links:
+                if link.resolve() == folder.resolve():
+                    link.unlink()
             _remove(folder)
+        for link in links:
+            link.unlink(missing_ok=True)
         if (self.path / "converted").is_symlink():
             (self.path / "converted").unlink()
         for name in ("eval", *_FOLDERS):
@@ -147,9 +156,10 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what a killed start or save left behind."""
-        for pattern in (_STARTING, ".writing-*", ".*.tmp", ".*.old"):
+        for pattern in (_STARTING, ".writing-*", ".*.[0-9]*.tmp", ".*.[0-9]*.old"):
             for left in self.path.glob(pattern):
-                shutil.rmtree(left)
+                if left.is_dir():
+                    shutil.rmtree(left)
 
     def link(self, name: str, target: Path) -> None:
         """Point `name` at a checkpoint, atomically."""
@@ -188,7 +198,10 @@ class RunDirectory:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, which is at no time one that is marked complete and is not."""
+    """Remove a checkpoint, which is at no time one that is marked complete and is not; of one elsewhere the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     (checkpoint / MARKER).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
