@@ -10,8 +10,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str
     """x [B,T,H,K] with its positions in it; cos, sin [B,T,R] or [1,T,R], R even, without gradients of their own.
 
     The first R numbers of a head turn, the other K - R stay. With relu, x is max(x, 0) before. The Triton form, taken
-    on a GPU, reads x and writes the result once, in fp32 between; the others, which the names of `linear_attention`'s
-    mean alike, run PyTorch's operations in the dtypes given.
+    on a GPU, reads x and writes the result once, in fp32 between; its gradient is not itself differentiable. The
+    others, which the names of `linear_attention`'s mean alike, run PyTorch's operations. The result has x's dtype.
     Raises ValueError for tables that do not fit, and for float64 in the Triton form.
     """
     (batch, length, _, width), rotated = x.shape, cos.shape[-1]
@@ -27,5 +27,5 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str
     x = x.relu() if relu else x
     turns, stays = x.split((rotated, width - rotated), dim=-1)
     x1, x2 = turns.chunk(2, dim=-1)
-    turned = turns * cos.unsqueeze(-2) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(-2)
+    turned = (turns * cos.unsqueeze(-2) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(-2)).to(x.dtype)
     return turned if rotated == width else torch.cat((turned, stays), dim=-1)

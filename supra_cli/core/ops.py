@@ -108,7 +108,7 @@ def _forced(device: str) -> str | None:
         return _planned
     if path not in _FORMS:
         raise UsageError(f"{_VARIABLE} is '{path}', expected one of {', '.join(_FORMS)}{near_miss(path, _FORMS)}")
-    if path == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if path == "triton" and _planned is None and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UsageError(f"{_VARIABLE} is 'triton', which needs a CUDA device, got {device}; unset it or say 'torch'")
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from supra_cli.core import ops
@@ -63,6 +64,18 @@ def test_triton_without_a_gpu_or_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UsageError, match="needs a CUDA device, got cpu"):
         ops.linear_attention(*inputs())
+
+
+@pytest.mark.parametrize("forced", ["", "triton"])
+def test_planning_for_a_gpu_takes_its_path_where_that_cannot_run(forced, forms, monkeypatch):
+    """Of tensors without storage, whose shapes are all that is asked for."""
+    monkeypatch.setenv("SUPRA_KERNEL", forced)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with FakeTensorMode(), ops.planning("triton"):
+        q, k, v, g = inputs(dtype=torch.float32)
+        o, S = ops.linear_attention(q, k, v, g)
+    assert forms == ["triton"]
+    assert (o.shape, S.shape) == (q.shape, (2, 4, 8, 8))
 
 
 def test_a_failing_kernel_is_an_error_and_no_other_path(monkeypatch):

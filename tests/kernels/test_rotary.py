@@ -71,6 +71,16 @@ def test_tables_that_do_not_fit_are_refused(rows, length, rotated):
         rotary(x, *tables(rows, length, rotated))
 
 
+@pytest.mark.parametrize("form", ["chunk", "triton"])
+def test_the_result_has_the_dtype_of_x_whatever_the_tables_have(form):
+    if form == "triton":
+        pytest.importorskip("triton")
+    x, _, cos, sin = (t.to(DEVICE) for t in operands(1, 2, 1, 6, 1, 4))
+    y = rotary(x.bfloat16(), cos, sin, form=form)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), rotary(x.bfloat16().float(), cos, sin, form="chunk"), atol=2e-2, rtol=1e-2)
+
+
 def test_rotary_by_triton_refuses_float64():
     x, _, cos, sin = (t.double() for t in operands(1, 1, 1, 2, 1))
     with pytest.raises(ValueError, match="float64"):
