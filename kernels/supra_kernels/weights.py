@@ -45,7 +45,7 @@ def block_weights(fixed: Weights | None, g: Tensor | None, layout, block, scale:
     last = number[..., -1:]
     same = (number.unsqueeze(-1) == number.unsqueeze(-2)) & real.unsqueeze(-2)
     return Weights(
-        weights.within * same,
+        weights.within * same.to(weights.within.dtype),  # a product with bool takes ten times as long
         weights.from_start * (number == carried),
         weights.to_end * ((number == last) & real),
         weights.through * (last == carried).squeeze(-1),
