@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from supra_cli.core.layout import HeadSpec, Rotate
+from supra_cli.core.ops import Rotation
 from supra_cli.core.registry import Registry
 
 Rope = tuple[Tensor, Tensor] | None
@@ -58,6 +59,11 @@ def head_spec(
         scale=attention.scaling,
         window=window,
     )
+
+
+def rotary(attention: nn.Module, tables: Rope) -> Rotate:
+    """Rotary positions by the base's own tables, over as much of a head as they are wide."""
+    return Rotation(*tables)
 
 
 archs: Registry[Arch] = Registry("base architecture", package="supra_cli.core.archs", group="supra.archs")

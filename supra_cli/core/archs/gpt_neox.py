@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, archs, head_spec
-from supra_cli.core.ops import Rotation
+from supra_cli.core.archs import Arch, archs, head_spec, rotary
 
 
 def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +18,7 @@ GPT_NEOX = Arch(
     slot="attention",
     spec=lambda attention: head_spec(attention, head_dim=attention.head_size),
     qkv=qkv,
-    rotation=lambda attention, tables: Rotation(*tables),
+    rotation=rotary,
     out=lambda attention, o: attention.dense(o),
     head=lambda model, hidden: model.lm_head(hidden),
     cache="layer_past",

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, archs, head_spec
+from supra_cli.core.archs import Arch, archs, head_spec, rotary
 from supra_cli.core.layout import HeadSpec
-from supra_cli.core.ops import Rotation
 
 
 def spec(attention: nn.Module) -> HeadSpec:
@@ -33,7 +32,7 @@ LLAMA = Arch(
     slot="self_attn",
     spec=spec,
     qkv=qkv,
-    rotation=lambda attention, tables: Rotation(*tables),
+    rotation=rotary,
     out=lambda attention, o: attention.o_proj(o),
     head=lambda model, hidden: model.lm_head(hidden),
     cache="past_key_values",
