@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def demo() -> str:
-    found = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    found = _found("demo")
     header = ["", "teacher", "student before", "student after", "recovery"]
     names = {"nats_per_token": "nats per token"}
     body = [
@@ -43,7 +43,7 @@ def demo() -> str:
 
 
 def operator() -> str:
-    found = json.loads((RESULTS / "operator-cpu.json").read_text(encoding="utf-8"))
+    found = _found("operator-cpu")
     rows = [
         [
             target["what"],
@@ -57,7 +57,7 @@ def operator() -> str:
 
 
 def operator_times() -> str:
-    found = json.loads((RESULTS / "operator-cpu.json").read_text(encoding="utf-8"))
+    found = _found("operator-cpu")
     columns = {
         "T": "tokens",
         "forward": "forward_ms",
@@ -73,7 +73,7 @@ def operator_times() -> str:
 
 
 def memory() -> str:
-    found = json.loads((RESULTS / "memory-cpu.json").read_text(encoding="utf-8"))
+    found = _found("memory-cpu")
     rows = [
         [
             row["case"],
@@ -87,7 +87,7 @@ def memory() -> str:
 
 
 def curves() -> str:
-    found = json.loads((RESULTS / "curves.json").read_text(encoding="utf-8"))
+    found = _found("curves")
     ends = {(entry["mixer"], bool(entry["transferred"])): entry for entry in found["runs"]}
     header = ["mixer", "untrained", "distill alone", "transfer, then distill", "transfer gains", "layers' errors"]
     body = []
@@ -118,6 +118,10 @@ def render(text: str) -> str:
         "curves": curves,
     }
     return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)
+
+
+def _found(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _figure(value: float | None) -> str:

@@ -37,8 +37,7 @@ class Rotation(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x cos + (-x₂, x₁) sin, x₁ and x₂ the halves of what turns. On a GPU one kernel."""
-        forced = _forced(x.device.type)
-        return supra_kernels.rotary(x, self.cos, self.sin, form=None if forced is None else _FORMS[forced])
+        return supra_kernels.rotary(x, self.cos, self.sin, form=_FORMS.get(_forced(x.device.type)))
 
 
 def linear_attention(

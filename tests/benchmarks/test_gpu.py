@@ -16,7 +16,8 @@ from transformers import MistralConfig
 from benchmarks import gpu
 from supra_cli.core.bench import decode
 from supra_cli.core.bench.models import draw
-from supra_cli.core.bench.roofline import counted_flops, operator_flops
+from supra_cli.core.bench.roofline import counted_flops
+from supra_cli.core.flops import operator_flops
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.ops import linear_attention
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from supra_cli.core.bench.roofline import operator_flops, rate_runs, rates
+from supra_cli.core.bench.roofline import rate_runs, rates
 from supra_cli.core.bench.timing import Run, keep_freed_memory, measured, median_ratio, medians, result, target
+from supra_cli.core.flops import operator_flops
 from supra_cli.core.ops import chunk_tokens, linear_attention
 
 LENGTHS = (2048, 8192, 32768)
