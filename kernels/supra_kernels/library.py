@@ -32,8 +32,9 @@ library.define(
     " float? denominator_min) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "triton_backward(Tensor do, Tensor? dd, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state,"
-    " Tensor? segment, float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "triton_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment,"
+    " float scale, Tensor? o, Tensor? row, float? denominator_min, bool decays)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor? cos, Tensor? sin, bool relu,"
@@ -66,10 +67,11 @@ def _triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min):
     return launch.forward(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 
 
-def _triton_backward(do, dd, dS, q, k, v, g, state, segment, scale, decays):
+def _triton_backward(do, dS, q, k, v, g, state, segment, scale, o, row, denominator_min, decays):
     launch = gpu_kernels()
-    problem = launch.Problem(q, k, v, g, segment, scale, sums=dd is not None)
-    grads = launch.backward(problem, state, do, dd, dS, decays=decays)
+    problem = launch.Problem(q, k, v, g, segment, scale, sums=denominator_min is not None)
+    finish = None if row is None else launch.Finish(o, row, denominator_min)
+    grads = launch.backward(problem, state, do, finish, dS, decays=decays)
     dg = q.new_empty(0, dtype=torch.float32) if grads.g is None else grads.g
     if decays:
         dg = (dg.sum((0, 1)) if g.dim() == 1 else dg).to(g.dtype)
@@ -139,8 +141,8 @@ def _(do, dS, q, k, v, g, segment, starts, scale, decays):
 
 
 @torch.library.register_fake("supra::triton_backward", lib=library)
-def _(do, dd, dS, q, k, v, g, state, segment, scale, decays):
-    return _fake_gradients(q, k, v, g, decays, dd is not None)
+def _(do, dS, q, k, v, g, state, segment, scale, o, row, denominator_min, decays):
+    return _fake_gradients(q, k, v, g, decays, denominator_min is not None)
 
 
 @torch.library.register_fake("supra::rotary", lib=library)
@@ -188,25 +190,9 @@ def _chunk_gradients(ctx, do, dS, _):
 
 def _triton_gradients(ctx, do, dS, _):
     q, k, v, g, state, segment, o, row = ctx.saved_tensors
-    do, decays, dd = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3], None
-    if ctx.denominator_min is not None:
-        do, dd = _before_division(do.float(), o.float(), row, ctx.denominator_min)
-    elif row is not None:
-        do = _before_norm(do.float(), o.float(), row)
-    grads = torch.ops.supra.triton_backward(do, dd, dS, q, k, v, g, state, segment, ctx.scale, decays)
-    return *_for_inputs(grads, state, decays), None, None, None, None
-
-
-def _before_norm(do: Tensor, o: Tensor, inverse: Tensor) -> Tensor:
-    """Gradient of what was normalised: inverse · (do - mean(do) - o · mean(do · o)), means over a head's V numbers."""
-    along = (do * o).mean(-1, keepdim=True)
-    return inverse.unsqueeze(-1) * (do - do.mean(-1, keepdim=True) - o * along)
-
-
-def _before_division(do: Tensor, o: Tensor, d: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Gradients of numerator and denominator of o = n / D, D = max(d, least): do / D and -[d ≥ least] (do·o) / D."""
-    inverse = d.clamp(min=least).reciprocal()
-    return do * inverse.unsqueeze(-1), (do * o).sum(-1).mul(-inverse).mul(d >= least)
+    do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
+    given = (q, k, v, g, state, segment, ctx.scale, o, row, ctx.denominator_min)
+    return *_for_inputs(torch.ops.supra.triton_backward(do, dS, *given, decays), state, decays), None, None, None, None
 
 
 def _for_inputs(grads, state, decays):

@@ -207,10 +207,11 @@ def test_the_decode_step_makes_features_and_turns_them_itself(relu, rows, rotate
     torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("after", [{"norm_eps": 1e-5}, {"denominator_min": 0.5}])
-def test_a_decode_step_of_a_state_too_large_for_one_program_equals_the_recurrence(after, monkeypatch):
-    monkeypatch.setattr(launch, "STEP_NUMBERS", 255)
-    q, k, v, g, state = (x.to(DEVICE) for x in inputs(2, 2, 4, 2, 8, 20))
+@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+def test_a_decode_step_over_rows_of_several_tiles_equals_the_recurrence(after, monkeypatch):
+    monkeypatch.setattr(launch, "STEP_TILE", 128)
+    monkeypatch.setattr(launch, "STEP_TILE_WITH_SUMS", 128)
+    q, k, v, g, state = (x.to(DEVICE) for x in inputs(2, 3, 4, 2, 9, 20))
     if "denominator_min" in after:
         state = torch.cat((state, state[..., :1].abs()), -1)
     want, end = linear_attention(q, k, v, g, state=state, relu=True, form="naive", **after)

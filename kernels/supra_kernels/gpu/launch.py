@@ -7,6 +7,7 @@ processes.
 from __future__ import annotations
 
 import contextlib
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,18 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supra_kernels.around import finished, with_ones
 from supra_kernels.boundaries import DECAY_FLOOR, documents
-from supra_kernels.gpu.gradients import decay_kernel, query_key_kernel, value_kernel
-from supra_kernels.gpu.output import output_kernel
+from supra_kernels.gpu.decay import decay_kernel
+from supra_kernels.gpu.finish import finish_backward_kernel
+from supra_kernels.gpu.key_side import key_side_kernel
+from supra_kernels.gpu.query_side import query_side_kernel
 from supra_kernels.gpu.rotary import rotary_backward_kernel, rotary_kernel
 from supra_kernels.gpu.states import states_kernel
 from supra_kernels.gpu.step import step_kernel
-from supra_kernels.gpu.tiles import FIXED_DECAY, NO_DECAY, TOKEN_DECAY
+from supra_kernels.gpu.tiles import FIXED_DECAY, NO_DECAY, TOKEN_DECAY, sums_kernel
 
 CHUNK = 64
-STEP_NUMBERS = 1 << 14
-"""Of a head's state, the most that one program of the decode step holds: 64 registers in each of 256 threads."""
+STEP_TILE, STEP_TILE_WITH_SUMS = 1 << 12, 1 << 10
+"""Numbers of the state that a program of the decode step holds at a time, 32 registers in each of 128 threads. With z
+beside it a state's rows do not begin at multiples of 16 bytes: every number is moved by itself, which takes more."""
 INTERPRETED = not isinstance(states_kernel, triton.JITFunction)
 """True under TRITON_INTERPRET=1, where bf16 arithmetic is wrong: operands are widened to fp32 before the launch."""
 
@@ -60,22 +63,42 @@ class Problem:
         self.batch, self.length, self.heads, self.key_dim = q.shape
         self.kv_heads, self.v_dim = v.shape[2:]
         self.chunks, self.sums = triton.cdiv(self.length, CHUNK), sums
-        half = not INTERPRETED and all(x.dtype == torch.bfloat16 for x in (q, k, v))
-        self.state_dtype = torch.bfloat16 if half else torch.float32
+        self.half = not INTERPRETED and all(x.dtype == torch.bfloat16 for x in (q, k, v))
+        self.state_dtype = torch.bfloat16 if self.half else torch.float32
         self.shared = {
             "C": CHUNK,
             "DECAY": (NO_DECAY if g is None else FIXED_DECAY if g.dim() == 1 else TOKEN_DECAY).value,
             "PACKED": segment is not None,
-            "OPERAND": tl.bfloat16 if half else tl.float32,
+            "OPERAND": tl.bfloat16 if self.half else tl.float32,
             "PRECISION": _precision(),
         }
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.length, self.chunks, self.heads, self.kv_heads, self.key_dim, self.v_dim
+    @cached_property
+    def decay(self) -> tuple[Tensor | None, ...]:
+        """g, count, rest and the code of documents, as every kernel over chunks takes them; see sums_kernel."""
+        by_token = self.g is not None and self.g.dim() == 3
+        if not by_token and (self.g is None or self.code is None):
+            return self.g, None, None, self.code
+        heads = self.heads if by_token else 1
+        count = self.empty(self.batch, heads, self.length)
+        rest = torch.empty_like(count) if by_token else None
+        BH = min(16, triton.next_power_of_2(heads))
+        with _on(self.q):
+            sums_kernel[(self.batch * self.chunks * triton.cdiv(heads, BH),)](
+                self.g, self.code, count, rest, self.length, self.chunks, heads,
+                C=CHUNK, BH=BH, DECAY=self.shared["DECAY"], PACKED=self.shared["PACKED"], num_warps=4,
+            )  # fmt: skip
+        return self.g, count, rest, self.code
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+
+def resident(programs: int, warps: int) -> dict[str, int]:
+    """The options that let `programs` of so many warps reside on one multiprocessor of 2^16 registers: while one waits
+    for memory another computes."""
+    limit = {} if INTERPRETED or torch.version.hip else {"maxnreg": 2**16 // (programs * warps * 32) // 8 * 8}
+    return {"num_warps": warps, **limit}
 
 
 def _precision() -> str:
@@ -149,10 +172,10 @@ def walk(
 
     def launch(start: Tensor | None, store: bool) -> None:
         states_kernel[(programs * spans,)](
-            x, y, dd, problem.g, problem.code, start, states, z, end, through,
+            x, y, dd, *problem.decay, start, states, z, end, through,
             problem.length, problem.chunks, span, spans, problem.heads, x.shape[2], y.shape[2], *width, problem.scale,
             **problem.shared, BK=BK, BV=BV, SUMS=problem.sums, REVERSE=reverse, STORE=store,
-            INITIAL=start is not None, num_warps=4, num_stages=3,
+            INITIAL=start is not None, **_options(problem, 3 if problem.sums else 4, warps=4, stages=3),
         )  # fmt: skip
 
     with _on(problem.q):
@@ -185,61 +208,130 @@ def forward(
     """-> o [B,T,H,V], the final state, and [B,T,H] fp32: with norm_eps, which normalises every head's output before it
     is stored, the factors by which it did; with sums the denominators; empty otherwise."""
     met = walk(problem, problem.k, problem.v, state, reverse=False, spans=spans)
-    BK = _tile(problem.key_dim)
-    BV = _tile(problem.v_dim, 128) if norm_eps is None else _tile(problem.v_dim, 1 << 20)
     lead = (problem.batch, problem.length, problem.heads)
     o = problem.empty(*lead, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype)
     least = norm_eps if denominator_min is None else denominator_min
     row = problem.empty(0) if least is None else problem.empty(*lead)
-    grid = (problem.batch * problem.heads * problem.chunks * triton.cdiv(problem.v_dim, BV),)
-    with _on(problem.q):
-        output_kernel[grid](
-            problem.q, problem.k, problem.v, problem.g, problem.code, met.states, met.z, o, row,
-            *problem.sizes, problem.scale, least or 0.0,
-            **problem.shared, BK=BK, BV=BV, NORM=norm_eps is not None, SUMS=problem.sums,
-            num_warps=4 if BV <= 64 else 8, num_stages=2,
-        )  # fmt: skip
+    _query_side(
+        problem, problem.q, problem.k, problem.v, None, met, o, row, least=least or 0.0, norm=norm_eps is not None
+    )
     return o.to(out_dtype), met.end, row
+
+
+def _query_side(
+    problem: Problem,
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    dd: Tensor | None,
+    met: Walk,
+    out: Tensor,
+    row: Tensor | None,
+    *,
+    least: float = 0.0,
+    norm: bool = False,
+) -> None:
+    """Writes o, or where there is no `row` the gradient dq; see query_side_kernel."""
+    BU = _tile(u.shape[-1], 1 << 20 if norm else 128)
+    with _on(x):
+        query_side_kernel[(problem.batch * problem.heads * problem.chunks * triton.cdiv(u.shape[-1], BU),)](
+            x, y, u, dd, *problem.decay, met.states, met.z, out, row,
+            problem.length, problem.chunks, problem.heads, problem.kv_heads, x.shape[-1], u.shape[-1], problem.scale,
+            least, **problem.shared, BX=_tile(x.shape[-1]), BU=BU, GRADIENT=row is None, NORM=norm, SUMS=problem.sums,
+            **_side(problem, BU),
+        )  # fmt: skip
+
+
+def _key_side(
+    problem: Problem, x: Tensor, y: Tensor, u: Tensor, dd: Tensor | None, met: Walk, out: Tensor, transposed: bool
+) -> None:
+    """Writes dv, or `transposed` dk; see key_side_kernel."""
+    BU = _tile(u.shape[-1], 128)
+    with _on(x):
+        key_side_kernel[(problem.batch * problem.kv_heads * problem.chunks * triton.cdiv(u.shape[-1], BU),)](
+            x, y, u, dd, *problem.decay, met.states, met.z, out,
+            problem.length, problem.chunks, problem.heads, x.shape[-1], u.shape[-1], problem.scale,
+            **problem.shared, BX=_tile(x.shape[-1]), BU=BU, GROUP=problem.heads // problem.kv_heads,
+            TRANSPOSED=transposed, SUMS=problem.sums and transposed, **_side(problem, BU),
+        )  # fmt: skip
+
+
+def _side(problem: Problem, width: int) -> dict[str, int]:
+    """Options of a kernel whose tiles are [C, width]."""
+    if width > 128:
+        return {"num_warps": 8, "num_stages": 2}
+    programs, warps = (2, 8) if width > 64 else (3, 4)
+    return _options(problem, programs, warps, stages=3 if problem.half else 2)
+
+
+def _options(problem: Problem, programs: int, warps: int, stages: int) -> dict[str, int]:
+    """In bf16 so many programs are made to fit; wider operands leave too few registers for that."""
+    return {**(resident(programs, warps) if problem.half else {"num_warps": warps}), "num_stages": stages}
+
+
+class Finish(NamedTuple):
+    """How the output ended: o [B,T,H,V] as it was returned, and the row [B,T,H] beside it; see `forward`."""
+
+    o: Tensor
+    row: Tensor
+    denominator_min: float | None
 
 
 def backward(
     problem: Problem,
     state: Tensor | None,
     do: Tensor,
-    dd: Tensor | None,
+    finish: Finish | None,
     d_end: Tensor | None,
     *,
     decays: bool,
     spans: int | None = None,
 ) -> Gradients:
-    """Gradients in fp32 of q, k, v, the per-token decay [B,T,H] where `decays`, and the initial state.
+    """Gradients of q, k, v, in fp32 of the per-token decay [B,T,H] where `decays`, and in fp32 of the initial state.
+    `do` is that of the output as `forward` returned it, which `finish` tells of where it was normed or divided.
 
-    do [B,T,H,V] and, with sums, dd [B,T,H] are the gradients of what was divided and of what it was divided by.
+    The state before every chunk and its gradient are held one after the other, but where `decays` needs both.
     """
-    do, dd = _operand(do), None if dd is None else dd.float().contiguous()
-    met = walk(problem, problem.k, problem.v, state, reverse=False, spans=spans)
-    d_met = walk(problem, problem.q, do, d_end, reverse=True, dd=dd, spans=spans)
-    BK, BV = _tile(problem.key_dim), _tile(problem.v_dim)
-    dq, dk, dv = (torch.empty_like(x) for x in (problem.q, problem.k, problem.v))
-    dg = problem.empty(problem.batch, problem.length, problem.heads) if decays else None
-    options = {**problem.shared, "BK": BK, "BV": BV, "num_warps": 8, "num_stages": 2}
-    rest = (*problem.sizes, problem.scale)
-    per_kv_head = problem.batch * problem.kv_heads * problem.chunks
-    q, k, v, g, code = problem.q, problem.k, problem.v, problem.g, problem.code
-    inputs = (q, k, v, do, dd, g, code)
-    with _on(q):
-        query_key_kernel[(per_kv_head * triton.cdiv(problem.key_dim, BK),)](
-            *inputs, met.states, met.z, d_met.states, d_met.z, dq, dk, *rest, SUMS=problem.sums, **options
-        )
-        value_kernel[(per_kv_head * triton.cdiv(problem.v_dim, BV),)](
-            q, k, do, g, code, d_met.states, dv, *rest, **options
-        )
-        if decays:
-            grid = (problem.batch * problem.heads * problem.chunks,)
-            decay_kernel[grid](
-                *inputs, met.states, met.z, d_met.states, d_met.z, dg, *rest, SUMS=problem.sums, **options
-            )
+    do, dd = (_operand(do), None) if finish is None else _before_finish(problem, _operand(do), finish)
+    q, k, v = problem.q, problem.k, problem.v
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    met = walk(problem, k, v, state, reverse=False, spans=spans)
+    _query_side(problem, do, v, k, dd, met, dq, None)
+    if not decays:
+        del met
+    d_met = walk(problem, q, do, d_end, reverse=True, dd=dd, spans=spans)
+    _key_side(problem, q, k, do, dd, d_met, dv, transposed=False)
+    _key_side(problem, do, v, q, dd, d_met, dk, transposed=True)
+    dg = _decay(problem, do, dd, met, d_met) if decays else None
     return Gradients(dq, dk, dv, dg, d_met.end)
+
+
+def _before_finish(problem: Problem, dy: Tensor, finish: Finish) -> tuple[Tensor, Tensor | None]:
+    """-> do [B,T,H,V] and, for a denominator, dd [B,H,T]; see finish_backward_kernel."""
+    y, least = _operand(finish.o), finish.denominator_min
+    rows, BV = dy[..., 0].numel(), triton.next_power_of_2(problem.v_dim)
+    BR = max(1, 4096 // BV)
+    do = torch.empty_like(dy)
+    dd = None if least is None else problem.empty(problem.batch, problem.heads, problem.length)
+    with _on(dy):
+        finish_backward_kernel[(triton.cdiv(rows, BR),)](
+            dy, y, finish.row, do, dd, problem.length, problem.heads, problem.v_dim, rows, least or 0.0,
+            BR=BR, BV=BV, NORM=least is None, num_warps=4,
+        )  # fmt: skip
+    return do, dd
+
+
+def _decay(problem: Problem, do: Tensor, dd: Tensor | None, met: Walk, d_met: Walk) -> Tensor:
+    """-> dg [B,T,H]; see decay_kernel."""
+    dg = problem.empty(problem.batch, problem.length, problem.heads)
+    with _on(do):
+        decay_kernel[(problem.batch * problem.heads * problem.chunks,)](
+            problem.q, problem.k, problem.v, do, dd, *problem.decay, met.states, met.z, d_met.states, d_met.z, dg,
+            problem.length, problem.chunks, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim,
+            problem.scale, **problem.shared, BK=_tile(problem.key_dim), BV=_tile(problem.v_dim),
+            SUMS=problem.sums, **_options(problem, 2, warps=8, stages=2),
+        )  # fmt: skip
+    return dg
 
 
 def step(
@@ -253,32 +345,29 @@ def step(
     norm_eps: float | None = None,
     denominator_min: float | None = None,
 ) -> Tensor:
-    """-> o; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch.
+    """-> o; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch a token.
 
-    q and k go through the ReLU with `relu`, then turn by cos, sin [B or 1,T,R] where given. A norm or denominator needs
-    a head's whole state in one program; where that is too large they follow by themselves.
+    q and k go through the ReLU with `relu`, then turn by cos, sin [B or 1,T,R] where given.
     """
     least = norm_eps if denominator_min is None else denominator_min
-    BK = _tile(problem.key_dim, 1 << 20)
-    BV = min(16, _tile(problem.v_dim)) if least is None else _tile(problem.v_dim, 1 << 20)
-    if least is not None and BK * BV > STEP_NUMBERS:
-        values = problem.v if denominator_min is None else with_ones(problem.v)
-        plain = Problem(problem.q, problem.k, values, problem.g, None, problem.scale)
-        o = step(plain, state, torch.float32, cos=cos, sin=sin, relu=relu)
-        return finished(o, norm_eps, denominator_min).to(out_dtype)
+    BV = triton.next_power_of_2(problem.v_dim)
+    if least is None:
+        BV = min(32, BV)
+    tile = STEP_TILE_WITH_SUMS if problem.sums else STEP_TILE
+    BK = min(triton.next_power_of_2(problem.key_dim), max(1, tile // BV))
     o = problem.empty(
         problem.batch, problem.length, problem.heads, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype
     )
     tables = (None, None, 0, 0) if cos is None else _tables(cos, sin)
     with _on(problem.q):
-        step_kernel[(problem.batch * problem.heads * triton.cdiv(problem.v_dim, BV),)](
-            problem.q, problem.k, problem.v, problem.g, state, o, *tables,
-            problem.length, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim, problem.scale,
-            least or 0.0,
-            BK=BK, BV=BV, DECAY=problem.shared["DECAY"], NORM=norm_eps is not None, SUMS=problem.sums,
-            ROTARY=cos is not None, RELU=relu,
-            num_warps=max(4, BK * BV // 2048),
-        )  # fmt: skip
+        for t in range(problem.length):
+            step_kernel[(problem.batch * problem.heads * triton.cdiv(problem.v_dim, BV),)](
+                problem.q, problem.k, problem.v, problem.g, state, o, *tables, t,
+                problem.length, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim, problem.scale,
+                least or 0.0,
+                BK=BK, BV=BV, STAGES=3, DECAY=problem.shared["DECAY"], NORM=norm_eps is not None, SUMS=problem.sums,
+                ROTARY=cos is not None, RELU=relu, **resident(4, warps=4),
+            )  # fmt: skip
     return o.to(out_dtype)
 
 

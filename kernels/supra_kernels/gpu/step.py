@@ -14,51 +14,52 @@ from supra_kernels.gpu.tiles import FIXED_DECAY, TOKEN_DECAY
 @triton.jit
 def step_kernel(
     p_q, p_k, p_v, p_g, p_state, p_o, p_cos, p_sin, R, STRIDE,
-    T, H, G, K, V, scale, least,
-    BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
-    ROTARY: tl.constexpr, RELU: tl.constexpr,
+    t, T, H, G, K, V, scale, least,
+    BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
+    SUMS: tl.constexpr, ROTARY: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One program: BV columns of one head's state [B,H,K,V], fp32, for the T tokens one after the other.
+    """Token t of T. One program: BV columns of one head's state [B,H,K,V], fp32, BK rows after BK rows; the next rows
+    are on their way while these are worked on.
 
-    With NORM or SUMS, BV covers V. NORM normalises o as output_kernel does. With SUMS the state is [B,H,K,V+1], z its
-    last column. ROTARY and RELU as in load_turned, with R and STRIDE as in rotary_kernel. No dot: K · BV
+    With NORM or SUMS, BV covers V. NORM normalises o as query_side_kernel does. With SUMS the state is [B,H,K,V+1], z
+    its last column. ROTARY and RELU as in load_turned, with R and STRIDE as in rotary_kernel. No dot: K · BV
     multiplications are bound by memory.
     """
     W = V + 1 if SUMS else V
     tiles_v = tl.cdiv(V, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    i_bh = pid // tiles_v
-    i_b, i_h = i_bh // H, i_bh % H
-    i_g = i_h // (H // G)
-    o_k, o_v = tl.arange(0, BK), pid % tiles_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    o_S = i_bh * K * W + o_k[:, None] * W + o_v[None, :]
-    o_z = (i_bh * K + o_k) * W + V
-    m_S = m_k[:, None] & m_v[None, :]
-    b_S = tl.load(p_state + o_S, mask=m_S, other=0.0)
-    b_z = tl.zeros([BK], tl.float32)
-    if SUMS:
-        b_z += tl.load(p_state + o_z, mask=m_k, other=0.0)
-    for t in range(T):
-        row = i_b * T + t
-        o_q, o_key, o_table = (row * H + i_h) * K + o_k, (row * G + i_g) * K + o_k, i_b * STRIDE + t * R
-        b_q = load_turned(p_q, o_q, m_k, o_k, p_cos, p_sin, o_table, R, ROTARY, RELU, TRANSPOSED=False)
-        b_k = load_turned(p_k, o_key, m_k, o_k, p_cos, p_sin, o_table, R, ROTARY, RELU, TRANSPOSED=False)
-        b_v = tl.load(p_v + (row * G + i_g) * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        decay = 1.0
-        if DECAY == FIXED_DECAY:
-            decay = tl.exp(tl.load(p_g + i_h))
-        elif DECAY == TOKEN_DECAY:
-            decay = tl.exp(tl.load(p_g + row * H + i_h))
+    pid = tl.program_id(0)
+    i_bh = (pid // tiles_v).to(tl.int64)
+    i_b, i_h = i_bh // H, (i_bh % H).to(tl.int32)
+    row = i_b * T + t
+    row_h, row_g, o_table = row * H + i_h, row * G + i_h // (H // G), i_b * STRIDE + t * R
+    o_v = pid % tiles_v * BV + tl.arange(0, BV)
+    m_v = o_v < V
+    decay = 1.0
+    if DECAY == FIXED_DECAY:
+        decay = tl.exp(tl.load(p_g + i_h))
+    elif DECAY == TOKEN_DECAY:
+        decay = tl.exp(tl.load(p_g + row_h))
+    b_v = tl.load(p_v + row_g * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    p_state += i_bh * K * W
+    b_o, b_d = tl.zeros([BV], tl.float32), tl.zeros([BK], tl.float32)
+    for i_k in tl.range(0, K, BK, num_stages=STAGES):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < K
+        o_S, m_S = o_k[:, None] * W + o_v[None, :], m_k[:, None] & m_v[None, :]
+        b_S = tl.load(p_state + o_S, mask=m_S, other=0.0)
+        b_q = load_turned(p_q, row_h * K + o_k, m_k, o_k, p_cos, p_sin, o_table, R, ROTARY, RELU, TRANSPOSED=False)
+        b_k = load_turned(p_k, row_g * K + o_k, m_k, o_k, p_cos, p_sin, o_table, R, ROTARY, RELU, TRANSPOSED=False)
         b_S = b_S * decay + b_k[:, None] * b_v[None, :]
-        b_o = tl.sum(b_q[:, None] * b_S, 0) * scale
-        if NORM:
-            centred = tl.where(m_v, b_o - tl.sum(b_o, 0) / V, 0.0)
-            b_o = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / V + least))
+        tl.store(p_state + o_S, b_S, mask=m_S)
+        b_o += tl.sum(b_q[:, None] * b_S, 0)
         if SUMS:
-            b_z = b_z * decay + b_k
-            b_o /= tl.maximum(tl.sum(b_q * b_z, 0) * scale, least)
-        tl.store(p_o + (row * H + i_h) * V + o_v, b_o.to(p_o.dtype.element_ty), mask=m_v)
-    tl.store(p_state + o_S, b_S, mask=m_S)
+            b_z = tl.load(p_state + o_k * W + V, mask=m_k, other=0.0) * decay + b_k
+            tl.store(p_state + o_k * W + V, b_z, mask=m_k)
+            b_d += b_q * b_z
+    b_o *= scale
+    if NORM:
+        centred = tl.where(m_v, b_o - tl.sum(b_o, 0) / V, 0.0)
+        b_o = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / V + least))
     if SUMS:
-        tl.store(p_state + o_z, b_z, mask=m_k)
+        b_o /= tl.maximum(tl.sum(b_d, 0) * scale, least)
+    tl.store(p_o + row_h * V + o_v, b_o.to(p_o.dtype.element_ty), mask=m_v)

@@ -2,7 +2,9 @@
 
 The log decay from the chunk's start up to and including token i is rate · count_i + rest_i. A fixed decay has rate g
 and counts real tokens; a per-token decay has rate 1, its sum in multiples of 1/256 in `count` (exact in fp32) and what
-remains in `rest`. So a difference of two sums is as exact as fp32 allows, also after gates near -88.
+remains in `rest`. So a difference of two sums is as exact as fp32 allows, also after gates near -88. Where the sums are
+not known from the token's place they are made once a call, by sums_kernel: a walk that summed at every chunk would wait
+for itself.
 """
 
 import triton
@@ -11,6 +13,30 @@ import triton.language as tl
 NO_DECAY = tl.constexpr(0)
 FIXED_DECAY = tl.constexpr(1)
 TOKEN_DECAY = tl.constexpr(2)
+
+
+@triton.jit
+def sums_kernel(
+    p_g, p_code, p_count, p_rest, T, N, H,
+    C: tl.constexpr, BH: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """count [B,H,T] and, with a per-token decay, rest [B,H,T] of g [B,T,H]; see the module.
+
+    A fixed decay counts for all heads alike, so H is 1. One program: BH heads of one chunk.
+    """
+    tiles_h = tl.cdiv(H, BH)
+    pid = tl.program_id(0)
+    i_h, n, i_b = pid % tiles_h * BH, pid // tiles_h % N, (pid // tiles_h // N).to(tl.int64)
+    _, real, _, _ = load_documents(p_code, i_b, n * C, T, C, PACKED)
+    o_t, o_h = (n * C + tl.arange(0, C))[:, None], (i_h + tl.arange(0, BH))[None, :]
+    inside = (o_t < T) & (o_h < H)
+    o_sum = (i_b * H + o_h) * T + o_t
+    step = tl.zeros([C, BH], tl.float32) + real.to(tl.float32)[:, None]
+    if DECAY == TOKEN_DECAY:
+        b_g = tl.load(p_g + (i_b * T + o_t) * H + o_h, mask=inside & real[:, None], other=0.0)
+        step = tl.floor(b_g * 256.0) / 256.0
+        tl.store(p_rest + o_sum, tl.cumsum(b_g - step, 0), mask=inside)
+    tl.store(p_count + o_sum, tl.cumsum(step, 0), mask=inside)
 
 
 @triton.jit
@@ -33,22 +59,30 @@ def load_documents(p_code, i_b, start, T, C: tl.constexpr, PACKED: tl.constexpr)
 
 
 @triton.jit
-def load_decay(p_g, i_b, i_h, start, T, H, real, C: tl.constexpr, DECAY: tl.constexpr):
-    """-> rate, count [C], rest [C], and the last two summed over the chunk."""
+def load_rate(p_g, i_h, DECAY: tl.constexpr):
     rate = 1.0
     if DECAY == FIXED_DECAY:
         rate = tl.load(p_g + i_h)
-        step = real.to(tl.float32)
-        fine = tl.zeros([C], tl.float32)
-    elif DECAY == TOKEN_DECAY:
-        o_t = start + tl.arange(0, C)
-        b_g = tl.load(p_g + (i_b * T + o_t) * H + i_h, mask=real, other=0.0)
-        step = tl.floor(b_g * 256.0) / 256.0
-        fine = b_g - step
-    else:
-        step = tl.zeros([C], tl.float32)
-        fine = tl.zeros([C], tl.float32)
-    return rate, tl.cumsum(step, 0), tl.cumsum(fine, 0), tl.sum(step, 0), tl.sum(fine, 0)
+    return rate
+
+
+@triton.jit
+def load_decay(p_count, p_rest, i_b, i_h, start, T, H, C: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr):
+    """-> count [C], rest [C], and both at the chunk's end."""
+    o_c, last = tl.arange(0, C), tl.minimum(start + C, T) - 1
+    count, rest = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    all_count, all_rest = 0.0, 0.0
+    if DECAY == TOKEN_DECAY:
+        row = (i_b * H + i_h) * T
+        count, rest = load_numbers(p_count, row + start, T - start, C), load_numbers(p_rest, row + start, T - start, C)
+        all_count, all_rest = tl.load(p_count + row + last), tl.load(p_rest + row + last)
+    elif DECAY == FIXED_DECAY:
+        if PACKED:
+            count, all_count = load_numbers(p_count, i_b * T + start, T - start, C), tl.load(p_count + i_b * T + last)
+        else:
+            tokens = last - start + 1
+            count, all_count = tl.minimum(o_c + 1, tokens).to(tl.float32), tokens.to(tl.float32)
+    return count, rest, all_count, all_rest
 
 
 @triton.jit
@@ -73,51 +107,66 @@ def inner_weights(rate, count, rest, number, real, C: tl.constexpr, TRANSPOSED: 
     return tl.where(seen, tl.exp(tl.minimum(distance, 0.0)), 0.0)
 
 
+# A tile's place in memory is one 64-bit number and 32-bit distances from it, which keeps registers for the tile.
+
+
 @triton.jit
 def load_rows(p_x, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.constexpr, W: tl.constexpr, OPERAND: tl.constexpr):
     """x [B,T,HEADS,WIDTH] -> [C, W]: tokens from `start`, columns from `first`; 0 outside."""
-    o_t = start + tl.arange(0, C)
-    o_w = first + tl.arange(0, W)
-    o_x = ((i_b * T + o_t) * HEADS + i_h)[:, None] * WIDTH + o_w[None, :]
-    return tl.load(p_x + o_x, mask=(o_t < T)[:, None] & (o_w < WIDTH)[None, :], other=0.0).to(OPERAND)
+    o_t, o_w = tl.arange(0, C)[:, None], first + tl.arange(0, W)[None, :]
+    p_tile = p_x + ((i_b * T + start) * HEADS + i_h) * WIDTH
+    mask = (o_t < T - start) & (o_w < WIDTH)
+    return tl.load(p_tile + o_t * (HEADS * WIDTH) + o_w, mask=mask, other=0.0).to(OPERAND)
 
 
 @triton.jit
 def load_columns(p_x, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.constexpr, W: tl.constexpr, OPERAND: tl.constexpr):
-    """As `load_rows`, transposed: [W, C]. Loaded so, not by tl.trans: see the compiler notes in docs/numerics.md."""
-    o_t = start + tl.arange(0, C)
-    o_w = first + tl.arange(0, W)
-    o_x = ((i_b * T + o_t) * HEADS + i_h)[None, :] * WIDTH + o_w[:, None]
-    return tl.load(p_x + o_x, mask=(o_t < T)[None, :] & (o_w < WIDTH)[:, None], other=0.0).to(OPERAND)
+    """As `load_rows`, transposed: [W, C]."""
+    o_t, o_w = tl.arange(0, C)[None, :], first + tl.arange(0, W)[:, None]
+    p_tile = p_x + ((i_b * T + start) * HEADS + i_h) * WIDTH
+    mask = (o_t < T - start) & (o_w < WIDTH)
+    return tl.load(p_tile + o_t * (HEADS * WIDTH) + o_w, mask=mask, other=0.0).to(OPERAND)
 
 
 @triton.jit
-def load_numbers(p_x, i_b, i_h, start, T, HEADS, C: tl.constexpr):
-    """x [B,T,HEADS] -> [C]; 0 outside."""
-    o_t = start + tl.arange(0, C)
-    return tl.load(p_x + (i_b * T + o_t) * HEADS + i_h, mask=o_t < T, other=0.0)
+def load_numbers(p_x, first, count, C: tl.constexpr):
+    """[C] numbers from the place `first` on; 0 from the count-th on."""
+    o_c = tl.arange(0, C)
+    return tl.load(p_x + first + o_c, mask=o_c < count, other=0.0)
 
 
 @triton.jit
 def store_rows(p_x, value, i_b, i_h, start, T, HEADS, WIDTH, first, C: tl.constexpr, W: tl.constexpr):
-    o_t = start + tl.arange(0, C)
-    o_w = first + tl.arange(0, W)
-    o_x = ((i_b * T + o_t) * HEADS + i_h)[:, None] * WIDTH + o_w[None, :]
-    tl.store(p_x + o_x, value.to(p_x.dtype.element_ty), mask=(o_t < T)[:, None] & (o_w < WIDTH)[None, :])
+    o_t, o_w = tl.arange(0, C)[:, None], first + tl.arange(0, W)[None, :]
+    p_tile = p_x + ((i_b * T + start) * HEADS + i_h) * WIDTH
+    mask = (o_t < T - start) & (o_w < WIDTH)
+    tl.store(p_tile + o_t * (HEADS * WIDTH) + o_w, value.to(p_x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def state_offsets(i_state, K, V, W, first_k, first_v, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Offsets and mask of a tile of state number i_state [K,W], within V columns; [BK,BV] or transposed [BV,BK]."""
+def state_offsets(K, V, W, first_k, first_v, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Offsets and mask of a tile of one state [K,W], within V columns; [BK,BV] or transposed [BV,BK]."""
     o_k = first_k + tl.arange(0, BK)
     o_v = first_v + tl.arange(0, BV)
     if TRANSPOSED:
-        return i_state * K * W + o_k[None, :] * W + o_v[:, None], (o_k < K)[None, :] & (o_v < V)[:, None]
-    return i_state * K * W + o_k[:, None] * W + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+        offsets, mask = o_k[None, :] * W + o_v[:, None], (o_k < K)[None, :] & (o_v < V)[:, None]
+    else:
+        offsets, mask = o_k[:, None] * W + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+    return offsets, mask
 
 
 @triton.jit
-def load_sums(p_z, i_state, K, first_k, BK: tl.constexpr):
+def load_state(
+    p_states, i_state, K, V, first_k, first_v, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """A tile of state number i_state [K,V]: [BK,BV] or transposed [BV,BK]; 0 outside."""
+    o_S, m_S = state_offsets(K, V, V, first_k, first_v, BK, BV, TRANSPOSED)
+    return tl.load(p_states + i_state * K * V + o_S, mask=m_S, other=0.0).to(OPERAND)
+
+
+@triton.jit
+def load_z(p_z, i_state, K, first_k, BK: tl.constexpr):
     """z [BK] that belongs to state number i_state; 0 outside."""
     o_k = first_k + tl.arange(0, BK)
     return tl.load(p_z + i_state * K + o_k, mask=o_k < K, other=0.0)

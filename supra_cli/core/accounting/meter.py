@@ -159,22 +159,25 @@ def _in_triton(
     k: Tensor,
     v: Tensor,
     do: Tensor | None = None,
-    dd: Tensor | None = None,
+    row: Tensor | None = None,
     denominator_min: float | None = None,
+    decays: bool = False,
     **_: object,
 ) -> Inside:
     """Of the form for GPUs, which keeps the state at the start of each of N chunks while it runs: [B,H,N,K,V], in bf16
-    where q, k and v are and in fp32 elsewhere, and with a denominator [B,H,N,K] in fp32. Backward, as many gradients
-    of them and the last state [B,H,K,V or V+1].
+    where q, k and v are and in fp32 elsewhere, and with a denominator [B,H,N,K] in fp32. Backward, thereafter as many
+    gradients of them, beside them where there are gradients of decays, and the last state [B,H,K,V or V+1]; and where
+    the output was normed or divided, its gradient before that.
     """
-    backward, sums = do is not None, dd is not None or denominator_min is not None
+    backward, sums = do is not None, denominator_min is not None
     batch, tokens, heads, width = q.shape
     chunk, v_dim = ops.chunk_tokens("cuda", width, v.shape[-1]), v.shape[-1]
     number = 2 if all(x.dtype == torch.bfloat16 for x in (q, k, v)) else 4
     starts = batch * heads * -(-tokens // chunk) * width * (v_dim * number + 4 * sums)
     last = 4 * batch * heads * width * (v_dim + sums)
+    before = 0 if row is None or do is None else do.nbytes + 4 * sums * row.numel()
     flops = operator_flops(batch * tokens * heads, width, v_dim, chunk)[backward]
-    return Inside(flops, 2 * starts + last if backward else starts)
+    return Inside(flops, (1 + decays) * starts + last + before if backward else starts)
 
 
 @lru_cache(maxsize=64)

@@ -81,14 +81,14 @@ def traffic(shape: Shape, tokens: int, device: str) -> int:
     """Bytes that forward and backward read and write.
 
     On a GPU each tensor once per kernel that touches it. Forward: k, v -> states; q, k, v, states -> o. Backward: k, v
-    -> states; q, do -> their gradients; q, k, v, do, both -> dq, dk; q, k, do, the gradients -> dv. On a CPU, where a
-    block stays in the cache: q, k, v -> o, then q, k, v, do -> dq, dk, dv.
+    -> states; do, v, k, states -> dq; q, do -> gradients of states; q, k, do, these -> dv; do, v, q, these -> dk. On a
+    CPU, where a block stays in the cache: q, k, v -> o, then q, k, v, do -> dq, dk, dv.
     """
     numbers = shape.batch * tokens * shape.heads * shape.width
     if device == "cpu":
         return shape.dtype.itemsize * (4 + 7) * numbers
     states = numbers * shape.width // chunk_tokens(device, shape.width, shape.width)
-    return shape.dtype.itemsize * ((2 + 4) * numbers + 2 * states + (2 + 2 + 6 + 4) * numbers + 5 * states)
+    return shape.dtype.itemsize * ((2 + 4) * numbers + 2 * states + (2 + 4 + 2 + 4 + 4) * numbers + 5 * states)
 
 
 def _runs(shape: Shape, tokens: int, device: str) -> dict[str, Run]:

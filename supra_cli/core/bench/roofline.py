@@ -47,7 +47,7 @@ def counted_flops(run: Run) -> int:
         supra.chunk: lambda q, k, v, *_, **__: _chunked(q, v, "cpu")[0],
         supra.triton: lambda q, k, v, *_, **__: _chunked(q, v, "cuda")[0],
         supra.chunk_backward: lambda do, dS, q, k, v, *_, **__: _chunked(q, v, "cpu")[1],
-        supra.triton_backward: lambda do, dd, dS, q, k, v, *_, **__: _chunked(q, v, "cuda")[1],
+        supra.triton_backward: lambda do, dS, q, k, v, *_, **__: _chunked(q, v, "cuda")[1],
         supra.triton_step: lambda q, k, v, *_, **__: 4 * q[0] * q[1] * q[2] * q[3] * v[3],
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
