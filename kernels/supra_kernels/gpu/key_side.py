@@ -1,6 +1,6 @@
-"""What a key token is given by a chunk, dS' being the gradient of the state after it: dv and dk. Every chunk for itself,
-and both by one kernel, since they are one formula. With W_ij = exp(b_i - b_j) [j≤i], summed over the query heads of a
-kv head:
+"""What a key token is given by a chunk, dS' being the gradient of the state after it: dv and dk. Every chunk for
+itself, and both by one kernel, since they are one formula. With W_ij = exp(b_i - b_j) [j≤i], and summed over the query
+heads of a kv head:
 
     dv_j = scale · Σ_i W_ij (q_i·k_j) do_i + exp(b_C - b_j) dS'^T k_j
     dk_j = scale · Σ_i W_ij (do_i·v_j) q_i + exp(b_C - b_j) dS' v_j
@@ -47,7 +47,8 @@ def key_side_kernel(
     start = n * C
     number, real, entering, last = load_documents(p_code, i_b, start, T, C, PACKED)
     b_out = tl.zeros([C, BU], tl.float32)
-    for head in range(GROUP):
+    # What no head changes, masks and places of [C, C] and [C, BU], would take half of the registers if kept.
+    for head in tl.range(0, GROUP, disable_licm=True):
         i_h = i_g * GROUP + head
         i_state = (i_b * H + i_h) * N + n
         rate = load_rate(p_g, i_h, DECAY)

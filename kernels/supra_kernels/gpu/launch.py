@@ -265,8 +265,10 @@ def _side(problem: Problem, width: int) -> dict[str, int]:
 
 
 def _options(problem: Problem, programs: int, warps: int, stages: int) -> dict[str, int]:
-    """In bf16 so many programs are made to fit; wider operands leave too few registers for that."""
-    return {**(resident(programs, warps) if problem.half else {"num_warps": warps}), "num_stages": stages}
+    """So many programs are made to fit where tiles move in pieces of 16 bytes: bf16, in widths that allow it. Others
+    need the registers."""
+    fits = problem.half and (problem.key_dim | problem.v_dim) % 8 == 0
+    return {**(resident(programs, warps) if fits else {"num_warps": warps}), "num_stages": stages}
 
 
 class Finish(NamedTuple):

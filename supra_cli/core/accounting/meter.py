@@ -165,9 +165,9 @@ def _in_triton(
     **_: object,
 ) -> Inside:
     """Of the form for GPUs, which keeps the state at the start of each of N chunks while it runs: [B,H,N,K,V], in bf16
-    where q, k and v are and in fp32 elsewhere, and with a denominator [B,H,N,K] in fp32. Backward, thereafter as many
-    gradients of them, beside them where there are gradients of decays, and the last state [B,H,K,V or V+1]; and where
-    the output was normed or divided, its gradient before that.
+    where q, k and v are and in fp32 elsewhere, and with a denominator [B,H,N,K] in fp32. Backward the same, then in its
+    place as many gradients of them; both at a time, and the last state [B,H,K,V or V+1], where there are gradients of
+    decays. Where the output was normed or divided, its gradient before that too.
     """
     backward, sums = do is not None, denominator_min is not None
     batch, tokens, heads, width = q.shape
@@ -177,7 +177,7 @@ def _in_triton(
     last = 4 * batch * heads * width * (v_dim + sums)
     before = 0 if row is None or do is None else do.nbytes + 4 * sums * row.numel()
     flops = operator_flops(batch * tokens * heads, width, v_dim, chunk)[backward]
-    return Inside(flops, (1 + decays) * starts + last + before if backward else starts)
+    return Inside(flops, starts + decays * (starts + last) + before if backward else starts)
 
 
 @lru_cache(maxsize=64)

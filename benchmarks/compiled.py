@@ -1,0 +1,169 @@
+"""What the compiler makes of every kernel for compute capability 9.0 (H100, H200): registers, spills, shared memory, and
+how many programs one multiprocessor holds. It needs no GPU: Triton brings its assembler.
+
+    python benchmarks/compiled.py [--json] [--output FILE] [--cases mha packed ...]
+
+The launcher runs as on a GPU, with every launch compiled and none made, so the arguments, the tiles and the options are
+those of a real call.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "kernels")]
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from supra_kernels.gpu import launch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+
+from benchmarks.measure import environment, options, report  # noqa: E402
+
+REGISTERS, SHARED, WARPS = 2**16, 228 * 1024, 64
+"""Of one multiprocessor of compute capability 9.0. A program takes 1 KiB of shared memory beside its own."""
+
+
+class Hopper:
+    """As much of a Triton driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Compiled:
+    """Stands where a kernel of the launcher stood; a launch compiles it and notes what came out."""
+
+    def __init__(self, kernel: triton.JITFunction, rows: list[dict], note: Callable[[], dict]):
+        self._kernel, self._rows, self._note = kernel, rows, note
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments, **given) -> None:
+            built = self._kernel.warmup(*arguments, grid=grid, **given)
+            self._rows.append({**self._note(), "kernel": self._name(given), **resources(built)})
+
+        return launch
+
+    def _name(self, given: dict) -> str:
+        name = self._kernel.__name__.removesuffix("_kernel")
+        of = {"states": "REVERSE", "query_side": "GRADIENT", "key_side": "TRANSPOSED"}.get(name)
+        return name if of is None else f"{name} {WRITES[name][given[of]]}"
+
+
+WRITES = {"states": ("S", "dS"), "query_side": ("o", "dq"), "key_side": ("dv", "dk")}
+
+
+def resources(built) -> dict:
+    """Of a kernel for one multiprocessor: per thread, per program, and programs that it holds at a time."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        asked = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    warps, shared = built.metadata.num_warps, built.metadata.shared
+    fits = min(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), SHARED // (shared + 1024), WARPS // warps)
+    return {
+        "warps": warps,
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": shared,
+        "programs": fits,
+        "matrix_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", built.asm["ptx"])),
+        "async_copies": len(re.findall(r"cp\.async\.c[ag]", built.asm["ptx"])),
+    }
+
+
+def case(
+    heads: int = 32,
+    kv_heads: int = 8,
+    widths: tuple[int, int] = (128, 128),
+    dtype: torch.dtype = torch.bfloat16,
+    decay: str = "fixed",
+    packed: bool = False,
+    norm_eps: float | None = 1e-5,
+    denominator_min: float | None = None,
+    tokens: int = 1024,
+) -> None:
+    """One call forward, backward and one decode step; what is learned of the decay has its gradient."""
+    key_dim, v_dim = widths
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    q, k = drawn(1, tokens, heads, key_dim), drawn(1, tokens, kv_heads, key_dim)
+    v = drawn(1, tokens, kv_heads, v_dim)
+    g = {"none": None, "fixed": torch.zeros(heads), "token": torch.zeros(1, tokens, heads)}[decay]
+    segment = torch.zeros(1, tokens, dtype=torch.long) if packed else None
+    after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
+    sums = denominator_min is not None
+
+    problem = launch.Problem(q, k, v, g, segment, 1.0, sums=sums)
+    o, end, row = launch.forward(problem, None, dtype, **after)
+    plain = norm_eps is None and denominator_min is None
+    finish = None if plain else launch.Finish(o, row, denominator_min)
+    launch.backward(problem, None, torch.zeros_like(o), finish, None, decays=decay == "token")
+
+    one = [None if x is None else x if x.dim() == 1 else x[:, :1].contiguous() for x in (q, k, v, g)]
+    cos, sin = drawn(1, 1, key_dim), drawn(1, 1, key_dim)
+    launch.step(launch.Problem(*one, None, 1.0, sums=sums), end, dtype, cos=cos, sin=sin, relu=True, **after)
+    table = drawn(1, tokens, key_dim)
+    launch.rotate(q, table, table, relu=True)
+    launch.rotate_backward(q, q, table, table)
+
+
+CASES = {
+    "mha": {"kv_heads": 32},
+    "gqa": {},
+    "packed": {"packed": True},
+    "token": {"decay": "token"},
+    "narrow": {"widths": (64, 64)},
+    "wide": {"heads": 8, "kv_heads": 4, "widths": (256, 256)},
+    "t2r": {"decay": "none", "norm_eps": None, "denominator_min": 0.01, "kv_heads": 32},
+    "token-packed-sums": {"decay": "token", "packed": True, "norm_eps": None, "denominator_min": 0.01},
+    "odd": {"heads": 6, "kv_heads": 3, "widths": (20, 36), "norm_eps": None, "tokens": 333},
+    "fp32": {"dtype": torch.float32},
+    "fp32-token-packed-sums": {
+        "dtype": torch.float32, "decay": "token", "packed": True, "norm_eps": None, "denominator_min": 0.01
+    },
+}  # fmt: skip
+"""Beside them bf16, 32 heads on 8 kv heads, K = V = 128, fixed decay, with the norm."""
+
+
+def main() -> None:
+    parser = options(__doc__, rounds=0)
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    given = parser.parse_args()
+    driver.set_active(Hopper())
+    rows: list[dict] = []
+    now = ""
+    for name in [name for name in vars(launch) if name.endswith("_kernel")]:
+        setattr(launch, name, Compiled(getattr(launch, name), rows, lambda: {"case": now}))
+    for now in given.cases:
+        case(**CASES[now])
+    command = " ".join(["python benchmarks/compiled.py", *sys.argv[1:]])
+    found = {"benchmark": "compiled", "command": command, "target": "sm_90", **environment("cpu"), "rows": rows}
+    report({**found, "targets": []}, given.output and Path(given.output), given.json)
+
+
+if __name__ == "__main__":
+    main()
