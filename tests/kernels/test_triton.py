@@ -1,4 +1,4 @@
-"""The Triton kernels: against the recurrence in float64 in the interpreter or on a GPU, and compiled for a Hopper GPU.
+"""The Triton kernels against the recurrence in float64, in the interpreter or on a GPU.
 
 Small here, because the interpreter takes about a second a case; every kernel, decay and layout runs nonetheless.
 Tolerances as in test_linear_attention.py; on a GPU fp32 products are three tf32 ones, and bf16 has its own.
