@@ -1,5 +1,5 @@
-"""What the compiler makes of every kernel for compute capability 9.0 (H100, H200): registers, spills, shared memory, the
-programs that one multiprocessor holds. It needs no GPU: Triton brings its assembler.
+"""What the compiler makes of every kernel for compute capability 9.0 (H100, H200): registers, spills, shared memory,
+and how many programs one multiprocessor holds. It needs no GPU: Triton brings its assembler.
 
     python benchmarks/compiled.py [--json] [--output FILE] [--cases mha packed ...]
 

@@ -72,6 +72,39 @@ def operator_times() -> str:
     return _markdown(list(columns), rows)
 
 
+def compiled() -> str:
+    cases = ("gqa", "packed", "token", "t2r")
+    found = {(row["kernel"], row["case"]): row for row in _found("compiled-sm90")["rows"]}
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return ""
+        spilt = f" ({row['stack_bytes']})" if row["stack_bytes"] else ""
+        return f"{row['registers']}{spilt} × {row['programs']}"
+
+    rows = [
+        [f"`{kernel}`", f"{next(row['warps'] for place, row in found.items() if place[0] == kernel)}"]
+        + [cell(found.get((kernel, case))) for case in cases]
+        for kernel in sorted({kernel for kernel, _ in found})
+    ]
+    return _markdown(["kernel", "warps", *cases], rows)
+
+
+def compiled_blocks() -> str:
+    found = _found("compiled-blocks")
+    header = ["B, T, H, K = V", "decay", "as it runs, ms", "compiled, ms", "times faster"]
+    rows = [
+        [
+            ", ".join(f"{row[key]}" for key in ("batch", "tokens", "heads", "width")),
+            row["decay"],
+            *(_figure(row[key]) for key in ("plain_ms", "compiled_ms")),
+            f"{row['times_faster']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    return _markdown(header, rows)
+
+
 def memory() -> str:
     found = _found("memory-cpu")
     rows = [
@@ -114,6 +147,8 @@ def render(text: str) -> str:
         "demo": demo,
         "operator": operator,
         "operator-times": operator_times,
+        "compiled": compiled,
+        "compiled-blocks": compiled_blocks,
         "memory": memory,
         "curves": curves,
     }
