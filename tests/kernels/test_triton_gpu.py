@@ -60,8 +60,12 @@ def test_packed_and_padded(decay):
     check(narrow(inputs(2, 1024, 8, 2, 64, 64, decay)), 5e-3, segment)
 
 
-def test_fused_norm():
-    check(inputs(1, 1000, 4, 2, 64, 64, "fixed"), 1e-4, norm_eps=1e-5)
+@pytest.mark.parametrize("v_dim", [64, 128, 256])
+def test_fused_norm(v_dim):
+    """In bf16 the gradient before the norm is rounded once more, and what the norm takes out of it makes it smaller."""
+    values = inputs(1, 1000, 4, 2, 64, v_dim, "fixed")
+    check(values, 1e-4, norm_eps=1e-5)
+    check(narrow(values), 1e-2, norm_eps=1e-5)
 
 
 @pytest.mark.parametrize("decay", ["none", "fixed", "token"])
@@ -101,9 +105,11 @@ def test_a_rerun_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("batch", [1, 16, 256])
-def test_decode_steps_in_a_cuda_graph(batch):
-    q, k, v, g, state = (x.cuda() for x in inputs(batch, 1, 8, 2, 128, 128))
-    before = {"relu": True, "rotation": tuple(x.cuda() for x in tables(1, 1, 128))}
+@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+def test_decode_steps_in_a_cuda_graph(batch, after):
+    values = inputs(batch, 1, 8, 2, 128, 128)
+    q, k, v, g, state = (x.cuda() for x in (with_sums(values) if "denominator_min" in after else values))
+    before = {"relu": True, "rotation": tuple(x.cuda() for x in tables(1, 1, 128)), **after}
     S = state.clone()
     linear_attention(q, k, v, g, state=S, form="triton", **before)
     S.copy_(state)
