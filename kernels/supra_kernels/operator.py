@@ -34,6 +34,10 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale · q_t^T S_t.
 
+    Backward, from do_t and the gradient dS_T of the state returned:
+        dS_t = exp(g_{t+1}) dS_{t+1} + scale · q_t do_t^T
+        dq_t = scale · S_t do_t     dk_t = dS_t v_t     dv_t = dS_t^T k_t     dg_t = exp(g_t) <S_{t-1}, dS_t>
+
     q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]; query head h reads kv head h // (H/G).
     g is a log decay ≤ 0: None, [H] or [B,T,H].
     state [B,H,K,V] is S_0 (None: zeros) and belongs to the document of the row's first real token.

@@ -227,6 +227,29 @@ def test_a_step_with_gradient_and_the_chunked_form_leave_the_state_alone():
     assert torch.equal(state, before)
 
 
+def test_the_gradients_are_those_of_the_recurrence_that_runs_backwards():
+    """As the operator's docstring has it, written out token by token."""
+    q, k, v, g, S = (x.double() for x in inputs(1, 9, 2, 2, 3, 4, "token"))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, g, S)]
+    o, end = linear_attention(*leaves[:4], scale=0.5, state=leaves[4], form="chunk")
+    do, dS = torch.randn_like(o), torch.randn_like(end)
+    states, given, kept = [S], [torch.zeros_like(x) for x in (q, k, v, g)], torch.ones_like(S[..., :1, :1])
+    for t in range(9):
+        S = g[:, t].exp()[..., None, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        states.append(S)
+    after = dS
+    for t in reversed(range(9)):
+        after = kept * after + 0.5 * q[:, t, :, :, None] * do[:, t, :, None, :]
+        kept = g[:, t].exp()[..., None, None]
+        given[0][:, t] = 0.5 * (states[t + 1] @ do[:, t, :, :, None]).squeeze(-1)
+        given[1][:, t] = (after @ v[:, t, :, :, None]).squeeze(-1)
+        given[2][:, t] = (after.mT @ k[:, t, :, :, None]).squeeze(-1)
+        given[3][:, t] = (kept * states[t] * after).sum((-2, -1))
+    got = torch.autograd.grad((o, end), leaves, (do, dS))
+    for x, y in zip(got, (*given, kept * after), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-10)
+
+
 @pytest.mark.parametrize("decay", ["none", "fixed", "token"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_gradients_pass_gradcheck(decay, packing):
