@@ -52,6 +52,8 @@ def linear_attention(
     With denominator_min, o_t is divided by the sum of its weights, o_t / max(scale · q_t·z_t, denominator_min) with
     z_t = exp(g_t) z_{t-1} + k_t. The state is then [B,H,K,V+1], its last column z.
     Without gradients the step form overwrites `state` and returns it.
+    Under autocast to bf16 the Triton form takes q, k and v in bf16, as PyTorch's own attention does: a feature map may
+    leave them in fp32, whose products take several times as long. Nothing else heeds autocast.
     The Triton form normalises or divides in the kernel that makes o, and decodes in one kernel from raw q and k; the
     others do what comes before and after by itself.
     Raises ValueError for shapes that do not fit, for an unknown form, and for norm_eps beside denominator_min.
@@ -67,6 +69,8 @@ def linear_attention(
         form = default_form(q, segment)
     if form not in FORMS:
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
+    if form == "triton" and _autocast_dtype(q.device.type) == torch.bfloat16:
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
     with _without_autocast(q.device.type):
         if form == "triton":
             before = {"relu": relu, "rotation": rotation}
@@ -83,6 +87,12 @@ def default_form(q: Tensor, segment: Tensor | None) -> str:
     if q.is_cuda and q.dtype != torch.float64:
         return "triton"
     return "step" if q.shape[1] <= STEP_LENGTH and segment is None else "chunk"
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:

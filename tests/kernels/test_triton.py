@@ -216,6 +216,26 @@ def test_a_decode_step_over_rows_of_several_tiles_equals_the_recurrence(after, m
     torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
 
 
+def test_autocast_to_bf16_reaches_the_kernels(monkeypatch):
+    """Where a feature map left q and k in fp32, and at each of the two entrances."""
+    taken = []
+
+    class Problem(launch.Problem):
+        def __init__(self, q, k, v, *rest, **named):
+            taken.append((q.dtype, k.dtype, v.dtype))
+            super().__init__(q, k, v, *rest, **named)
+
+    monkeypatch.setattr(launch, "Problem", Problem)
+    q, k, v, g, state = (x.to(DEVICE) for x in inputs(1, 70, 2, 1, 16, 16))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        o, S = linear_attention(q, k, v.bfloat16(), g, state=state, form="triton")
+        linear_attention(q[:, :1], k[:, :1], v[:, :1], g, state=state.clone(), form="triton")
+    assert taken == [(torch.bfloat16,) * 3] * 2
+    assert (o.dtype, S.dtype) == (torch.bfloat16, torch.float32)
+    linear_attention(q, k, v, g, form="triton")
+    assert taken[2] == (torch.float32,) * 3
+
+
 def test_a_rerun_gives_the_same_bits():
     values = [x.to(DEVICE) for x in inputs(1, 70, 2, 1, 8, 8, "token")]
     first, second = (differentiate("triton", values, torch.float32) for _ in range(2))
