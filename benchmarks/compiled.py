@@ -24,6 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch  # noqa: E402
 import triton  # noqa: E402
 from supra_kernels.gpu import launch  # noqa: E402
+from supra_kernels.gpu import tokens as single  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
@@ -103,8 +104,12 @@ def case(
     norm_eps: float | None = 1e-5,
     denominator_min: float | None = None,
     tokens: int = 1024,
+    spans: int = 1,
+    continued: bool = False,
+    before: bool = True,
 ) -> None:
-    """One call forward, backward and one decode step; what is learned of the decay has its gradient."""
+    """One call forward, backward and one decode step; a per-token decay has its gradient. `continued`: from a state,
+    and with a gradient of the last. `before`: ReLU and rotation too."""
     key_dim, v_dim = widths
 
     def drawn(*shape: int) -> Tensor:
@@ -116,19 +121,20 @@ def case(
     segment = torch.zeros(1, tokens, dtype=torch.long) if packed else None
     after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
     sums = denominator_min is not None
+    S = torch.zeros(1, heads, key_dim, v_dim + sums) if continued else None
 
     problem = launch.Problem(q, k, v, g, segment, 1.0, sums=sums)
-    o, end, row = launch.forward(problem, None, dtype, **after)
+    o, end, row = launch.forward(problem, S, dtype, spans=spans, **after)
     plain = norm_eps is None and denominator_min is None
     finish = None if plain else launch.Finish(o, row, denominator_min)
-    launch.backward(problem, None, torch.zeros_like(o), finish, None, decays=decay == "token")
+    launch.backward(problem, S, torch.zeros_like(o), finish, S, decays=decay == "token", spans=spans)
 
     one = [None if x is None else x if x.dim() == 1 else x[:, :1].contiguous() for x in (q, k, v, g)]
-    cos, sin = drawn(1, 1, key_dim), drawn(1, 1, key_dim)
-    launch.step(launch.Problem(*one, None, 1.0, sums=sums), end, dtype, cos=cos, sin=sin, relu=True, **after)
     table = drawn(1, tokens, key_dim)
-    launch.rotate(q, table, table, relu=True)
-    launch.rotate_backward(q, q, table, table)
+    raw = {"cos": table[:, :1], "sin": table[:, :1], "relu": True} if before else {}
+    single.step(launch.Problem(*one, None, 1.0, sums=sums), end, dtype, **raw, **after)
+    single.rotate(q, table, table, relu=before)
+    single.rotate_backward(q, q if before else None, table, table)
 
 
 CASES = {
@@ -136,17 +142,21 @@ CASES = {
     "gqa": {},
     "packed": {"packed": True},
     "token": {"decay": "token"},
+    "t2r": {"decay": "none", "norm_eps": None, "denominator_min": 0.01, "kv_heads": 32},
     "narrow": {"widths": (64, 64)},
     "wide": {"heads": 8, "kv_heads": 4, "widths": (256, 256)},
-    "t2r": {"decay": "none", "norm_eps": None, "denominator_min": 0.01, "kv_heads": 32},
-    "token-packed-sums": {"decay": "token", "packed": True, "norm_eps": None, "denominator_min": 0.01},
-    "odd": {"heads": 6, "kv_heads": 3, "widths": (20, 36), "norm_eps": None, "tokens": 333},
+    "uneven": {"heads": 6, "kv_heads": 3, "widths": (72, 40)},
+    "odd": {"heads": 6, "kv_heads": 3, "widths": (20, 33), "norm_eps": None, "tokens": 333, "before": False},
+    "spans": {"kv_heads": 32, "spans": 4, "continued": True, "before": False},
+    "token-packed-sums": {
+        "decay": "token", "packed": True, "norm_eps": None, "denominator_min": 0.01, "continued": True
+    },
     "fp32": {"dtype": torch.float32},
     "fp32-token-packed-sums": {
         "dtype": torch.float32, "decay": "token", "packed": True, "norm_eps": None, "denominator_min": 0.01
     },
 }  # fmt: skip
-"""Beside them bf16, 32 heads on 8 kv heads, K = V = 128, fixed decay, with the norm."""
+"""Where nothing else is said bf16, 32 heads on 8 kv heads, K = V = 128, fixed decay, with the norm."""
 
 
 def main() -> None:
@@ -156,8 +166,9 @@ def main() -> None:
     driver.set_active(Hopper())
     rows: list[dict] = []
     now = ""
-    for name in [name for name in vars(launch) if name.endswith("_kernel")]:
-        setattr(launch, name, Compiled(getattr(launch, name), rows, lambda: {"case": now}))
+    for module in (launch, single):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            setattr(module, name, Compiled(getattr(module, name), rows, lambda: {"case": now}))
     for now in given.cases:
         case(**CASES[now])
     command = " ".join(["python benchmarks/compiled.py", *sys.argv[1:]])

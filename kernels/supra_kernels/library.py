@@ -6,6 +6,7 @@ interpreter. Triton is imported by the first call of an operator that needs it.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
@@ -48,27 +49,26 @@ library.impl("chunk", chunked.forward, "CompositeExplicitAutograd")
 library.impl("chunk_backward", chunked.backward, "CompositeExplicitAutograd")
 
 
-def gpu_kernels() -> ModuleType:
-    """Where the kernels are launched from; importing it needs triton."""
+def gpu(module: str) -> ModuleType:
+    """`launch` or `tokens` of supra_kernels.gpu; importing them needs triton."""
     try:
-        from supra_kernels.gpu import launch
+        return importlib.import_module(f"supra_kernels.gpu.{module}")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise RuntimeError(
             "the form triton needs the package triton, which is not installed; form chunk does not"
         ) from error
-    return launch
 
 
 def _triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min):
-    launch = gpu_kernels()
+    launch = gpu("launch")
     problem = launch.Problem(q, k, v, g, segment, scale, sums=denominator_min is not None)
     return launch.forward(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 
 
 def _triton_backward(do, dS, q, k, v, g, state, segment, scale, o, row, denominator_min, decays):
-    launch = gpu_kernels()
+    launch = gpu("launch")
     problem = launch.Problem(q, k, v, g, segment, scale, sums=denominator_min is not None)
     finish = None if row is None else launch.Finish(o, row, denominator_min)
     grads = launch.backward(problem, state, do, finish, dS, decays=decays)
@@ -79,18 +79,17 @@ def _triton_backward(do, dS, q, k, v, g, state, segment, scale, o, row, denomina
 
 
 def _triton_step(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min):
-    launch = gpu_kernels()
-    problem = launch.Problem(q, k, v, g, None, scale, sums=denominator_min is not None)
+    problem = gpu("launch").Problem(q, k, v, g, None, scale, sums=denominator_min is not None)
     before, after = {"cos": cos, "sin": sin, "relu": relu}, {"norm_eps": norm_eps, "denominator_min": denominator_min}
-    return launch.step(problem, state, v.dtype, **before, **after)
+    return gpu("tokens").step(problem, state, v.dtype, **before, **after)
 
 
 def _rotary(x, cos, sin, relu):
-    return gpu_kernels().rotate(x, cos, sin, relu)
+    return gpu("tokens").rotate(x, cos, sin, relu)
 
 
 def _rotary_backward(dy, x, cos, sin):
-    return gpu_kernels().rotate_backward(dy, x, cos, sin)
+    return gpu("tokens").rotate_backward(dy, x, cos, sin)
 
 
 for _key in ("CUDA", "CPU"):
@@ -237,7 +236,7 @@ def triton(
     """The Triton form (supra_kernels.gpu): chunks in parallel, or without gradients and for few tokens the decode step.
 
     ReLU and rotation are done within the step, and in a kernel of their own, once for q and once for k, before the
-    chunks, whose kernels read q and k five times.
+    chunks, whose kernels read q four times and k five.
     fp32 inputs are multiplied in tf32 where torch.backends.cuda.matmul.allow_tf32 says so; float64 is refused.
     """
     if compute_dtype(q, k, v) == torch.float64:

@@ -34,7 +34,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale · q_t^T S_t.
 
-    Backward, from do_t and the gradient dS_T of the state returned:
+    Backward, from do_t and the gradient dS_{T+1} of the state returned, with g_{T+1} = 0:
         dS_t = exp(g_{t+1}) dS_{t+1} + scale · q_t do_t^T
         dq_t = scale · S_t do_t     dk_t = dS_t v_t     dv_t = dS_t^T k_t     dg_t = exp(g_t) <S_{t-1}, dS_t>
 

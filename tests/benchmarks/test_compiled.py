@@ -29,7 +29,9 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     assert {row["kernel"] for row in rows} == KERNELS
     assert all(row["shared_bytes"] <= 227 * 1024 for row in rows)
     real = [row for row in rows if row["case"] in ("mha", "gqa", "packed", "token", "narrow", "t2r")]
-    assert all(row["programs"] >= 2 for row in real)
+    assert all(row["programs"] >= 2 for row in rows if row in real or row["case"] == "uneven")
     assert all(row["stack_bytes"] <= 128 for row in real)
     in_chunks = [row for row in real if row["kernel"].startswith(("states", "query_side", "key_side", "decay"))]
-    assert all(row["matrix_instructions"] and row["async_copies"] for row in in_chunks)
+    assert all(row["matrix_instructions"] for row in in_chunks)
+    several = [row for row in in_chunks if row["case"] != "narrow"]
+    assert all(row["async_copies"] for row in several), "K = V = 64 is one tile, whose loads need no queue"

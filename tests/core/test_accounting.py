@@ -247,10 +247,11 @@ class NoKernel:
 def launcher(monkeypatch):
     """The launcher of the Triton form as on a GPU, which allocates what it does there, without its kernels."""
     pytest.importorskip("triton")
-    from supra_kernels.gpu import launch
+    from supra_kernels.gpu import launch, tokens
 
-    for name in [name for name in vars(launch) if name.endswith("_kernel")]:
-        monkeypatch.setattr(launch, name, NoKernel())
+    for module in (launch, tokens):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NoKernel())
     monkeypatch.setattr(launch, "INTERPRETED", False)
     return launch
 
@@ -272,7 +273,7 @@ def test_the_plan_for_a_gpu_counts_the_form_for_gpus(mixer, kind, launcher):
     assert planned["cpu"].together > 1.03 * found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("decays", [False, True])
 @pytest.mark.parametrize("sums", [False, True])
 def test_the_triton_form_s_scratch_is_what_its_launcher_allocates(dtype, sums, decays, launcher):

@@ -12,7 +12,7 @@ from cases import DECAYS, assert_agrees, differentiate, inputs, packed, tables, 
 from supra_kernels import linear_attention
 
 pytest.importorskip("triton")
-from supra_kernels.gpu import launch
+from supra_kernels.gpu import launch, tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -60,9 +60,9 @@ def test_a_small_decay_over_129_tokens_gives_no_nan_in_the_final_state(gamma):
 
 @pytest.mark.parametrize(("spans", "packing"), [(2, False), (3, True)])
 def test_a_walk_in_spans_equals_one_walk(spans, packing):
-    q, k, v, g, state = (x.to(DEVICE) for x in with_sums(inputs(1, 200, 1, 1, 8, 8, "fixed")))
+    q, k, v, g, state = (x.to(DEVICE) for x in with_sums(inputs(1, 200, 2, 1, 8, 8, "fixed")))
     segment = packed(1, 200, document=100).to(DEVICE) if packing else None
-    problem, dd = launch.Problem(q, k, v, g, segment, 1.0, sums=True), q[..., 0]
+    problem, dd = launch.Problem(q, k, v, g, segment, 1.0, sums=True), torch.randn(1, 2, 200, device=DEVICE)
     for x, reverse in ((problem.k, False), (problem.q, True)):
         one = launch.walk(problem, x, problem.v, state, reverse=reverse, dd=dd, spans=1)
         cut = launch.walk(problem, x, problem.v, state, reverse=reverse, dd=dd, spans=spans)
@@ -107,6 +107,12 @@ def test_every_element_of_every_output_is_written(monkeypatch):
     check(inputs(1, 70, 2, 1, 5, 7, "token"))
     check(inputs(1, 70, 2, 1, 5, 7, "fixed"), packed(1, 70, padding=0.2))
     check(with_sums(inputs(1, 70, 2, 1, 5, 7, "token")), denominator_min=0.5)
+    check(inputs(1, 70, 2, 1, 5, 7, "token"), norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("decay", ["none", "fixed", "token"])
+def test_the_fused_norm_keeps_documents_apart_and_skips_padding(decay):
+    check(inputs(2, 131, 4, 2, 8, 20, decay), packed(2, 131, padding=0.2), norm_eps=1e-5)
 
 
 def test_bf16_inputs_agree_within_bf16():
@@ -195,7 +201,7 @@ def test_the_decode_step_makes_features_and_turns_them_itself(relu, rows, rotate
     q, k, v, g, state = (x.to(DEVICE) for x in (q, k, v, g, state))
     given = {"scale": 0.3, "state": state, "relu": relu, "rotation": rotation, **after}
     want, end = linear_attention(q, k, v, g, form="naive", **given)
-    monkeypatch.setattr(launch, "rotate", None)
+    monkeypatch.setattr(tokens, "rotate", None)
     o, S = linear_attention(q, k, v, g, form="triton", **given)
     assert S.data_ptr() == state.data_ptr()
     torch.testing.assert_close(o, want, atol=1e-4, rtol=1e-5)
@@ -204,8 +210,8 @@ def test_the_decode_step_makes_features_and_turns_them_itself(relu, rows, rotate
 
 @pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
 def test_a_decode_step_over_rows_of_several_tiles_equals_the_recurrence(after, monkeypatch):
-    monkeypatch.setattr(launch, "STEP_TILE", 128)
-    monkeypatch.setattr(launch, "STEP_TILE_WITH_SUMS", 128)
+    monkeypatch.setattr(tokens, "STEP_TILE", 128)
+    monkeypatch.setattr(tokens, "STEP_TILE_WITH_SUMS", 128)
     q, k, v, g, state = (x.to(DEVICE) for x in inputs(2, 3, 4, 2, 9, 20))
     if "denominator_min" in after:
         state = torch.cat((state, state[..., :1].abs()), -1)

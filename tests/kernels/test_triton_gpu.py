@@ -68,6 +68,14 @@ def test_fused_norm(v_dim):
     check(narrow(values), 1e-2, norm_eps=1e-5)
 
 
+@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+def test_fp16(after):
+    """Widened inside; what is rounded is what comes back, at 5e-4."""
+    values = inputs(1, 500, 4, 2, 64, 64, "fixed")
+    values = with_sums(values) if "denominator_min" in after else values
+    check([x.half() if i < 3 else x for i, x in enumerate(values)], 2e-3, **after)
+
+
 @pytest.mark.parametrize("decay", ["none", "fixed", "token"])
 def test_fused_denominator(decay):
     values = with_sums(inputs(1, 1000, 4, 2, 256, 64, decay))

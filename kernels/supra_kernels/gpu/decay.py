@@ -28,8 +28,9 @@ from supra_kernels.gpu.tiles import (
 @triton.jit
 def decay_kernel(
     p_q, p_k, p_v, p_do, p_dd, p_g, p_count, p_rest, p_code, p_states, p_z, p_d_states, p_dz, p_dg,
-    T, N, H, G, K, V, scale,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr,
+    T, N, H, G, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dg [B,T,H], 0 on padding and where a document starts. One program: one chunk of one head.

@@ -10,8 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def finish_backward_kernel(
-    p_dy, p_y, p_row, p_do, p_dd, T, H, V, ROWS, least,
-    BR: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr,
+    p_dy, p_y, p_row, p_do, p_dd, T, H, ROWS, least,
+    V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """dy, y [B,T,H,V] and row [B,T,H], which is r or d, to do and, without NORM, dd [B,H,T]. One program: BR of the
     ROWS = B · T · H rows, each whole."""

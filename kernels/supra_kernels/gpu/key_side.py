@@ -30,9 +30,10 @@ from supra_kernels.gpu.tiles import (
 @triton.jit
 def key_side_kernel(
     p_x, p_y, p_u, p_dd, p_g, p_count, p_rest, p_code, p_d_states, p_dz, p_out,
-    T, N, H, X, U, scale,
-    C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr, GROUP: tl.constexpr, DECAY: tl.constexpr,
-    PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, SUMS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    T, N, H, scale,
+    X: tl.constexpr, U: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr, GROUP: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, SUMS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk of one kv head, BU columns of out [B,T,G,U], all its query heads one after the other.
 
@@ -47,8 +48,9 @@ def key_side_kernel(
     start = n * C
     number, real, entering, last = load_documents(p_code, i_b, start, T, C, PACKED)
     b_out = tl.zeros([C, BU], tl.float32)
-    # What no head changes, masks and places of [C, C] and [C, BU], would take half of the registers if kept.
-    for head in tl.range(0, GROUP, disable_licm=True):
+    # What no head changes, masks and places of [C, C] and [C, BU], would take half of the registers if kept; and not
+    # this loop is to be pipelined but the one inside, also where that runs once.
+    for head in tl.range(0, GROUP, num_stages=1, disable_licm=True):
         i_h = i_g * GROUP + head
         i_state = (i_b * H + i_h) * N + n
         rate = load_rate(p_g, i_h, DECAY)

@@ -1,4 +1,4 @@
-"""Tensors in, kernels launched, tensors out: forward, backward, decode step, rotation. No autograd here.
+"""Tensors in, kernels launched, tensors out: forward and backward in chunks. No autograd here.
 
 Tile sizes are pinned by K and V, never tuned at run time and never by B or T: so results do not vary between
 processes.
@@ -20,15 +20,11 @@ from supra_kernels.gpu.decay import decay_kernel
 from supra_kernels.gpu.finish import finish_backward_kernel
 from supra_kernels.gpu.key_side import key_side_kernel
 from supra_kernels.gpu.query_side import query_side_kernel
-from supra_kernels.gpu.rotary import rotary_backward_kernel, rotary_kernel
 from supra_kernels.gpu.states import states_kernel
-from supra_kernels.gpu.step import step_kernel
-from supra_kernels.gpu.tiles import FIXED_DECAY, NO_DECAY, TOKEN_DECAY, sums_kernel
+from supra_kernels.gpu.sums import sums_kernel
+from supra_kernels.gpu.tiles import FIXED_DECAY, NO_DECAY, TOKEN_DECAY
 
 CHUNK = 64
-STEP_TILE, STEP_TILE_WITH_SUMS = 1 << 12, 1 << 10
-"""Numbers of the state that a program of the decode step holds at a time, 32 registers in each of 128 threads. With z
-beside it a state's rows do not begin at multiples of 16 bytes: every number is moved by itself, which takes more."""
 INTERPRETED = not isinstance(states_kernel, triton.JITFunction)
 """True under TRITON_INTERPRET=1, where bf16 arithmetic is wrong: operands are widened to fp32 before the launch."""
 
@@ -57,7 +53,7 @@ class Problem:
         scale: float,
         sums: bool = False,
     ):
-        self.q, self.k, self.v = (_operand(x) for x in (q, k, v))
+        self.q, self.k, self.v = (operand(x) for x in (q, k, v))
         self.g = None if g is None else g.float().clamp(min=DECAY_FLOOR).contiguous()
         self.code, self.scale = None if segment is None else _document_code(segment), scale
         self.batch, self.length, self.heads, self.key_dim = q.shape
@@ -74,8 +70,8 @@ class Problem:
         }
 
     @cached_property
-    def decay(self) -> tuple[Tensor | None, ...]:
-        """g, count, rest and the code of documents, as every kernel over chunks takes them; see sums_kernel."""
+    def weighing(self) -> tuple[Tensor | None, ...]:
+        """What every kernel over chunks makes its weights of: g, count and rest of sums_kernel, the documents' code."""
         by_token = self.g is not None and self.g.dim() == 3
         if not by_token and (self.g is None or self.code is None):
             return self.g, None, None, self.code
@@ -83,7 +79,7 @@ class Problem:
         count = self.empty(self.batch, heads, self.length)
         rest = torch.empty_like(count) if by_token else None
         BH = min(16, triton.next_power_of_2(heads))
-        with _on(self.q):
+        with on_device(self.q):
             sums_kernel[(self.batch * self.chunks * triton.cdiv(heads, BH),)](
                 self.g, self.code, count, rest, self.length, self.chunks, heads,
                 C=CHUNK, BH=BH, DECAY=self.shared["DECAY"], PACKED=self.shared["PACKED"], num_warps=4,
@@ -114,7 +110,7 @@ def _document_code(segment: Tensor) -> Tensor:
     return (layout.number.clamp(max=2**30 - 1) * 2 + layout.real).int().contiguous()
 
 
-def _operand(x: Tensor) -> Tensor:
+def operand(x: Tensor) -> Tensor:
     return (x.float() if INTERPRETED and x.dtype != torch.float32 else x).contiguous()
 
 
@@ -123,7 +119,7 @@ def _tile(width: int, most: int = 64) -> int:
     return min(most, max(16, triton.next_power_of_2(width)))
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -136,8 +132,8 @@ def _spans(problem: Problem, programs: int) -> int:
 
 
 class Walk(NamedTuple):
-    """What a walk met at every chunk, S [B,H,N,K,V] and z [B,H,N,K] fp32 (None without sums), and its end
-    [B,H,K,V or V+1] fp32."""
+    """What a walk met at every chunk, S [B,H,N,K,V] in the state's dtype and z [B,H,N,K] fp32 (None without sums), and
+    its end [B,H,K,V or V+1] fp32."""
 
     states: Tensor
     z: Tensor | None
@@ -172,13 +168,14 @@ def walk(
 
     def launch(start: Tensor | None, store: bool) -> None:
         states_kernel[(programs * spans,)](
-            x, y, dd, *problem.decay, start, states, z, end, through,
-            problem.length, problem.chunks, span, spans, problem.heads, x.shape[2], y.shape[2], *width, problem.scale,
-            **problem.shared, BK=BK, BV=BV, SUMS=problem.sums, REVERSE=reverse, STORE=store,
-            INITIAL=start is not None, **_options(problem, 3 if problem.sums else 4, warps=4, stages=3),
+            x, y, dd, *problem.weighing, start, states, z, end, through,
+            problem.length, problem.chunks, span, spans, problem.heads, x.shape[2], y.shape[2], problem.scale,
+            **problem.shared, K=problem.key_dim, V=problem.v_dim, BK=BK, BV=BV, SUMS=problem.sums,
+            REVERSE=reverse, STORE=store, INITIAL=start is not None,
+            **_options(problem, 3 if problem.sums else 4, warps=4, stages=3),
         )  # fmt: skip
 
-    with _on(problem.q):
+    with on_device(problem.q):
         if spans > 1:
             launch(None, store=False)
             initial = _span_starts(end, through, initial, reverse)
@@ -212,9 +209,8 @@ def forward(
     o = problem.empty(*lead, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype)
     least = norm_eps if denominator_min is None else denominator_min
     row = problem.empty(0) if least is None else problem.empty(*lead)
-    _query_side(
-        problem, problem.q, problem.k, problem.v, None, met, o, row, least=least or 0.0, norm=norm_eps is not None
-    )
+    norm = norm_eps is not None
+    _query_side(problem, problem.q, problem.k, problem.v, met, o, row=row, least=least or 0.0, norm=norm)
     return o.to(out_dtype), met.end, row
 
 
@@ -223,36 +219,38 @@ def _query_side(
     x: Tensor,
     y: Tensor,
     u: Tensor,
-    dd: Tensor | None,
     met: Walk,
     out: Tensor,
-    row: Tensor | None,
     *,
+    gradient: bool = False,
+    dd: Tensor | None = None,
+    row: Tensor | None = None,
     least: float = 0.0,
     norm: bool = False,
 ) -> None:
-    """Writes o, or where there is no `row` the gradient dq; see query_side_kernel."""
+    """Writes o, or the gradient dq; see query_side_kernel."""
     BU = _tile(u.shape[-1], 1 << 20 if norm else 128)
-    with _on(x):
+    with on_device(x):
         query_side_kernel[(problem.batch * problem.heads * problem.chunks * triton.cdiv(u.shape[-1], BU),)](
-            x, y, u, dd, *problem.decay, met.states, met.z, out, row,
-            problem.length, problem.chunks, problem.heads, problem.kv_heads, x.shape[-1], u.shape[-1], problem.scale,
-            least, **problem.shared, BX=_tile(x.shape[-1]), BU=BU, GRADIENT=row is None, NORM=norm, SUMS=problem.sums,
-            **_side(problem, BU),
+            x, y, u, dd, *problem.weighing, met.states, met.z, out, row,
+            problem.length, problem.chunks, problem.heads, problem.kv_heads, problem.scale, least,
+            **problem.shared, X=x.shape[-1], U=u.shape[-1], BX=_tile(x.shape[-1]), BU=BU,
+            GRADIENT=gradient, NORM=norm, SUMS=problem.sums, **_side(problem, BU),
         )  # fmt: skip
 
 
 def _key_side(
-    problem: Problem, x: Tensor, y: Tensor, u: Tensor, dd: Tensor | None, met: Walk, out: Tensor, transposed: bool
+    problem: Problem, x: Tensor, y: Tensor, u: Tensor, met: Walk, out: Tensor, dd: Tensor | None, transposed: bool
 ) -> None:
     """Writes dv, or `transposed` dk; see key_side_kernel."""
     BU = _tile(u.shape[-1], 128)
-    with _on(x):
+    with on_device(x):
         key_side_kernel[(problem.batch * problem.kv_heads * problem.chunks * triton.cdiv(u.shape[-1], BU),)](
-            x, y, u, dd, *problem.decay, met.states, met.z, out,
-            problem.length, problem.chunks, problem.heads, x.shape[-1], u.shape[-1], problem.scale,
-            **problem.shared, BX=_tile(x.shape[-1]), BU=BU, GROUP=problem.heads // problem.kv_heads,
-            TRANSPOSED=transposed, SUMS=problem.sums and transposed, **_side(problem, BU),
+            x, y, u, dd, *problem.weighing, met.states, met.z, out,
+            problem.length, problem.chunks, problem.heads, problem.scale,
+            **problem.shared, X=x.shape[-1], U=u.shape[-1], BX=_tile(x.shape[-1]), BU=BU,
+            GROUP=problem.heads // problem.kv_heads, TRANSPOSED=transposed, SUMS=problem.sums and transposed,
+            **_side(problem, BU),
         )  # fmt: skip
 
 
@@ -294,30 +292,30 @@ def backward(
 
     The state before every chunk and its gradient are held one after the other, but where `decays` needs both.
     """
-    do, dd = (_operand(do), None) if finish is None else _before_finish(problem, _operand(do), finish)
+    do, dd = (operand(do), None) if finish is None else _before_finish(problem, operand(do), finish)
     q, k, v = problem.q, problem.k, problem.v
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     met = walk(problem, k, v, state, reverse=False, spans=spans)
-    _query_side(problem, do, v, k, dd, met, dq, None)
+    _query_side(problem, do, v, k, met, dq, gradient=True, dd=dd)
     if not decays:
         del met
     d_met = walk(problem, q, do, d_end, reverse=True, dd=dd, spans=spans)
-    _key_side(problem, q, k, do, dd, d_met, dv, transposed=False)
-    _key_side(problem, do, v, q, dd, d_met, dk, transposed=True)
+    _key_side(problem, q, k, do, d_met, dv, None, transposed=False)
+    _key_side(problem, do, v, q, d_met, dk, dd, transposed=True)
     dg = _decay(problem, do, dd, met, d_met) if decays else None
     return Gradients(dq, dk, dv, dg, d_met.end)
 
 
 def _before_finish(problem: Problem, dy: Tensor, finish: Finish) -> tuple[Tensor, Tensor | None]:
     """-> do [B,T,H,V] and, for a denominator, dd [B,H,T]; see finish_backward_kernel."""
-    y, least = _operand(finish.o), finish.denominator_min
+    y, least = operand(finish.o), finish.denominator_min
     rows, BV = dy[..., 0].numel(), triton.next_power_of_2(problem.v_dim)
     BR = max(1, 4096 // BV)
-    do = torch.empty_like(dy)
+    do = torch.empty_like(dy, dtype=problem.state_dtype)
     dd = None if least is None else problem.empty(problem.batch, problem.heads, problem.length)
-    with _on(dy):
+    with on_device(dy):
         finish_backward_kernel[(triton.cdiv(rows, BR),)](
-            dy, y, finish.row, do, dd, problem.length, problem.heads, problem.v_dim, rows, least or 0.0,
+            dy, y, finish.row, do, dd, problem.length, problem.heads, rows, least or 0.0, V=problem.v_dim,
             BR=BR, BV=BV, NORM=least is None, num_warps=4,
         )  # fmt: skip
     return do, dd
@@ -326,80 +324,11 @@ def _before_finish(problem: Problem, dy: Tensor, finish: Finish) -> tuple[Tensor
 def _decay(problem: Problem, do: Tensor, dd: Tensor | None, met: Walk, d_met: Walk) -> Tensor:
     """-> dg [B,T,H]; see decay_kernel."""
     dg = problem.empty(problem.batch, problem.length, problem.heads)
-    with _on(do):
+    with on_device(do):
         decay_kernel[(problem.batch * problem.heads * problem.chunks,)](
-            problem.q, problem.k, problem.v, do, dd, *problem.decay, met.states, met.z, d_met.states, d_met.z, dg,
-            problem.length, problem.chunks, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim,
-            problem.scale, **problem.shared, BK=_tile(problem.key_dim), BV=_tile(problem.v_dim),
+            problem.q, problem.k, problem.v, do, dd, *problem.weighing, met.states, met.z, d_met.states, d_met.z, dg,
+            problem.length, problem.chunks, problem.heads, problem.kv_heads, problem.scale,
+            **problem.shared, K=problem.key_dim, V=problem.v_dim, BK=_tile(problem.key_dim), BV=_tile(problem.v_dim),
             SUMS=problem.sums, **_options(problem, 2, warps=8, stages=2),
         )  # fmt: skip
     return dg
-
-
-def step(
-    problem: Problem,
-    state: Tensor,
-    out_dtype: torch.dtype,
-    *,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    relu: bool = False,
-    norm_eps: float | None = None,
-    denominator_min: float | None = None,
-) -> Tensor:
-    """-> o; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch a token.
-
-    q and k go through the ReLU with `relu`, then turn by cos, sin [B or 1,T,R] where given.
-    """
-    least = norm_eps if denominator_min is None else denominator_min
-    BV = triton.next_power_of_2(problem.v_dim)
-    if least is None:
-        BV = min(32, BV)
-    tile = STEP_TILE_WITH_SUMS if problem.sums else STEP_TILE
-    BK = min(triton.next_power_of_2(problem.key_dim), max(1, tile // BV))
-    o = problem.empty(
-        problem.batch, problem.length, problem.heads, problem.v_dim, dtype=torch.float32 if INTERPRETED else out_dtype
-    )
-    tables = (None, None, 0, 0) if cos is None else _tables(cos, sin)
-    with _on(problem.q):
-        for t in range(problem.length):
-            step_kernel[(problem.batch * problem.heads * triton.cdiv(problem.v_dim, BV),)](
-                problem.q, problem.k, problem.v, problem.g, state, o, *tables, t,
-                problem.length, problem.heads, problem.kv_heads, problem.key_dim, problem.v_dim, problem.scale,
-                least or 0.0,
-                BK=BK, BV=BV, STAGES=3, DECAY=problem.shared["DECAY"], NORM=norm_eps is not None, SUMS=problem.sums,
-                ROTARY=cos is not None, RELU=relu, **resident(4, warps=4),
-            )  # fmt: skip
-    return o.to(out_dtype)
-
-
-def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """cos, sin [B or 1,T,R] -> both as operands, R, and the numbers from one sequence to the next."""
-    return _operand(cos), _operand(sin), cos.shape[-1], 0 if len(cos) == 1 else cos[0].numel()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, relu: bool) -> Tensor:
-    """See rotary_kernel; x [B,T,H,K], cos and sin [B or 1,T,R]."""
-    inside = _operand(x)
-    y = torch.empty_like(inside)
-    _turn(rotary_kernel, (inside,), cos, sin, y, relu)
-    return y.to(x.dtype)
-
-
-def rotate_backward(dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradient of x, which is given where it went through the ReLU."""
-    inside = _operand(dy)
-    dx = torch.empty_like(inside)
-    _turn(rotary_backward_kernel, (inside, None if x is None else _operand(x)), cos, sin, dx, x is not None)
-    return dx.to(dy.dtype)
-
-
-def _turn(kernel, given: tuple, cos: Tensor, sin: Tensor, out: Tensor, relu: bool) -> None:
-    batch, length, heads, width = out.shape
-    cos, sin, rotated, stride = _tables(cos, sin)
-    BH = min(16, triton.next_power_of_2(heads))
-    with _on(out):
-        kernel[(batch * length * triton.cdiv(heads, BH),)](
-            *given, cos, sin, out, length, heads, width, rotated, stride,
-            BH=BH, BK=triton.next_power_of_2(width), RELU=relu, num_warps=4,
-        )  # fmt: skip

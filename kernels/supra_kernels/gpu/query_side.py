@@ -29,9 +29,10 @@ from supra_kernels.gpu.tiles import (
 @triton.jit
 def query_side_kernel(
     p_x, p_y, p_u, p_dd, p_g, p_count, p_rest, p_code, p_states, p_z, p_out, p_row,
-    T, N, H, G, X, U, scale, least,
-    C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
-    GRADIENT: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    T, N, H, G, scale, least,
+    X: tl.constexpr, U: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, GRADIENT: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk of one head, BU columns of out [B,T,H,U].
 

@@ -23,16 +23,16 @@ from supra_kernels.gpu.tiles import (
 @triton.jit
 def states_kernel(
     p_x, p_y, p_dd, p_g, p_count, p_rest, p_code, p_initial, p_states, p_z, p_end, p_through,
-    T, N, SPAN, SPANS, H, XH, YH, K, V, scale,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
-    SUMS: tl.constexpr, REVERSE: tl.constexpr, STORE: tl.constexpr, INITIAL: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    T, N, SPAN, SPANS, H, XH, YH, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, REVERSE: tl.constexpr, STORE: tl.constexpr,
+    INITIAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program walks the SPAN chunks of one span, for one tile of one head's state.
 
     x is k or q [B,T,XH,K], y is v or do [B,T,YH,V]; initial, end [B,H,SPANS,K,V], through [B,H,SPANS], states
     [B,H,N,K,V]. With SUMS, initial and end have one column more, z, and what the walk meets of it goes to z [B,H,N,K];
-    dd [B,T,H] is read backwards.
+    dd [B,H,T] is read backwards.
     """
     W = V + 1 if SUMS else V
     tiles_k, tiles_v = tl.cdiv(K, BK), tl.cdiv(V, BV)

@@ -11,15 +11,15 @@ from supra_kernels.gpu.rotary import load_turned
 from supra_kernels.gpu.tiles import FIXED_DECAY, TOKEN_DECAY
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("t", "T"))
 def step_kernel(
     p_q, p_k, p_v, p_g, p_state, p_o, p_cos, p_sin, R, STRIDE,
-    t, T, H, G, K, V, scale, least,
-    BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
+    t, T, H, G, scale, least,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
     SUMS: tl.constexpr, ROTARY: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Token t of T. One program: BV columns of one head's state [B,H,K,V], fp32, BK rows after BK rows; the next rows
-    are on their way while these are worked on.
+    """Token t of T. One program: BV columns of one head's state [B,H,K,V], fp32, BK rows after BK rows. Where K > BK
+    the next rows are on their way while these are worked on.
 
     With NORM or SUMS, BV covers V. NORM normalises o as query_side_kernel does. With SUMS the state is [B,H,K,V+1], z
     its last column. ROTARY and RELU as in load_turned, with R and STRIDE as in rotary_kernel. No dot: K · BV
@@ -42,7 +42,7 @@ def step_kernel(
     b_v = tl.load(p_v + row_g * V + o_v, mask=m_v, other=0.0).to(tl.float32)
     p_state += i_bh * K * W
     b_o, b_d = tl.zeros([BV], tl.float32), tl.zeros([BK], tl.float32)
-    for i_k in tl.range(0, K, BK, num_stages=STAGES):
+    for i_k in tl.range(0, K, BK, num_stages=3):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < K
         o_S, m_S = o_k[:, None] * W + o_v[None, :], m_k[:, None] & m_v[None, :]

@@ -175,7 +175,7 @@ def _in_triton(
     number = 2 if all(x.dtype == torch.bfloat16 for x in (q, k, v)) else 4
     starts = batch * heads * -(-tokens // chunk) * width * (v_dim * number + 4 * sums)
     last = 4 * batch * heads * width * (v_dim + sums)
-    before = 0 if row is None or do is None else do.nbytes + 4 * sums * row.numel()
+    before = 0 if row is None or do is None else number * do.numel() + 4 * sums * row.numel()
     flops = operator_flops(batch * tokens * heads, width, v_dim, chunk)[backward]
     return Inside(flops, starts + decays * (starts + last) + before if backward else starts)
 
