@@ -70,7 +70,7 @@ def linear_attention(
     if form not in FORMS:
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
     if form == "triton" and _autocast_dtype(q.device.type) == torch.bfloat16:
-        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+        q, k, v = (x if x.dtype == torch.float64 else x.to(torch.bfloat16) for x in (q, k, v))
     with _without_autocast(q.device.type):
         if form == "triton":
             before = {"relu": relu, "rotation": rotation}

@@ -120,6 +120,25 @@ def test_a_decode_step_can_be_captured(kind):
     assert [x.data_ptr() for x in before] == [x.data_ptr() for x in after]
 
 
+def test_both_models_are_timed_with_as_many_layers(monkeypatch):
+    """Though the second is built when the first has taken its memory."""
+    asked = []
+
+    def fits(config, batch, context):
+        asked.append(config)
+        return 2 - len(asked[1:])
+
+    monkeypatch.setattr(decode, "_layers_that_fit", fits)
+    monkeypatch.setattr(decode, "draw", lambda config, device, dtype: draw(config, "cpu", torch.float32))
+    monkeypatch.setattr(decode, "_graph", lambda step: step)
+    monkeypatch.setattr(decode, "result", lambda name, device, rounds, **found: found)
+    monkeypatch.setattr(decode, "measured", lambda runs, rounds, device: {name: [1.0] for name in runs})
+    monkeypatch.setattr(decode, "rate_runs", lambda device, dtype: {"matrix": None, "copy": None})
+    found = decode.measure_graphed(model="tiny", batch=2, context=8, rounds=1, device="cuda")
+    assert len(asked) == 1
+    assert [row["layers_timed"] for row in found["rows"]] == [2, 2]
+
+
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_flops_are_counted_inside_the_operator_too(path):
     if path == "triton":

@@ -252,3 +252,5 @@ def test_float64_is_refused():
     q, k, v, g, _ = (x.double() for x in inputs(1, 5, 1, 1, 4, 4))
     with pytest.raises(ValueError, match="float64"):
         linear_attention(q, k, v, g, form="triton")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="float64"):
+        linear_attention(q, k, v, g, form="triton")

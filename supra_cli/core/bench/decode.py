@@ -152,17 +152,17 @@ def measure_graphed(
     not hold every layer, fewer are timed, and the step is scaled up to all of them; `layers_timed` says how many.
     """
     rows, runs, built = [], {}, {}
-    for kind, config in configs(model, KINDS).items():
-        layers = config.num_hidden_layers
-        timed = layers if device == "cpu" else _layers_that_fit(config, batch, context)
-        config = _shortened(config, timed)
-        student = draw(config, device, torch.bfloat16).eval()
+    shapes = configs(model, KINDS)
+    layers = shapes[SOFTMAX].num_hidden_layers
+    timed = layers if device == "cpu" else _layers_that_fit(shapes[SOFTMAX], batch, context)
+    for kind, config in shapes.items():
+        student = draw(_shortened(config, timed), device, torch.bfloat16).eval()
         step, cache = _one_token(student, batch, context)
-        built[kind], runs[kind] = (student, cache, step, timed), _graph(step) if device == "cuda" else step
+        built[kind], runs[kind] = (student, cache, step), _graph(step) if device == "cuda" else step
     times = measured(runs | rate_runs(device, torch.bfloat16), rounds, device)
     median = medians(times)
     machine = rates(median, device)
-    for kind, (student, cache, step, timed) in built.items():
+    for kind, (student, cache, step) in built.items():
         step_ms = median[kind] * layers / timed
         row = {"model": kind, "batch": batch, "context": context, "layers_timed": timed, "step_ms": step_ms}
         row |= {"tokens_per_s": batch / step_ms * 1e3, "over_softmax": median_ratio(times[SOFTMAX], times[kind])}
@@ -176,7 +176,7 @@ def measure_graphed(
 
 
 def _layers_that_fit(config: SupraConfig, batch: int, context: int) -> int:
-    """Of both models and the base's cache, so that both time as many."""
+    """Of both models together and the base's cache: asked once, while memory is free, for both to time as many."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = config.hidden_size // heads
     cached = batch * (2 * kv_heads * width * context * 2 + heads * width * width * 4)
