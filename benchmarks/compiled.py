@@ -9,6 +9,7 @@ those of a real call.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -29,7 +30,7 @@ from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from benchmarks.measure import environment, options, report  # noqa: E402
+from benchmarks.measure import environment, report  # noqa: E402
 
 REGISTERS, SHARED, WARPS = 2**16, 228 * 1024, 64
 """Of one multiprocessor of compute capability 9.0. A program takes 1 KiB of shared memory beside its own."""
@@ -58,11 +59,11 @@ class Compiled:
         self._kernel, self._rows, self._note = kernel, rows, note
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments, **given) -> None:
+        def compiled(*arguments, **given) -> None:
             built = self._kernel.warmup(*arguments, grid=grid, **given)
             self._rows.append({**self._note(), "kernel": self._name(given), **resources(built)})
 
-        return launch
+        return compiled
 
     def _name(self, given: dict) -> str:
         name = self._kernel.__name__.removesuffix("_kernel")
@@ -142,7 +143,11 @@ CASES = {
     "gqa": {},
     "packed": {"packed": True},
     "token": {"decay": "token"},
-    "t2r": {"decay": "none", "norm_eps": None, "denominator_min": 0.01, "kv_heads": 32},
+    "gated": {"decay": "token", "norm_eps": None, "denominator_min": 1e-6, "widths": (256, 128)},
+    "t2r": {
+        "decay": "none", "norm_eps": None, "denominator_min": 0.01, "kv_heads": 32, "widths": (256, 128),
+        "before": False,
+    },
     "narrow": {"widths": (64, 64)},
     "wide": {"heads": 8, "kv_heads": 4, "widths": (256, 256)},
     "uneven": {"heads": 6, "kv_heads": 3, "widths": (72, 40)},
@@ -160,7 +165,9 @@ CASES = {
 
 
 def main() -> None:
-    parser = options(__doc__, rounds=0)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     given = parser.parse_args()
     driver.set_active(Hopper())
@@ -173,7 +180,7 @@ def main() -> None:
         case(**CASES[now])
     command = " ".join(["python benchmarks/compiled.py", *sys.argv[1:]])
     found = {"benchmark": "compiled", "command": command, "target": "sm_90", **environment("cpu"), "rows": rows}
-    report({**found, "targets": []}, given.output and Path(given.output), given.json)
+    report({**found, "targets": []}, given.output, given.json)
 
 
 if __name__ == "__main__":

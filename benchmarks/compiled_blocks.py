@@ -94,9 +94,9 @@ def row(shape: tuple[int, ...], decay: str, rounds: int) -> dict:
 
     torch.compiler.reset()
     runs = {name: by(functions) for name, functions in contenders().items()}
-    began = time.process_time()
+    began = time.perf_counter()
     found = runs["compiled"]()
-    compiling = time.process_time() - began
+    compiling = time.perf_counter() - began
     for x, y in zip(found, runs["plain"](), strict=True):
         torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-4)
     times = measured(runs, rounds, "cpu")
@@ -109,7 +109,7 @@ def row(shape: tuple[int, ...], decay: str, rounds: int) -> dict:
         "decay": decay,
         **{f"{name}_ms": value for name, value in medians(times).items()},
         "times_faster": median_ratio(times["plain"], times["compiled"]),
-        "compiling_s": compiling,
+        "compiling_wall_s": compiling,
     }
 
 

@@ -73,7 +73,7 @@ def operator_times() -> str:
 
 
 def compiled() -> str:
-    cases = ("gqa", "packed", "token", "t2r")
+    cases = ("gqa", "packed", "token", "gated", "t2r")
     found = {(row["kernel"], row["case"]): row for row in _found("compiled-sm90")["rows"]}
 
     def cell(row: dict | None) -> str:

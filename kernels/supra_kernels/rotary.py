@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str | None = None) -> Tensor:
-    """x [B,T,H,K] with its positions in it; cos, sin [B,T,R] or [1,T,R], R even, without gradients of their own.
+    """y₁ = x₁ cos₁ - x₂ sin₁,  y₂ = x₂ cos₂ + x₁ sin₂;  backward dx₁ = dy₁ cos₁ + dy₂ sin₂,  dx₂ = dy₂ cos₂ - dy₁ sin₁.
+
+    x [B,T,H,K] with its positions in it; cos, sin [B,T,R] or [1,T,R], R even, without gradients of their own.
 
     The first R numbers of a head turn, the other K - R stay. With relu, x is max(x, 0) before. The Triton form, taken
     on a GPU, reads x and writes the result once, in fp32 between; its gradient is not itself differentiable. The

@@ -58,6 +58,10 @@ def linear_attention(
     """S_t = exp(g_t) S_{t-1} + k_t v_tᵀ,  o_t = scale · q_tᵀ S_t,  with S = 0 where a document starts and S kept over
     padding.
 
+    Backward, from do_t and the gradient dS_{T+1} of the state returned, with g_{T+1} = 0:
+        dS_t = exp(g_{t+1}) dS_{t+1} + scale · q_t do_tᵀ
+        dq_t = scale · S_t do_t     dk_t = dS_t v_t     dv_t = dS_tᵀ k_t     dg_t = exp(g_t) <S_{t-1}, dS_t>
+
     q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with G dividing H; g is None, [H] or [B,T,H], a log decay ≤ 0; state
     [B,H,K,V] or None for zeros. With norm_eps, o is (o - mean) / √(variance + norm_eps) over each head's V numbers.
     With denominator_min, o_t is divided by max(scale · q_t·z_t, denominator_min), z_t = exp(g_t) z_{t-1} + k_t; the

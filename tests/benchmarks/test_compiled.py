@@ -28,9 +28,9 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert {row["kernel"] for row in rows} == KERNELS
     assert all(row["shared_bytes"] <= 227 * 1024 for row in rows)
-    real = [row for row in rows if row["case"] in ("mha", "gqa", "packed", "token", "narrow", "t2r")]
+    real = [row for row in rows if row["case"] in ("mha", "gqa", "packed", "token", "narrow", "gated", "t2r")]
     assert all(row["programs"] >= 2 for row in rows if row in real or row["case"] == "uneven")
-    assert all(row["stack_bytes"] <= 128 for row in real)
+    assert all(row["stack_bytes"] <= (256 if row["case"] == "gated" else 128) for row in real)
     in_chunks = [row for row in real if row["kernel"].startswith(("states", "query_side", "key_side", "decay"))]
     assert all(row["matrix_instructions"] for row in in_chunks)
     several = [row for row in in_chunks if row["case"] != "narrow"]

@@ -158,6 +158,7 @@ def _in_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    g: Tensor | None = None,
     do: Tensor | None = None,
     row: Tensor | None = None,
     denominator_min: float | None = None,
@@ -167,7 +168,8 @@ def _in_triton(
     """Of the form for GPUs, which keeps the state at the start of each of N chunks while it runs: [B,H,N,K,V], in bf16
     where q, k and v are and in fp32 elsewhere, and with a denominator [B,H,N,K] in fp32. Backward the same, then in its
     place as many gradients of them; both at a time, and the last state [B,H,K,V or V+1], where there are gradients of
-    decays. Where the output was normed or divided, its gradient before that too.
+    decays. Where the output was normed or divided, its gradient before that too. A per-token decay, as it is clamped and
+    its two sums, 12 bytes a token and head. Left out: the starts of spans, where few heads meet a long sequence.
     """
     backward, sums = do is not None, denominator_min is not None
     batch, tokens, heads, width = q.shape
@@ -175,9 +177,10 @@ def _in_triton(
     number = 2 if all(x.dtype == torch.bfloat16 for x in (q, k, v)) else 4
     starts = batch * heads * -(-tokens // chunk) * width * (v_dim * number + 4 * sums)
     last = 4 * batch * heads * width * (v_dim + sums)
+    decay = 12 * batch * tokens * heads if g is not None and g.dim() == 3 else 0
     before = 0 if row is None or do is None else number * do.numel() + 4 * sums * row.numel()
     flops = operator_flops(batch * tokens * heads, width, v_dim, chunk)[backward]
-    return Inside(flops, starts + decays * (starts + last) + before if backward else starts)
+    return Inside(flops, decay + (starts + decays * (starts + last) + before if backward else starts))
 
 
 @lru_cache(maxsize=64)
