@@ -18,7 +18,7 @@ def naive(
     state: Tensor | None = None,
     segment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale · q_t^T S_t.   Backward by autograd. Shapes: `linear_attention`."""
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale · q_t^T S_t.   As `linear_attention`; backward by autograd."""
     batch, length, heads, key_dim = q.shape
     dtype = compute_dtype(q, k, v)
     group = heads // k.shape[2]

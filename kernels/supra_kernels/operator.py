@@ -69,8 +69,7 @@ def linear_attention(
         form = default_form(q, segment)
     if form not in FORMS:
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
-    if form == "triton" and _autocast_dtype(q.device.type) == torch.bfloat16:
-        q, k, v = (x if x.dtype == torch.float64 else x.to(torch.bfloat16) for x in (q, k, v))
+    q, k, v = (x.to(operand_dtype(x, form)) for x in (q, k, v))
     with _without_autocast(q.device.type):
         if form == "triton":
             before = {"relu": relu, "rotation": rotation}
@@ -87,6 +86,12 @@ def default_form(q: Tensor, segment: Tensor | None) -> str:
     if q.is_cuda and q.dtype != torch.float64:
         return "triton"
     return "step" if q.shape[1] <= STEP_LENGTH and segment is None else "chunk"
+
+
+def operand_dtype(x: Tensor, form: str) -> torch.dtype:
+    """What `form` takes of x, which is q, k or v: bf16 in the Triton form under autocast to it, else as it comes."""
+    narrowed = form == "triton" and x.dtype != torch.float64 and _autocast_dtype(x.device.type) == torch.bfloat16
+    return torch.bfloat16 if narrowed else x.dtype
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

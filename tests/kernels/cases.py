@@ -70,13 +70,13 @@ def differentiate(form, values, dtype, segment=None, scale=0.3, **fused):
     return [o, S, *(None if x is None else x.grad for x in (q, k, v, g, state))]
 
 
-def assert_agrees(got, want, dtype):
+def assert_agrees(got, want, dtype, times=1):
     for name, x, y in zip(NAMES, got, want, strict=True):
         if y is None:
             continue
         assert x.isfinite().all(), name
         error = (x.double() - y.double()).pow(2).mean().sqrt()
-        limit = TOLERANCE[dtype] * (10 if name == "dg" else 1) * y.double().pow(2).mean().sqrt()
+        limit = times * TOLERANCE[dtype] * (10 if name == "dg" else 1) * y.double().pow(2).mean().sqrt()
         assert error <= limit + 1e-30, f"{name}: {error / limit * TOLERANCE[dtype]:.1e} relative"
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels against the recurrence in float64, in the interpreter or on a GPU.
 
 Small here, because the interpreter takes about a second a case; every kernel, decay and layout runs nonetheless.
-Tolerances as in test_linear_attention.py; on a GPU fp32 products are three tf32 ones, and bf16 has its own.
+Tolerances as in test_linear_attention.py; ten times that on a GPU, where a product in fp32 is three in tf32.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def check(values, segment=None, **fused):
         [None if x is None else x.cpu() for x in got],
         differentiate("naive", values, torch.float64, segment, **fused),
         torch.float32,
+        times=10 if DEVICE == "cuda" else 1,
     )
 
 
