@@ -168,8 +168,8 @@ def _in_triton(
     """Of the form for GPUs, which keeps the state at the start of each of N chunks while it runs: [B,H,N,K,V], in bf16
     where q, k and v are and in fp32 elsewhere, and with a denominator [B,H,N,K] in fp32. Backward the same, then in its
     place as many gradients of them; both at a time, and the last state [B,H,K,V or V+1], where there are gradients of
-    decays. Where the output was normed or divided, its gradient before that too. A per-token decay, clamped, and its two
-    sums, 12 bytes a token and head. Left out: the starts of spans, where few heads meet a long sequence.
+    decays. Where the output was normed or divided, its gradient before that too. A per-token decay, clamped, and its
+    two sums, 12 bytes a token and head. Left out: the starts of spans, where few heads meet a long sequence.
     """
     backward, sums = do is not None, denominator_min is not None
     batch, tokens, heads, width = q.shape
