@@ -67,11 +67,18 @@ class Compiled:
 
     def _name(self, given: dict) -> str:
         name = self._kernel.__name__.removesuffix("_kernel")
-        of = {"states": "REVERSE", "query_side": "GRADIENT", "key_side": "TRANSPOSED"}.get(name)
-        return name if of is None else f"{name} {WRITES[name][given[of]]}"
+        if name not in WRITES:
+            return name
+        flag, written = WRITES[name]
+        return f"{name} {written[given[flag]]}"
 
 
-WRITES = {"states": ("S", "dS"), "query_side": ("o", "dq"), "key_side": ("dv", "dk")}
+WRITES = {
+    "states": ("REVERSE", ("S", "dS")),
+    "query_side": ("GRADIENT", ("o", "dq")),
+    "key_side": ("TRANSPOSED", ("dv", "dk")),
+}
+"""The kernels of two uses: the flag that tells which, and what is written without it and with it."""
 
 
 def resources(built) -> dict:

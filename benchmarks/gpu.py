@@ -73,10 +73,10 @@ def main() -> int:
     output = parser.parse_args().output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    parts = []
-    for i, (name, (seconds, arguments)) in enumerate(PARTS.items()):
-        later = sum(limit for limit, _ in list(PARTS.values())[i + 1 :])
-        left = int(TOTAL - later - (time.time() - began))  # a part may use what those before it did not
+    parts, kept = [], sum(seconds for seconds, _ in PARTS.values())
+    for name, (seconds, arguments) in PARTS.items():
+        kept -= seconds
+        left = int(TOTAL - kept - (time.time() - began))  # a part may use what those before it did not
         parts.append(run(name, max(seconds, left), arguments, output))
     met = targets(output, began)
     (output / "gpu.json").write_text(json.dumps({"parts": parts, "targets": met}, indent=1) + "\n", encoding="utf-8")

@@ -243,9 +243,8 @@ def triton(
         raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
     if q.shape[1] > STEP_LENGTH or segment is not None or _needs_gradient(q, k, v, g, state):
         q, k = (prepared(x, relu, rotation, form="triton") for x in (q, k))
-        q, k, v = (
-            x.contiguous() for x in (q, k, v)
-        )  # here, or the kernels' launcher would copy once forward, once back
+        # Here and saved so, or the launcher would copy once forward and once more backward.
+        q, k, v = (x.contiguous() for x in (q, k, v))
         return torch.ops.supra.triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min)[:2]
     if state is None:
         S = _state(q, k, v, denominator_min is not None).zero_()

@@ -77,9 +77,8 @@ def linear_attention(
     forced = path or _forced(q.device.type)
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
     if not torch.compiler.is_compiling() and _planned is None:
-        _tell_once(
-            forced or ("triton" if form == "triton" else "torch"), q.device.type, supra_kernels.operand_dtype(q, form)
-        )
+        ran = forced or ("triton" if form == "triton" else "torch")
+        _tell_once(ran, q.device.type, supra_kernels.operand_dtype(q, form))
     if rope is not None and not isinstance(rope, Rotation):
         q, k = (rope(x.relu() if relu else x) for x in (q, k))
         relu, rope = False, None

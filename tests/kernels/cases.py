@@ -75,9 +75,9 @@ def assert_agrees(got, want, dtype, times=1):
         if y is None:
             continue
         assert x.isfinite().all(), name
-        error = (x.double() - y.double()).pow(2).mean().sqrt()
-        limit = times * TOLERANCE[dtype] * (10 if name == "dg" else 1) * y.double().pow(2).mean().sqrt()
-        assert error <= limit + 1e-30, f"{name}: {error / limit * TOLERANCE[dtype]:.1e} relative"
+        error, size = (z.double().pow(2).mean().sqrt() for z in (x.double() - y.double(), y))
+        limit = times * TOLERANCE[dtype] * (10 if name == "dg" else 1) * size
+        assert error <= limit + 1e-30, f"{name}: {error / size:.1e} relative"
 
 
 def packed(batch, length, seed=0, padding=0.0, document=20):

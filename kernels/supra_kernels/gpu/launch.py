@@ -240,17 +240,16 @@ def _query_side(
 
 
 def _key_side(
-    problem: Problem, x: Tensor, y: Tensor, u: Tensor, met: Walk, out: Tensor, dd: Tensor | None, transposed: bool
+    problem: Problem, x: Tensor, y: Tensor, u: Tensor, met: Walk, out: Tensor, *, transposed: bool, dd: Tensor | None
 ) -> None:
-    """Writes dv, or `transposed` dk; see key_side_kernel."""
+    """Writes dv, or `transposed` dk, which a denominator's dd has a part in; see key_side_kernel."""
     BU = _tile(u.shape[-1], 128)
     with on_device(x):
         key_side_kernel[(problem.batch * problem.kv_heads * problem.chunks * triton.cdiv(u.shape[-1], BU),)](
             x, y, u, dd, *problem.weighing, met.states, met.z, out,
             problem.length, problem.chunks, problem.heads, problem.scale,
             **problem.shared, X=x.shape[-1], U=u.shape[-1], BX=_tile(x.shape[-1]), BU=BU,
-            GROUP=problem.heads // problem.kv_heads, TRANSPOSED=transposed, SUMS=problem.sums and transposed,
-            **_side(problem, BU),
+            GROUP=problem.heads // problem.kv_heads, TRANSPOSED=transposed, SUMS=dd is not None, **_side(problem, BU),
         )  # fmt: skip
 
 
@@ -300,8 +299,8 @@ def backward(
     if not decays:
         del met
     d_met = walk(problem, q, do, d_end, reverse=True, dd=dd, spans=spans)
-    _key_side(problem, q, k, do, d_met, dv, None, transposed=False)
-    _key_side(problem, do, v, q, d_met, dk, dd, transposed=True)
+    _key_side(problem, q, k, do, d_met, dv, transposed=False, dd=None)
+    _key_side(problem, do, v, q, d_met, dk, transposed=True, dd=dd)
     dg = _decay(problem, do, dd, met, d_met) if decays else None
     return Gradients(dq, dk, dv, dg, d_met.end)
 
