@@ -41,6 +41,9 @@ def decode(
         list[int] | None, typer.Option("--position", min=1, help="Tokens before the timed one; repeatable on a CPU.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Texts at once, on a GPU.")] = 16,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="On a CPU, time the compiled step of both models as well.")
+    ] = False,
     device: _Device = "auto",
     rounds: _Rounds = 20,
     output: _Output = None,
@@ -50,7 +53,9 @@ def decode(
     from supra_cli.core.bench import decode as bench
 
     if _device(device) == "cpu":
-        found = bench.measure("cpu", model=model, rounds=rounds, positions=positions or bench.POSITIONS)
+        found = bench.measure(
+            "cpu", model=model, rounds=rounds, positions=positions or bench.POSITIONS, compile=compile
+        )
     else:
         context = max(positions or [32768])
         found = bench.measure_graphed(model=model, batch=batch, context=context, rounds=rounds)

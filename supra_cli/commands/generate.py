@@ -29,6 +29,9 @@ def run(
     seed: Annotated[int, typer.Option(help="Prompt number i draws with seed + i.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text as it comes.")] = True,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the decode step first; pays for thousands of tokens.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA), float32, bfloat16 or float16.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -60,11 +63,11 @@ def run(
     network = checkpoint.load(folder, device=target, dtype=devices.dtype(dtype, target))
     tokenizer = checkpoint.load_tokenizer(folder)
     if json:
-        texts, stats = generate.complete(network, tokenizer, prompts, sampling)
+        texts, stats = generate.complete(network, tokenizer, prompts, sampling, compile=compile)
         console.document(_document(source.name, prompts, texts, sampling, stats))
         return
     stats = generate.Stats()
-    pieces = generate.stream(network, tokenizer, prompts, sampling, stats)
+    pieces = generate.stream(network, tokenizer, prompts, sampling, stats, compile=compile)
     _print(pieces, len(prompts), stream)
     console.note(_figures(stats))
 
@@ -97,6 +100,8 @@ def _figures(stats: Stats) -> str:
     prefill = f"{stats.prompt_tokens:,} prompt tokens"
     if stats.prefill_seconds:
         prefill += f" at {stats.prefill_tokens_per_second:,.0f} tokens/s"
+    if stats.compile_seconds:
+        prefill += f"; compiled in {stats.compile_seconds:.0f} s"
     decode = f"{stats.decoded_tokens:,} decoded at {stats.decode_tokens_per_second:,.0f} tokens/s"
     return f"{prefill}; {decode}; state and cache {console.size(stats.cache_bytes)}; ended by {', '.join(stats.finish)}"
 
@@ -113,6 +118,7 @@ def _document(model: str, prompts: list[str], texts: list[str], sampling: Sampli
         "sampling": asdict(sampling),
         "prompt_tokens": stats.prompt_tokens,
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "compile_seconds": stats.compile_seconds,
         "decoded_tokens": stats.decoded_tokens,
         "decode_tokens_per_second": stats.decode_tokens_per_second,
         "cache_bytes": stats.cache_bytes,

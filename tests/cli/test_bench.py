@@ -21,6 +21,14 @@ def test_the_document_has_figures_beside_the_machines_rates(given, capfd, tmp_pa
     assert json.loads(path.read_text())["rows"] == found["rows"]
 
 
+def test_the_compiled_step_of_both_models_is_timed_beside_the_plain_one(capfd, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda step: step)
+    given = ("--position", "3", "--compile", "--device", "cpu", "--rounds", "1", "--json", "--quiet")
+    assert main(["bench", "decode", *given]) == 0
+    timed = [row["model"] for row in json.loads(capfd.readouterr().out)["rows"]]
+    assert timed == ["softmax", "supra", "softmax, compiled", "supra, compiled"]
+
+
 def test_the_table_names_the_machine(capfd):
     assert main(["bench", "operator", "--tokens", "9", "--device", "cpu", "--rounds", "1", "--quiet"]) == 0
     out = capfd.readouterr().out

@@ -75,3 +75,13 @@ def test_a_device_that_is_not_there_is_exit_5(supra, base):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     assert supra("generate", base, "-p", "x", "--device", "cuda").code == 5
+
+
+def test_compiling_is_told_beside_the_figures(supra, base, monkeypatch):
+    """The step itself as it is: what compiling makes of it is tests/core/test_generate.py's."""
+    monkeypatch.setattr("torch.compile", lambda step: step)
+    compiled = supra("generate", base, "-p", "def", "--max-new-tokens", 4, "--compile")
+    assert "; compiled in 0 s; 3 decoded" in compiled.err
+    document = json.loads(supra("generate", base, "-p", "def", "--max-new-tokens", 4, "--compile", "--json").out)
+    assert document["compile_seconds"] > 0
+    assert document["completions"][0]["text"] + "\n" == compiled.out

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+import torch._inductor.config
 from tiny import of_words, tiny_model
 from transformers import LlamaForCausalLM
 
 from supra_cli.core import generate
 from supra_cli.core.data import tokenizer as bpe
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.generate import Sampling, Stats, Writer
 
 TEXT = ["the quick brown fox jumps over the lazy dog " * 20, "naïve café, 東京, 🦊 and über " * 20]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler on a CPU")
 PROMPTS = ["the quick", "fox", "naïve café and a rather longer prompt than the others"]
 
 
@@ -60,6 +64,35 @@ def test_a_batch_gives_what_each_prompt_alone_gives(model, tokenizer, sampling):
             sampling.max_new_tokens, sampling.temperature, num_beams=sampling.num_beams, seed=sampling.seed + row
         )
         assert generate.complete(model, tokenizer, [prompt], alone)[0] == [batched[row]]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_same_text_and_compiles_no_more_while_the_text_grows(model, tokenizer):
+    torch._dynamo.reset()
+    graphs = []
+    for tokens in (3, 24):
+        compiled, stats = generate.complete(model, tokenizer, PROMPTS, Sampling(tokens), compile=True)
+        assert compiled == generate.complete(model, tokenizer, PROMPTS, Sampling(tokens))[0]
+        assert stats.compile_seconds > 0
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1]
+
+
+def test_where_nothing_compiles_the_error_says_why(model, tokenizer):
+    torch._dynamo.reset()
+    absent = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with (
+        torch._inductor.config.patch(absent),
+        pytest.raises(SupraError, match=r"No working C\+\+ compiler.*leave out"),
+    ):
+        generate.complete(model, tokenizer, PROMPTS[:1], Sampling(3), compile=True)
+
+
+def test_one_token_needs_no_compiling_and_beams_take_none(model, tokenizer):
+    assert generate.complete(model, tokenizer, PROMPTS[:1], Sampling(1), compile=True)[1].compile_seconds == 0
+    with pytest.raises(UsageError, match="--num-beams"):
+        generate.complete(model, tokenizer, PROMPTS[:1], Sampling(3, num_beams=2), compile=True)
 
 
 def test_greedy_text_is_that_of_hugging_face_generate(tokenizer):

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from supra_cli.core.bench.models import configs, draw
 from supra_cli.core.bench.roofline import Rates, counted_flops, rate_runs, rates
 from supra_cli.core.bench.timing import Run, measured, median_ratio, medians, result, target
+from supra_cli.core.generate.steps import compiled, decode
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.ops import linear_attention
 from supra_cli.core.swap import SOFTMAX, RecurrentLayer
@@ -22,18 +23,29 @@ BATCHES = (1, 4, 16, 64, 256)
 HEADS, WIDTH = 32, 128
 
 
-def measure(device: str, *, model: str = "tiny", rounds: int = 200, positions: Sequence[int] = POSITIONS) -> dict:
+def measure(
+    device: str,
+    *,
+    model: str = "tiny",
+    rounds: int = 200,
+    positions: Sequence[int] = POSITIONS,
+    compile: bool = False,
+) -> dict:
     """Milliseconds per token of batch 1 after so many tokens, fp32, one thread, CPU time; a round times one token at
-    each position. The roofline counts the weights and the cache as read once, a recurrent state also as written.
+    each position, with `compile` also of the compiled step. The roofline counts the weights and the cache as read once,
+    a recurrent state also as written.
     """
     if device == "cuda":
         raise ValueError("on a GPU measure_graphed or measure_step is meant")
     torch.set_num_threads(1)
-    texts = {
-        (kind, at): Text(draw(config, device, torch.float32).eval(), at)
-        for kind, config in configs(model, KINDS).items()
-        for at in positions
-    }
+    networks = {kind: draw(config, device, torch.float32).eval() for kind, config in configs(model, KINDS).items()}
+    texts = {(kind, at): Text(network, at) for kind, network in networks.items() for at in positions}
+    if compile:
+        texts |= {
+            (f"{kind}, compiled", at): Text(network, at, compile=True)
+            for kind, network in networks.items()
+            for at in positions
+        }
     times = measured(
         {f"{kind} {at}": text.next for (kind, at), text in texts.items()} | rate_runs(device, torch.float32),
         rounds,
@@ -57,22 +69,20 @@ def measure(device: str, *, model: str = "tiny", rounds: int = 200, positions: S
 
 
 class Text:
-    """A model that has read `position` random tokens and can be asked for the next."""
+    """A model that has read `position` random tokens and can be asked for the next, by a compiled step if asked."""
 
-    def __init__(self, model: nn.Module, position: int):
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, position: int, *, compile: bool = False):
         self.model, self.cache = model, None
         ids = torch.randint(0, model.config.vocab_size, (1, position), generator=torch.Generator().manual_seed(0))
         for piece in ids.split(2048, dim=1):
-            self._read(piece)
-        self.token = ids[:, -1:]
-
-    def _read(self, ids: Tensor) -> None:
-        with torch.inference_mode():
-            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+            out = model(input_ids=piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.cache = out.past_key_values
+        self.token, self.position = ids[:, -1], torch.tensor([position])
+        self.step = compiled(model, self.token, self.position, None, self.cache) if compile else decode
 
     def next(self) -> None:
-        self._read(self.token)
+        _, self.cache = self.step(self.model, self.token, self.position, None, self.cache)
 
 
 def _growth(text: Text, tokens: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -47,13 +48,17 @@ def keep_freed_memory() -> bool:
 
 
 def interleave(runs: dict[str, Run], rounds: int, clock: Callable[[Run], float]) -> dict[str, list[float]]:
-    """Milliseconds of each run, one after the other within a round, so that all see the same machine; one warm-up."""
+    """Milliseconds of each run, one after the other within a round, so that all see the same machine; one warm-up.
+
+    Every round has an order of its own, drawn with seed 0: what the run before left in the caches falls to each alike.
+    """
+    order = random.Random(0)
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(clock(run))
+        for name in order.sample(list(runs), len(runs)):
+            times[name].append(clock(runs[name]))
     return times
 
 

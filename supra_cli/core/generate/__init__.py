@@ -1,7 +1,8 @@
 """Text from a model: `prefill` reads the prompts in one pass, `decode` goes on by one token, in memory that stays."""
 
 from supra_cli.core.generate.sampling import Sampling, choose
-from supra_cli.core.generate.streaming import Piece, Stats, complete, decode, encode, eos_ids, prefill, stream
+from supra_cli.core.generate.steps import compiled, decode, prefill
+from supra_cli.core.generate.streaming import Piece, Stats, complete, encode, eos_ids, stream
 from supra_cli.core.generate.writer import Writer
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Stats",
     "Writer",
     "choose",
+    "compiled",
     "complete",
     "decode",
     "encode",

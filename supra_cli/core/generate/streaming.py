@@ -1,7 +1,4 @@
-"""Prefill, decode, and the stream of text that they make.
-
-Works on every model that `checkpoint.load` returns. Where softmax layers are left, their keys and values grow as ever.
-"""
+"""The stream of text that prefill and decoding make."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from torch import Tensor
 
 from supra_cli.core.errors import UsageError
 from supra_cli.core.generate.sampling import Sampling, choose
+from supra_cli.core.generate.steps import cache_bytes, compiled, decode, grown, prefill
 from supra_cli.core.generate.writer import Writer
 from supra_cli.core.swap import SOFTMAX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cache_utils import Cache
 
 
 class Piece(NamedTuple):
@@ -37,6 +34,8 @@ class Stats:
     prompt_tokens: int = 0
     """Real tokens in all prompts."""
     prefill_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    """Before the first decoded token, if the step was compiled."""
     new_tokens: int = 0
     """Tokens of all completions, the ones that ended a text included."""
     decode_seconds: float = 0.0
@@ -60,44 +59,22 @@ class Stats:
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@torch.no_grad()
-def prefill(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Cache]:
-    """Logits [B,vocab] after each prompt's last token, and the cache that `decode` goes on from.
-
-    input_ids [B,T] and mask [B,T] (1 on real tokens, None if all are) are padded on the left.
-    """
-    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp_(min=0)
-    output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1], output.past_key_values
-
-
-@torch.no_grad()
-def decode(
-    model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tensor | None, cache: Cache
-) -> tuple[Tensor, Cache]:
-    """Logits [B,vocab] after one more token [B] at position [B], and the cache; mask [B, past + 1] or None."""
-    output = model(
-        input_ids=token[:, None],
-        attention_mask=mask,
-        position_ids=position[:, None],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1], output.past_key_values
-
-
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     sampling: Sampling,
     stats: Stats | None = None,
+    *,
+    compile: bool = False,
 ) -> Iterator[Piece]:
     """The completions of `prompts`, piece by piece as they come, never half a character.
 
-    A batch gives what each prompt alone would. `stats` is filled on the way. UsageError for a prompt without any token.
+    A batch gives what each prompt alone would. `stats` is filled on the way. With `compile` the decode step is compiled
+    first. UsageError for a prompt without any token, and for a beam search that is to be compiled.
     """
+    if compile and sampling.num_beams > 1:
+        raise UsageError("--compile is for one token after another, not for --num-beams; leave one of them out")
     stats = stats if stats is not None else Stats()
     input_ids, mask = encode(tokenizer, prompts, model.device)
     stats.prompt_tokens = int(mask.sum()) if mask is not None else input_ids.numel()
@@ -107,7 +84,7 @@ def stream(
     if sampling.num_beams > 1:
         steps = _beams(model, input_ids, mask, sampling, stats, ends)
     else:
-        steps = _tokens(model, input_ids, mask, sampling, stats, writers)
+        steps = _tokens(model, input_ids, mask, sampling, stats, writers, compile)
     for step in steps:
         for row, (writer, token) in enumerate(zip(writers, step, strict=True)):
             if writer.done:
@@ -128,12 +105,17 @@ def stream(
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sampling: Sampling
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    compile: bool = False,
 ) -> tuple[list[str], Stats]:
     """All completions at once, and what they took."""
     stats = Stats()
     texts = [""] * len(prompts)
-    for piece in stream(model, tokenizer, prompts, sampling, stats):
+    for piece in stream(model, tokenizer, prompts, sampling, stats, compile=compile):
         texts[piece.row] += piece.text
     return texts, stats
 
@@ -172,6 +154,7 @@ def _tokens(
     sampling: Sampling,
     stats: Stats,
     writers: Sequence[Writer],
+    compile: bool,
 ) -> Iterator[list[int]]:
     """One token for each row, step by step, until the writers of all rows are done or the length is reached."""
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(input_ids))]
@@ -183,15 +166,19 @@ def _tokens(
     position = torch.full_like(token, input_ids.shape[1]) if mask is None else mask.sum(-1)
     if SOFTMAX not in model.supra.layers:
         mask = None  # a recurrent state holds no padding that would have to be masked
+    step = decode
     for _ in range(sampling.max_new_tokens - 1):
         stats.cache_bytes = cache_bytes(cache)
         yield chosen
         if all(writer.done for writer in writers):
             return
+        if compile and step is decode:
+            began = time.perf_counter()
+            step = compiled(model, token, position, mask, cache)
+            stats.compile_seconds = time.perf_counter() - began
         began = time.perf_counter()
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=-1)
-        logits, cache = decode(model, token, position, mask, cache)
+        mask = grown(mask)
+        logits, cache = step(model, token, position, mask, cache)
         position = position + 1
         token = choose(logits, sampling, generators)
         chosen = token.tolist()
@@ -225,13 +212,6 @@ def _beams(
     if output.past_key_values is not None:
         stats.cache_bytes = cache_bytes(output.past_key_values)
     yield from new.T.tolist()
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of every tensor that the cache's layers hold: recurrent states, keys, values."""
-    held = [value for layer in cache.layers for value in vars(layer).values()]
-    tensors = [t for value in held for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _unpadded(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:

@@ -1,0 +1,81 @@
+"""One pass of a model: over the prompts, then over one token after another, also compiled.
+
+Works on every model that `checkpoint.load` returns. Where softmax layers are left, their keys and values grow as ever.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from supra_cli.core.errors import SupraError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+    Step = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None, Cache], tuple[Tensor, Cache]]
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Cache]:
+    """Logits [B,vocab] after each prompt's last token, and the cache that `decode` goes on from.
+
+    input_ids [B,T] and mask [B,T] (1 on real tokens, None if all are) are padded on the left.
+    """
+    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp_(min=0)
+    output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1], output.past_key_values
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tensor | None, cache: Cache
+) -> tuple[Tensor, Cache]:
+    """Logits [B,vocab] after one more token [B] at position [B], and the cache; mask [B, past + 1] or None."""
+    output = model(
+        input_ids=token[:, None],
+        attention_mask=mask,
+        position_ids=position[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1], output.past_key_values
+
+
+def compiled(model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tensor | None, cache: Cache) -> Step:
+    """`decode` through torch.compile, the same up to rounding, for the given token [B] and those after it.
+
+    mask [B, past] or None. Two tokens are decoded on a copy of the cache: the first compiles for what is given, the
+    second for what it sees grow, the count of tokens and with softmax layers their keys, and no later one compiles.
+    SupraError where it cannot be compiled, as without a C++ compiler on a CPU.
+    """
+    step = torch.compile(decode)
+    trial = copy.deepcopy(cache)
+    try:
+        for ahead in range(2):
+            mask = grown(mask)
+            _, trial = step(model, token, position + ahead, mask, trial)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = first_line(error)
+        raise SupraError(
+            f"the decode step does not compile here ({reason}); mend that or leave out --compile"
+        ) from error
+    return step
+
+
+def grown(mask: Tensor | None) -> Tensor | None:
+    """`mask` for one more real token in each row."""
+    return None if mask is None else torch.cat([mask, mask.new_ones((len(mask), 1))], dim=-1)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of every tensor that the cache's layers hold: recurrent states, keys, values."""
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    tensors = [t for value in held for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
