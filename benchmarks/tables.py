@@ -72,6 +72,30 @@ def operator_times() -> str:
     return _markdown(list(columns), rows)
 
 
+def decode() -> str:
+    found = _found("decode-cpu")["rows"]
+    positions = list(dict.fromkeys(row["position"] for row in found))
+    times = {(row["model"], row["position"]): row["ms_per_token"] for row in found}
+    rows = [
+        [model, *(_figure(times[model, at]) for at in positions)]
+        for model in dict.fromkeys(row["model"] for row in found)
+    ]
+    return _markdown(["model, ms per token", *(f"after {at:,} tokens" for at in positions)], rows)
+
+
+def train() -> str:
+    rows = [
+        [
+            row["mixer"],
+            f"{row['batch']} × {row['tokens']}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['over_softmax']:.2f}",
+        ]
+        for row in _found("train-cpu")["rows"]
+    ]
+    return _markdown(["mixer", "batch × tokens", "tokens/s", "times faster than softmax"], rows)
+
+
 def compiled() -> str:
     cases = ("gqa", "packed", "token", "gated", "t2r")
     found = {(row["kernel"], row["case"]): row for row in _found("compiled-sm90")["rows"]}
@@ -147,6 +171,8 @@ def render(text: str) -> str:
         "demo": demo,
         "operator": operator,
         "operator-times": operator_times,
+        "decode": decode,
+        "train": train,
         "compiled": compiled,
         "compiled-blocks": compiled_blocks,
         "memory": memory,
