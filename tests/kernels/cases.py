@@ -80,6 +80,16 @@ def assert_agrees(got, want, dtype, times=1):
         assert error <= limit + 1e-30, f"{name}: {error / size:.1e} relative"
 
 
+def poisoned(make):
+    """`make`, torch.empty or torch.empty_like, whose floats are NaN: what a kernel leaves unwritten shows."""
+
+    def fill(*size, **options):
+        x = make(*size, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    return fill
+
+
 def packed(batch, length, seed=0, padding=0.0, document=20):
     """Documents of random lengths, 1 among them, and a share of padding anywhere."""
     rng = torch.Generator().manual_seed(seed)

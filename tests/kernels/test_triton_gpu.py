@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DECAYS, NAMES, inputs, packed, tables, with_sums
+from cases import DECAYS, NAMES, inputs, packed, poisoned, tables, with_sums
 from supra_kernels import linear_attention, rotary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -112,6 +112,30 @@ def test_rotary(dtype, relu):
     wide = turned([t.double() for t in (x, cos, sin, dy)], "chunk")
     for got, want in zip(turned((x, cos, sin, dy), "triton"), wide, strict=True):
         assert (got.double() - want).pow(2).mean().sqrt() <= (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+def test_every_element_of_every_output_is_written(monkeypatch):
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    segment = packed(1, 333, padding=0.2).cuda()
+    check(narrow(inputs(1, 333, 4, 2, 72, 40, "token")), 5e-3)
+    check(narrow(with_sums(inputs(1, 333, 4, 2, 72, 40, "token"))), 5e-3, segment, denominator_min=0.5)
+    check(narrow(inputs(1, 333, 4, 2, 72, 40, "fixed")), 1e-2, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize(("key_dim", "v_dim"), [(128, 128), (20, 33)])
+@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+def test_decode_steps_in_bf16_with_a_decay_of_every_token(key_dim, v_dim, after):
+    """q, k and v are bf16 and nothing else is, so o is rounded once and the state not at all."""
+    values = inputs(2, 3, 4, 2, key_dim, v_dim, "token")
+    values = with_sums(values) if "denominator_min" in after else values
+    q, k, v, g, state = (x.cuda() for x in narrow(values))
+    wide = [x.double() for x in (q, k, v, g)]
+    want, end = linear_attention(*wide, state=state.double(), form="naive", **after)
+    o, S = linear_attention(q, k, v, g, state=state, form="triton", **after)
+    assert o.dtype == torch.bfloat16
+    torch.testing.assert_close(o.double(), want, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(S.double(), end, atol=1e-4, rtol=1e-4)
 
 
 def test_a_rerun_gives_the_same_bits():
