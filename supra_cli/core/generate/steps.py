@@ -55,7 +55,7 @@ def compiled(model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tens
     second for what it sees grow, the count of tokens and with softmax layers their keys, and no later one compiles.
     SupraError where it cannot be compiled, as without a C++ compiler on a CPU.
     """
-    step = torch.compile(decode)
+    step = torch.compile(decode, options={"cpp.min_chunk_size": 1 << 15})
     trial = copy.deepcopy(cache)
     try:
         for ahead in range(2):
