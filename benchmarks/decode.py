@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, help="on a GPU: tokens before the timed one")
     parser.add_argument("--batch", type=int, help="on a GPU: texts at once")
     given = parser.parse_args()
+    if given.compile and given.device == "cuda":
+        parser.error("--compile is for --device cpu")
     names = ("rounds",) if given.what == "step" else ("rounds", "model", "context", "batch")
     if given.device == "cpu":
         names = ("rounds", "model", "positions", "compile")

@@ -56,6 +56,8 @@ def decode(
         found = bench.measure(
             "cpu", model=model, rounds=rounds, positions=positions or bench.POSITIONS, compile=compile
         )
+    elif compile:
+        raise UsageError("--compile is for --device cpu; on a GPU the step is timed in a CUDA graph")
     else:
         context = max(positions or [32768])
         found = bench.measure_graphed(model=model, batch=batch, context=context, rounds=rounds)

@@ -30,7 +30,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text as it comes.")] = True,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the decode step first; pays for thousands of tokens.")
+        bool, typer.Option("--compile", help="Compile the decode step first; worth it from thousands of tokens on.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA), float32, bfloat16 or float16.")] = "auto",
@@ -58,10 +58,14 @@ def run(
         seed=seed,
         stop=tuple(stop),
     )
+    if compile and num_beams > 1:
+        raise UsageError("--compile is for one token after another, not for --num-beams; leave one of them out")
     target = devices.resolve(device)
     folder = hub.fetch(source)
     network = checkpoint.load(folder, device=target, dtype=devices.dtype(dtype, target))
     tokenizer = checkpoint.load_tokenizer(folder)
+    if compile:
+        console.note("compiling the decode step before the second token, some ten seconds or more")
     if json:
         texts, stats = generate.complete(network, tokenizer, prompts, sampling, compile=compile)
         console.document(_document(source.name, prompts, texts, sampling, stats))

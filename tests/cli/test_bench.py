@@ -22,7 +22,7 @@ def test_the_document_has_figures_beside_the_machines_rates(given, capfd, tmp_pa
 
 
 def test_the_compiled_step_of_both_models_is_timed_beside_the_plain_one(capfd, monkeypatch):
-    monkeypatch.setattr("torch.compile", lambda step: step)
+    monkeypatch.setattr("torch.compile", lambda step, options: step)
     given = ("--position", "3", "--compile", "--device", "cpu", "--rounds", "1", "--json", "--quiet")
     assert main(["bench", "decode", *given]) == 0
     timed = [row["model"] for row in json.loads(capfd.readouterr().out)["rows"]]

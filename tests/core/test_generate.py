@@ -68,21 +68,39 @@ def test_a_batch_gives_what_each_prompt_alone_gives(model, tokenizer, sampling):
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_step_gives_the_same_text_and_compiles_no_more_while_the_text_grows(model, tokenizer):
-    torch._dynamo.reset()
+def test_a_compiled_step_gives_the_same_logits_and_compiles_no_more_while_the_text_grows(model, tokenizer):
     # What PyTorch 2.11 makes of padding beside softmax layers is no valid C++ (docs/compatibility.md).
     invalid = torch.__version__.startswith("2.11") and "softmax" in model.supra.layers
-    prompts = PROMPTS[:1] if invalid else PROMPTS
-    graphs = []
-    for tokens in (3, 24):
-        compiled, stats = generate.complete(model, tokenizer, prompts, Sampling(tokens), compile=True)
-        assert compiled == generate.complete(model, tokenizer, prompts, Sampling(tokens))[0]
-        assert stats.compile_seconds > 0
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert 0 < graphs[0] == graphs[1]
+    ids, mask = generate.encode(tokenizer, PROMPTS[:1] if invalid else PROMPTS, "cpu")
+    position = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1)
+    (logits, cache), (_, plain) = (generate.prefill(model, ids, mask) for _ in range(2))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = generate.compiled(model, logits.argmax(-1), position, mask, cache)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for _ in range(24):
+        token = logits.argmax(-1)
+        mask = None if mask is None else torch.cat([mask, mask.new_ones((len(mask), 1))], -1)
+        logits, cache = step(model, token, position, mask, cache)
+        want, plain = generate.decode(model, token, position, mask, plain)
+        torch.testing.assert_close(logits, want, atol=1e-4, rtol=1e-4)
+        position = position + 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_where_nothing_compiles_the_error_says_why(model, tokenizer):
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_text_is_the_plain_one(tokenizer):
+    torch.manual_seed(0)
+    model = tiny_model("llama", "supra", **of_words(tokenizer))
+    text, stats = generate.complete(model, tokenizer, PROMPTS, Sampling(24), compile=True)
+    assert text == generate.complete(model, tokenizer, PROMPTS, Sampling(24))[0]
+    assert stats.compile_seconds > stats.decode_seconds > 0
+
+
+def test_where_nothing_compiles_the_error_says_why(tokenizer):
+    model = tiny_model("llama", "supra", **of_words(tokenizer))
     torch._dynamo.reset()
     absent = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
     with (
@@ -92,10 +110,8 @@ def test_where_nothing_compiles_the_error_says_why(model, tokenizer):
         generate.complete(model, tokenizer, PROMPTS[:1], Sampling(3), compile=True)
 
 
-def test_one_token_needs_no_compiling_and_beams_take_none(model, tokenizer):
+def test_one_token_needs_no_compiling(model, tokenizer):
     assert generate.complete(model, tokenizer, PROMPTS[:1], Sampling(1), compile=True)[1].compile_seconds == 0
-    with pytest.raises(UsageError, match="--num-beams"):
-        generate.complete(model, tokenizer, PROMPTS[:1], Sampling(3, num_beams=2), compile=True)
 
 
 def test_greedy_text_is_that_of_hugging_face_generate(tokenizer):

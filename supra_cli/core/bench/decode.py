@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -46,11 +47,10 @@ def measure(
             for kind, network in networks.items()
             for at in positions
         }
-    times = measured(
-        {f"{kind} {at}": text.next for (kind, at), text in texts.items()} | rate_runs(device, torch.float32),
-        rounds,
-        device,
-    )
+    runs = {f"{kind} {at}": text.next for (kind, at), text in texts.items()} | rate_runs(device, torch.float32)
+    # Beyond some number of graphs torch.compile would go on without compiling, and the row would not say so.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        times = measured(runs, rounds, device)
     median = medians(times)
     machine = rates(median, device)
     rows = []
@@ -71,17 +71,18 @@ def measure(
 class Text:
     """A model that has read `position` random tokens and can be asked for the next, by a compiled step if asked."""
 
-    @torch.no_grad()
     def __init__(self, model: nn.Module, position: int, *, compile: bool = False):
         self.model, self.cache = model, None
         ids = torch.randint(0, model.config.vocab_size, (1, position), generator=torch.Generator().manual_seed(0))
-        for piece in ids.split(2048, dim=1):
-            out = model(input_ids=piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.cache = out.past_key_values
+        with torch.no_grad():
+            for piece in ids.split(2048, dim=1):
+                out = model(input_ids=piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.cache = out.past_key_values
         self.token, self.position = ids[:, -1], torch.tensor([position])
         self.step = compiled(model, self.token, self.position, None, self.cache) if compile else decode
 
     def next(self) -> None:
+        """The token and its position stay what they were: what they are changes no time."""
         _, self.cache = self.step(self.model, self.token, self.position, None, self.cache)
 
 

@@ -6,7 +6,9 @@ Works on every model that `checkpoint.load` returns. Where softmax layers are le
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,21 +54,37 @@ def compiled(model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tens
     """`decode` through torch.compile, the same up to rounding, for the given token [B] and those after it.
 
     mask [B, past] or None. Two tokens are decoded on a copy of the cache: the first compiles for what is given, the
-    second for what it sees grow, the count of tokens and with softmax layers their keys, and no later one compiles.
-    SupraError where it cannot be compiled, as without a C++ compiler on a CPU.
+    second for what it sees grow, the count of tokens and with softmax layers their keys. No later one compiles, but
+    some while the sliding window of a softmax layer fills. SupraError where it cannot be compiled, as without a C++
+    compiler on a CPU.
     """
+    # As PyTorch's own loops, which share out 32,768 numbers and no less: the compiler's shorter ones would stand at a
+    # barrier many times a token, on a busy machine each time for as long as a neighbour computes.
     step = torch.compile(decode, options={"cpp.min_chunk_size": 1 << 15})
     trial = copy.deepcopy(cache)
     try:
-        for ahead in range(2):
-            mask = grown(mask)
-            _, trial = step(model, token, position + ahead, mask, trial)
+        with _quiet("torch._dynamo"):
+            for ahead in range(2):
+                mask = grown(mask)
+                _, trial = step(model, token, position + ahead, mask, trial)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = first_line(error)
         raise SupraError(
             f"the decode step does not compile here ({reason}); mend that or leave out --compile"
         ) from error
     return step
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Without its warnings: that a graph is cut where padding stands beside softmax layers is no news to a user."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def grown(mask: Tensor | None) -> Tensor | None:

@@ -71,10 +71,8 @@ def stream(
     """The completions of `prompts`, piece by piece as they come, never half a character.
 
     A batch gives what each prompt alone would. `stats` is filled on the way. With `compile` the decode step is compiled
-    first. UsageError for a prompt without any token, and for a beam search that is to be compiled.
+    first, which a beam search takes none of. UsageError for a prompt without any token.
     """
-    if compile and sampling.num_beams > 1:
-        raise UsageError("--compile is for one token after another, not for --num-beams; leave one of them out")
     stats = stats if stats is not None else Stats()
     input_ids, mask = encode(tokenizer, prompts, model.device)
     stats.prompt_tokens = int(mask.sum()) if mask is not None else input_ids.numel()
@@ -166,13 +164,13 @@ def _tokens(
     position = torch.full_like(token, input_ids.shape[1]) if mask is None else mask.sum(-1)
     if SOFTMAX not in model.supra.layers:
         mask = None  # a recurrent state holds no padding that would have to be masked
-    step = decode
+    step = None if compile else decode
     for _ in range(sampling.max_new_tokens - 1):
         stats.cache_bytes = cache_bytes(cache)
         yield chosen
         if all(writer.done for writer in writers):
             return
-        if compile and step is decode:
+        if step is None:
             began = time.perf_counter()
             step = compiled(model, token, position, mask, cache)
             stats.compile_seconds = time.perf_counter() - began
