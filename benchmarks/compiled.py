@@ -30,7 +30,7 @@ from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from benchmarks.measure import environment, report  # noqa: E402
+from benchmarks.measure import machine, report  # noqa: E402
 
 REGISTERS, SHARED, WARPS = 2**16, 228 * 1024, 64
 """Of one multiprocessor of compute capability 9.0. A program takes 1 KiB of shared memory beside its own."""
@@ -186,7 +186,7 @@ def main() -> None:
     for now in given.cases:
         case(**CASES[now])
     command = " ".join(["python benchmarks/compiled.py", *sys.argv[1:]])
-    found = {"benchmark": "compiled", "command": command, "target": "sm_90", **environment("cpu"), "rows": rows}
+    found = {"benchmark": "compiled", "command": command, "target": "sm_90", **machine(), "rows": rows}
     report({**found, "targets": []}, given.output, given.json)
 
 

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.insert(1, str(HERE.parent))
 
-from supra_cli.core.train.run import environment  # noqa: E402
+from supra_cli.core.environment import environment  # noqa: E402
 
 RECIPE = HERE.parent / "recipes" / "demo.toml"
 MIXERS: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from supra_cli.core.bench.timing import environment, tables
+from supra_cli.core.bench.timing import machine, tables
 
-__all__ = ["environment", "options", "report"]
+__all__ = ["machine", "options", "report"]
 
 
 def options(description: str, rounds: int) -> argparse.ArgumentParser:

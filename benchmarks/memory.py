@@ -28,7 +28,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from benchmarks.measure import environment, report  # noqa: E402
+from benchmarks.measure import machine, report  # noqa: E402
 
 TOLERANCE = 0.1
 STEPS = 2
@@ -110,7 +110,7 @@ def main() -> None:
     result = {
         "benchmark": "memory",
         "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
-        **environment("cpu"),
+        **machine(),
         "clock": "rise of resident memory, MiB",
         "note": NOTE,
         "rows": rows,

@@ -25,7 +25,7 @@ from typing import NamedTuple  # noqa: E402
 
 import torch  # noqa: E402
 
-from benchmarks.measure import environment, report  # noqa: E402
+from benchmarks.measure import machine, report  # noqa: E402
 
 SAVE_EVERY = 10
 
@@ -149,7 +149,7 @@ def main() -> None:
     result = {
         "benchmark": "overhead",
         "command": " ".join(["python benchmarks/overhead.py", *sys.argv[1:]]),
-        **environment(options.device),
+        **machine(),
         "clock": "wall time" if options.device == "cuda" else "CPU time of one thread; data and save: wall time",
         "steps": len(taken["loop"]),
         "rows": [{"part": name, "times": len(taken[name]), **values} for name, values in medians.items()],

@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.measure import environment, report  # noqa: E402
+from benchmarks.measure import machine, report  # noqa: E402
 from benchmarks.ngrams import Interpolated, KneserNey  # noqa: E402
 from supra_cli.core import checkpoint, corpus, evaluate, hub  # noqa: E402
 from supra_cli.core.data.tokens import encode  # noqa: E402
@@ -191,7 +191,7 @@ def main() -> None:
     result = {
         "benchmark": "teacher",
         "command": "python benchmarks/teacher.py " + " ".join(sys.argv[1:]),
-        **environment("cpu"),
+        **machine(),
         "model": {
             "name": options.model,
             "weights": f"sha256:{evaluate.weights_hash(path)}",

@@ -15,13 +15,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
 import supra_cli.commands
+from supra_cli.core.environment import versions
 from supra_cli.core.errors import ResourceError, SupraError, first_line
 
 # The order of `supra --help`: the path a model takes, then everything else by name.
@@ -191,9 +191,9 @@ def _internal(error: Exception, arguments: list[str]) -> str:
     """Write what is needed to mend `error` to a log file; the sentence that names it."""
     report = "\n".join(
         [
-            f"supra {supra_cli.__version__} {arguments}",
-            f"Python {platform.python_version()} on {platform.platform()}",
-            *(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "safetensors")),
+            f"supra {arguments}",
+            platform.platform(),
+            *(f"{name} {version}" for name, version in versions().items()),
             "".join(traceback.format_exception(error)),
         ]
     )

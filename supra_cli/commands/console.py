@@ -5,11 +5,12 @@ Tables have rules and colours on a terminal (`NO_COLOR` is respected) and are pl
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from supra_cli.core.files import dumps
 
 
 def note(message: str) -> None:
@@ -36,7 +37,7 @@ def raw(text: str) -> None:
 
 def document(value: Any) -> None:
     """The result as one JSON document on stdout; paths and other objects as their text, no NaN."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=not _is_utf8(sys.stdout), allow_nan=False, default=str))
+    print(dumps(value, indent=2, ensure_ascii=not _is_utf8(sys.stdout)))
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] | None = None, title: str | None = None) -> None:
@@ -109,14 +110,3 @@ def _is_number(cell: str) -> bool:
 
 def _is_utf8(stream: Any) -> bool:
     return (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
-
-
-def _finite(value: Any) -> Any:
-    """`value` with infinities and NaN, which JSON does not have, as None."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

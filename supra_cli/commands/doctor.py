@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
 from supra_cli.commands import console
-
-_PACKAGES = ("supra", "torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "lm_eval")
 
 
 def run(json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
@@ -19,8 +16,8 @@ def run(json: Annotated[bool, typer.Option("--json", help="One JSON document on 
     if json:
         console.document(found)
         return
-    rows = [("Python", f"{found['python']} on {found['platform']}")]
-    rows += [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows = [("system", found["platform"])]
+    rows += found["versions"].items()
     rows += [("CPU", f"{found['cpu_threads']} threads for PyTorch of {found['cpus']} cores")]
     if found["memory_bytes"]:
         rows += [("memory", console.size(found["memory_bytes"]))]
@@ -46,12 +43,12 @@ def _look() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
     from supra_cli.core import device, hub
+    from supra_cli.core.environment import versions
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
-        "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions("triton", "datasets", "lm_eval", "accelerate"),
         "cpus": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "memory_bytes": device.memory_bytes(),
@@ -63,13 +60,6 @@ def _look() -> dict[str, Any]:
         "hub_cache": constants.HF_HUB_CACHE,
         "hub_login": get_token() is not None,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _kernels(has_gpu: bool) -> str:

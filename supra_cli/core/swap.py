@@ -63,7 +63,7 @@ class SwappedAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: Rope = None, layout: Layout | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """[B,T,D] -> [B,T,D], and None where the base returns attention weights."""
-        memory = kwargs.get(self.arch.cache)
+        memory = kwargs.get("cache", kwargs.get(self.arch.cache))  # transformers 5.24 renamed it
         memory = None if memory is None else recurrent_layer(memory, self.layer_idx)
         o, state = self.heads(hidden_states, position_embeddings, layout, None if memory is None else memory.state)
         if memory is not None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+
+from supra_cli.core.environment import hardware, versions
 
 Run = Callable[[], object]
 
@@ -82,26 +81,14 @@ def target(what: str, bound: str, value: float, found: float | None) -> dict:
     return {"what": what, "bound": bound, "target": value, "measured": found, "met": met}
 
 
-def environment(device: str) -> dict:
-    packages = {}
-    for name in ("torch", "triton", "transformers", "flash-linear-attention", "numpy"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
-    hardware = {
-        "cpu": _processor(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    if device == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name()
-    return {"hardware": hardware, "versions": {"python": platform.python_version(), **packages}}
+def machine() -> dict:
+    """The hardware and versions that stand in every benchmark's record."""
+    return {"hardware": hardware(), "versions": versions("triton", "flash-linear-attention", "numpy")}
 
 
 def result(benchmark: str, device: str, rounds: int, **found: object) -> dict:
     clock = "CUDA events" if device == "cuda" else "CPU time of one thread"
-    return {"benchmark": benchmark, **environment(device), "clock": clock, "rounds": rounds, **found}
+    return {"benchmark": benchmark, **machine(), "device": device, "clock": clock, "rounds": rounds, **found}
 
 
 def tables(found: dict) -> list[tuple[list[str], list[list[str]]]]:
@@ -120,13 +107,3 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.machine()}, {len(names)} logical cores, {capability}"

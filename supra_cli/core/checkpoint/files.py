@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from supra_cli.core.errors import SupraError, UsageError, first_line
+from supra_cli.core.files import sync, sync_tree
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        _sync(temporary)
+        sync_tree(temporary)
         _replace(temporary, path)
     except OSError as error:
         if (read := _read_failure(error, path, temporary)) is not None:
@@ -80,22 +79,8 @@ def _replace(temporary: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
-    _sync_one(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    for file in directory.rglob("*"):
-        _sync_one(file)
-    _sync_one(directory)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def link(source: Path, target: Path) -> None:
@@ -112,19 +97,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SupraError(f"{path} is not JSON ({first_line(error)}); restore the file") from error
-
-
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise SupraError(f"cannot write {path} ({first_line(error)}); make room") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from supra_cli.core.checkpoint.files import read_json, sha256
+from supra_cli.core.checkpoint.files import sha256
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, first_line
+from supra_cli.core.files import read_json
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 PROVENANCE = "supra.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from supra_cli.core.checkpoint.files import atomic_directory, link, sha256, write_json, write_tensors
+from supra_cli.core.checkpoint.files import atomic_directory, link, sha256, write_tensors
 from supra_cli.core.checkpoint.reading import INDEX, PROVENANCE, SINGLE, digest, read_provenance, tensors
+from supra_cli.core.environment import versions
+from supra_cli.core.files import write_json
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 Hashes = dict[str, dict[str, Any]]
@@ -146,10 +147,9 @@ def finish(
     config.to_json_file(directory / "config.json")
     for file in companions(source) if source is not None else ():
         shutil.copyfile(source / file, directory / file)
-    libraries = ("supra", "torch", "transformers", "safetensors")
     record = {
         "format": FORMAT,
-        "versions": {library: importlib.metadata.version(library) for library in libraries},
+        "versions": versions(),
         **provenance,
         "files": {file: known.get(written) or _hashed(directory / file) for file, written in files.items()},
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import threading
 import time
@@ -24,8 +23,10 @@ from supra_cli.core import checkpoint, hub
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
 from supra_cli.core.data.rows import Batch
+from supra_cli.core.environment import environment
 from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
+from supra_cli.core.files import write_json
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.stages import Stage
 from supra_cli.core.train import origin, state
@@ -33,7 +34,7 @@ from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStart
 from supra_cli.core.train.nonfinite import leave_out
 from supra_cli.core.train.optimizer import adamw, is_mixer, lr_factor, masters_in_place, release, set_lr
 from supra_cli.core.train.prepare import moves_base, prepare, rehearse, stage_of, teacher_of
-from supra_cli.core.train.run import RunDirectory, environment
+from supra_cli.core.train.run import RunDirectory
 from supra_cli.core.train.state import Counters
 from supra_cli.core.train.step import Stepper, computing_in
 from supra_cli.core.train.trackers import library, open_trackers
@@ -121,8 +122,7 @@ class Trainer:
         self.student.train()
 
     def _describe(self, run: RunDirectory) -> None:
-        described = json.dumps(environment(str(self.device)), indent=2)
-        (run.path / "env.json").write_text(described, encoding="utf-8")
+        write_json(run.path / "env.json", environment(str(self.device)))
 
     def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
         """Open the data, and raise whatever else would end the run later than it could be known."""

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from supra_cli.core.errors import UsageError
+from supra_cli.core.files import dumps, sync, sync_tree
 
 MARKER = "COMPLETE"
 
@@ -109,12 +107,12 @@ class RunDirectory:
         try:
             beside.path.mkdir()
             yield beside
-            _sync_tree(beside.path)
+            sync_tree(beside.path)
             self.clear()
             # First env.json, by which `check_free` knows whose the rest is.
             for name in sorted(os.listdir(beside.path), key=lambda name: name != "env.json"):
                 (beside.path / name).rename(self.path / name)
-            _sync(self.path)
+            sync(self.path)
         finally:
             shutil.rmtree(beside.path, ignore_errors=True)
 
@@ -127,11 +125,11 @@ class RunDirectory:
         try:
             yield beside
             (beside / MARKER).touch()
-            _sync_tree(beside)
+            sync_tree(beside)
             if os.path.lexists(target):
                 _remove(target)
             beside.rename(target)
-            _sync(self.path)
+            sync(self.path)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -194,7 +192,7 @@ class RunDirectory:
 
     def log(self, record: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            stream.write(dumps(record) + "\n")
 
 
 def _remove(checkpoint: Path) -> None:
@@ -204,52 +202,3 @@ def _remove(checkpoint: Path) -> None:
         return
     (checkpoint / MARKER).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for every number that JSON cannot hold: NaN and the infinities."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and hardware, for whoever wants to know later what a number was measured with."""
-    import safetensors
-    import tokenizers
-    import torch
-    import transformers
-
-    import supra_cli
-
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "supra": supra_cli.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "safetensors": safetensors.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "device": device,
-        "command": sys.argv,
-    }
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync(path)

@@ -1,0 +1,55 @@
+"""What every writer of files needs: JSON as the standard defines it, and bytes that survive a power cut. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from supra_cli.core.errors import SupraError, first_line
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every float that JSON does not have: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """`value` as JSON: numbers that JSON does not have are null, other objects their text."""
+    return json.dumps(finite(value), allow_nan=False, default=str, **options)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """SupraError when the file is not JSON. A byte-order mark, as Windows editors write it, is read over."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise SupraError(f"{path} is not JSON ({first_line(error)}); restore the file") from error
+
+
+def sync(path: Path) -> None:
+    """Return when what was written to the file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` every file below `folder`, then every directory, `folder` last."""
+    below = list(folder.rglob("*"))
+    for path in [path for path in below if path.is_file()] + [path for path in below if path.is_dir()]:
+        sync(path)
+    sync(folder)
