@@ -22,10 +22,10 @@ TIERS = (
     ("supra_cli.commands",),
     core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
     core("modeling", "data", "stages"),
-    core("swap"),
+    core("swap", "backbone"),
     core("archs", "mixers"),
     core("ops"),
-    core("layout"),
+    core("layout", "cache"),
     ("supra_cli", CORE, *core("errors", "files", "environment", "registry", "recipe", "corpus", "device", "flops")),
     ("supra_kernels",),
 )
@@ -33,7 +33,7 @@ TIERS = (
 TORCHLESS = ("errors", "files", "registry", "recipe", "corpus", "hub", "lookup")
 
 # What an exported model needs, and so all that these may import besides the standard library.
-EXPORTED = ("archs", "mixers", "swap", "modeling", "ops", "layout")
+EXPORTED = ("archs", "mixers", "swap", "backbone", "cache", "modeling", "ops", "layout")
 EXPORTED_MAY_IMPORT = {"torch", "transformers", "safetensors", "supra_kernels", "supra_cli"}
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -15,11 +14,13 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from supra_cli.core import cache as caches
 from supra_cli.core.archs import archs
+from supra_cli.core.backbone import cache_keyword, swapped_backbone
+from supra_cli.core.cache import SOFTMAX
 from supra_cli.core.errors import SupraError
-from supra_cli.core.layout import Layout, derive, softmax_mask
 from supra_cli.core.mixers import mixers, parse_options
-from supra_cli.core.swap import SOFTMAX, SwappedAttention, layer_kinds, swap, swapped_layers
+from supra_cli.core.swap import SwappedAttention, layer_kinds, swap, swapped_layers
 
 Objective = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
 """(hidden [B,T,D], head: hidden -> logits) -> anything."""
@@ -129,6 +130,7 @@ class SupraForCausalLM(PreTrainedModel):
         record = config.swap
         record.check(config.num_hidden_layers)
         self.arch = archs.get(record.base)
+        self.base_model.__class__ = swapped_backbone(type(self.base_model))
         swap(self, self.arch, mixers.get(record.mixer), parse_options(record.mixer, record.options), record.layers)
 
     @classmethod
@@ -176,41 +178,35 @@ class SupraForCausalLM(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         objective: Objective | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | Any:
         """Logits [B,T,vocab] as the base returns them or, with `objective`, what objective(hidden, head) returns.
 
         `attention_mask` [B, past + T] marks real tokens; `position_ids` [B,T] that restart at 0 begin a new document.
         Left padding changes no logit and documents do not see each other, in softmax layers and in swapped ones.
+        `cache` and `past_key_values` are one argument's new and old name.
         """
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        layout, position_ids = derive(attention_mask, position_ids, *inputs.shape[:2])
-        packed, attends = layout is not None and layout.packed, SOFTMAX in self.supra.layers
-        if use_cache is None and past_key_values is None and (self.training or packed or objective is not None):
-            use_cache = False
-        if packed and attends and (use_cache or past_key_values is not None):
-            raise ValueError(
-                "packed rows cannot be cached by softmax layers, got position_ids that restart; pass one document a row"
-            )
+        cache = caches.handed({"cache": cache, "past_key_values": past_key_values})
         call = dict(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask if attends and not packed else self._softmax_mask(layout),
+            attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **({} if cache is None else {cache_keyword(type(self.base_model)): cache}),
             **kwargs,
         )
-        if self.supra.any:
-            call["layout"] = layout
         if objective is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **call)
+        if cache is None and use_cache is None:
+            call["use_cache"] = False
         return objective(self.base_model(**call).last_hidden_state, partial(self.arch.head, self))
 
     @staticmethod
@@ -218,19 +214,24 @@ class SupraForCausalLM(PreTrainedModel):
         """`generate` would make the 4-D mask itself for a static cache; `forward` must see where the padding is."""
         return attention_mask
 
-    def _softmax_mask(self, layout: Layout | None) -> Any:
-        """The 4-D mask of packed rows, which not every base recognises, by kind of layer where the base has several.
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """Never: `generate` would compile the step of a static cache on a GPU, where a state that counts its tokens and
+        is replaced by each step is compiled anew each time. `supra generate --compile` does it right."""
+        return False
 
-        Without softmax layers an empty one, so that the base makes none: it would be quadratic in T.
-        """
-        if SOFTMAX not in self.supra.layers:
-            return torch.empty((1, 1, 0, 0), device=self.device)
-        tokens = layout.segment.shape[1]
-        masked = partial(softmax_mask, layout, tokens, dtype=self.dtype, device=layout.segment.device)
-        kinds, window = getattr(self.config, "layer_types", None), getattr(self.config, "sliding_window", None)
-        if kinds is None:
-            return masked(window=window)
-        return {kind: masked(window=window if kind == "sliding_attention" else None) for kind in set(kinds)}
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "a recurrent state cannot forget the tokens that an assistant guessed wrong; generate without "
+            "assistant_model and prompt_lookup_num_tokens"
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "continuous batching keeps pages of keys and values, which recurrent layers do not have; use generate() on "
+            "padded batches"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
 
 class Family(NamedTuple):

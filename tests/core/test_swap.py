@@ -9,8 +9,9 @@ import torch
 from tiny import tiny_model
 from transformers import DynamicCache, StaticCache
 
+from supra_cli.core.cache import RecurrentLayer
 from supra_cli.core.errors import UsageError
-from supra_cli.core.swap import RecurrentLayer, layer_kinds
+from supra_cli.core.swap import layer_kinds
 
 IDS = torch.arange(3, 20)[None]
 

@@ -40,8 +40,6 @@ class Arch:
     """(attention, o [B,T,H·V]) -> [B,T,D]."""
     head: Callable[[nn.Module, Tensor], Tensor]
     """(model, hidden [...,D]) -> logits, soft-capping and multipliers included."""
-    cache: str
-    """Keyword under which a block hands the cache to its attention."""
 
 
 def head_spec(

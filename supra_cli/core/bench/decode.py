@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from supra_cli.core.bench.models import configs, draw
 from supra_cli.core.bench.roofline import Rates, counted_flops, rate_runs, rates
 from supra_cli.core.bench.timing import Run, measured, median_ratio, medians, result, target
+from supra_cli.core.cache import SOFTMAX, RecurrentLayer
 from supra_cli.core.generate.steps import compiled, decode
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.ops import linear_attention
-from supra_cli.core.swap import SOFTMAX, RecurrentLayer
 
 KINDS = (SOFTMAX, "supra")
 POSITIONS = (100, 16000)
@@ -124,7 +124,7 @@ def _weight_bytes(model: nn.Module) -> int:
 
 def _layer_bytes(layer: CacheLayerMixin) -> int:
     if isinstance(layer, RecurrentLayer):
-        return 2 * sum(tensor.nbytes for tensor in layer.state)
+        return 2 * layer.nbytes()
     return layer.keys.nbytes + layer.values.nbytes
 
 
@@ -243,7 +243,7 @@ def _one_token(model: nn.Module, batch: int, context: int) -> tuple[Run, Cache]:
     layers = [
         Filled(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)))
         if kind == SOFTMAX
-        else RecurrentLayer()
+        else DynamicLayer()  # a recurrent one takes its place
         for kind in config.swap.layers
     ]
     cache = Cache(layers=layers)
