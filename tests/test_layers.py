@@ -21,7 +21,7 @@ TIERS = (
     ("supra_cli.__main__",),
     ("supra_cli.commands",),
     core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
-    core("modeling", "data", "stages"),
+    core("modeling", "config", "data", "stages"),
     core("swap", "backbone"),
     core("archs", "mixers"),
     core("ops"),
@@ -33,7 +33,7 @@ TIERS = (
 TORCHLESS = ("errors", "files", "registry", "recipe", "corpus", "hub", "lookup")
 
 # What an exported model needs, and so all that these may import besides the standard library.
-EXPORTED = ("archs", "mixers", "swap", "backbone", "cache", "modeling", "ops", "layout")
+EXPORTED = ("archs", "mixers", "swap", "backbone", "cache", "config", "modeling", "ops", "layout")
 EXPORTED_MAY_IMPORT = {"torch", "transformers", "safetensors", "supra_kernels", "supra_cli"}
 
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from supra_cli.core import cache as caches
 from supra_cli.core.cache import SOFTMAX
 from supra_cli.core.layout import Layout, derive, softmax_mask
+from supra_cli.core.swap import base_class
 
 
 class SwappedBackbone(nn.Module):
@@ -116,3 +117,10 @@ def cache_keyword(backbone: type[nn.Module]) -> str:
 def swapped_backbone(base: type[nn.Module]) -> type[SwappedBackbone]:
     """The subclass of a base's decoder stack that models of that base have."""
     return type(f"Swapped{base.__name__}", (SwappedBackbone, base), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[SwappedBackbone]:
+    """`SwappedLlamaModel` and its like by name, as pickle looks for them in another process."""
+    if name.startswith("Swapped") and (base := base_class(name.removeprefix("Swapped"))) is not None:
+        return swapped_backbone(base)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra_cli.core import cache as caches
-from supra_cli.core.archs import Arch, Rope
+from supra_cli.core.archs import Arch, Rope, archs
 from supra_cli.core.cache import SOFTMAX
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import Layout
@@ -114,3 +116,20 @@ def _kept(layers: int, keep: str) -> set[int]:
         f"keep is '{keep}', expected none, all, every:N, first:N, last:N (N from 1 to {layers}) "
         f"or layer numbers from 0 to {layers - 1} like 0,{layers - 1}"
     )
+
+
+def base_class(name: str) -> type | None:
+    """The class of that name in the modeling module of some registered base."""
+    for base in archs:
+        config = CONFIG_MAPPING[base]
+        modeling = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+        if (found := getattr(modeling, name, None)) is not None:
+            return found
+    return None
+
+
+def __getattr__(name: str) -> type[SwappedAttention]:
+    """`SwappedLlamaAttention` and its like by name, as pickle looks for them in another process."""
+    if name.startswith("Swapped") and (attention := base_class(name.removeprefix("Swapped"))) is not None:
+        return swapped_class(attention)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

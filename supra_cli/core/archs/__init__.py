@@ -41,6 +41,14 @@ class Arch:
     head: Callable[[nn.Module, Tensor], Tensor]
     """(model, hidden [...,D]) -> logits, soft-capping and multipliers included."""
 
+    def __reduce__(self) -> tuple:
+        """Pickled and copied by name: its functions cannot be."""
+        return _by_name, (next(name for name in archs if archs.get(name) is self),)
+
+
+def _by_name(name: str) -> Arch:
+    return archs.get(name)
+
 
 def head_spec(
     attention: nn.Module, *, head_dim: int, kv_heads: int | None = None, window: int | None = None
