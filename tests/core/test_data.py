@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from supra_cli.core import corpus
-from supra_cli.core.data import rows, sources, tokenizer, tokens
+from supra_cli.core.data import packing, rows, sources, tokenizer, tokens
 from supra_cli.core.data.streamed import Streamed
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.recipe import Data, Source
@@ -235,7 +235,7 @@ def test_cut_rows_hold_one_piece_of_one_document_and_the_rest_carries_no_loss(wo
     for piece, ids, positions, labels in zip(pieces, *batch, strict=True):
         assert ids[: len(piece)].tolist() == piece.tolist()
         assert positions.tolist() == [*range(len(piece))] + [0] * (24 - len(piece))
-        assert labels.tolist() == [*piece[1:]] + [rows.IGNORED] * (25 - len(piece))
+        assert labels.tolist() == [*piece[1:]] + [packing.IGNORED] * (25 - len(piece))
 
 
 def test_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from supra_cli.core.data.rows import pack
+from supra_cli.core.data.packing import pack
 from supra_cli.core.data.tokens import encode, tokenizer_digest
 from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, first_line, near_miss
 from supra_cli.core.recipe import Packing, Source

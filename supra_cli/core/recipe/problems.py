@@ -64,6 +64,8 @@ def _describe(item: dict[str, Any]) -> str:
 
 def _message(item: dict[str, Any]) -> str:
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":  # our own sentence, which says what was got
+        return message
     message = message[0].lower() + message[1:]
     got = item.get("input")
     return f"{message}, got {got!r}" if isinstance(got, str | int | float) and item["type"] != "missing" else message

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from supra_cli.core.errors import UsageError
+from supra_cli.core.recipe.keep import parse
+
 Lookup = Callable[[Literal["mixer", "stage"], str], type]
 """(kind, name) → the options dataclass of that mixer or stage; raises UsageError for an unknown name."""
 
@@ -165,6 +168,15 @@ class Recipe(Table):
     """Where metrics go besides the run's metrics.jsonl."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     """Training stages, run in order."""
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_means_something(cls, keep: str) -> str:
+        try:
+            parse(keep)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return keep
 
     @field_validator("model")
     @classmethod

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from supra_cli.core import checkpoint, hub
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.environment import environment
 from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
