@@ -134,7 +134,8 @@ class Trainer:
         rehearse(self.recipe.stages[self.counters.stage :], config, base)
         for name in self.recipe.track:
             library(name)
-        self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed)
+        longest = max(map(self.recipe.seq_len, self.recipe.stages))
+        self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed, longest)
         self.held_out = rows.held_out(self.recipe.data, tokenizer)
         if base is not None and self.held_out is not None and self._checkpoint is None:
             hub.fetch(hub.resolve(base))
