@@ -56,19 +56,15 @@ def validate(
 ) -> None:
     """Check a recipe: every problem at once, each with its key; the resolved recipe on stdout when there is none.
 
-    What the recipe says of files is checked where they are on this machine.
+    What it says of files is checked too where they are on this machine.
     """
     from supra_cli.core import recipe as recipes
     from supra_cli.core.data import sources
-    from supra_cli.core.errors import NotFoundError
     from supra_cli.core.lookup import lookup
 
     recipe = recipes.load(path, overrides or (), lookup=lookup)
-    try:
-        for sentence in sources.overlap(recipe.data):
-            console.note(sentence)
-    except NotFoundError as error:
-        console.note(f"not checked: {error}")
+    for sentence in sources.overlap(recipe.data):
+        console.note(sentence)
     console.result(recipes.dumps(recipe).rstrip())
 
 

@@ -140,6 +140,11 @@ def test_a_field_is_refused_where_text_has_none(tmp_path: Path) -> None:
         read(write(tmp_path, "a.txt"), text="content")
 
 
+def test_a_tokenizer_cannot_be_trained_on_what_is_streamed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="trained on text of this machine, and org/set is not on it"):
+        list(sources.all_texts(Data(sources=[{"path": str(write(tmp_path, "a.jsonl"))}, {"path": "org/set"}])))
+
+
 def test_held_out_text_that_is_trained_on_is_said(tmp_path: Path) -> None:
     folder = laid_out(tmp_path / "corpus", "train.jsonl", "validation.jsonl")
     file = folder / "train.jsonl"

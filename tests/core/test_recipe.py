@@ -98,6 +98,11 @@ def test_steps_are_whole_rows_and_whole_steps() -> None:
             {"path": "a.jsonl", "revision": "v1"},
             "data.sources.0: revision is 'v1', but only",
         ),
+        (
+            "data",
+            {"sources": [{"path": "a.txt"}], "validation": [{"path": "b.txt"}] * 2, "validation_tokens": 4095},
+            "data: validation_tokens is 4095, fewer than one row of 2048 for each of 2 sources",
+        ),
         ("data.validation", [{"path": "a.jsonl", "weight": 2}], "data: validation.0 has a weight or repeat"),
         ("data.validation", [{"path": "a.jsonl", "repeat": "text"}], "data: validation.0 has a weight or repeat"),
         (
@@ -163,8 +168,11 @@ def test_what_is_valid_and_without_effect_is_logged_once(tmp_path: Path, caplog,
         recipe = recipes.load(path, lookup=lookup)
         assert sum(recipe.rows(stage) * recipe.steps(stage) for stage in recipe.stages) == 80
         assert caplog.text.count("is due less than one of the run's 80 rows") == told
-        recipes.load(path)  # as on resume: nothing is said again
+        recipes.load(path)  # as on resume, when nothing is said again
         assert caplog.text.count("is due less than one") == told
+    path.write_text(tomli_w.dumps(changed("stages.1.warmup_steps", 8)))
+    recipes.load(path, lookup=lookup)
+    assert "stages.1.warmup_steps is 8 and the stage has 8 steps: it never reaches its rate" in caplog.text
 
 
 def test_a_recipe_with_a_byte_order_mark_is_read_and_a_folder_is_named(tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def texts(source: Source, split: str, skip_share: float, count: Count | None = N
 def all_texts(data: Data) -> Iterator[str]:
     """Every document of the local training sources, to train a tokenizer on."""
     for source in data.sources:
+        if is_on_hub(source):
+            raise UsageError(f"a [tokenizer] is trained on text of this machine, and {source.path} is not on it")
         if source.repeat == "no":
             yield from texts(source, "train", data.skip_share)
 
@@ -153,7 +155,7 @@ def files(source: Source, split: str) -> Files:
 
 
 def overlap(data: Data) -> list[str]:
-    """A sentence for each held-out source that is also trained on."""
+    """A sentence for each held-out source that is also trained on; what is not on this machine is passed over."""
     trained = {item for source in data.sources for item in _items(source, "train")}
     return [
         f"{source.path} is both held out and trained on, so the held-out loss does not show what was learned; "
@@ -181,6 +183,8 @@ def _items(source: Source, split: str) -> set[Any]:
     """What a source draws from, such that two sources share text if they share an item."""
     if source.path == STDLIB or is_on_hub(source):
         return {(source.path, source.name, source.revision, source.split or split)}
+    if not Path(source.path).exists() and not glob.glob(source.path):
+        return set()
     return {path.resolve() for path in files(source, split).paths}
 
 

@@ -58,11 +58,17 @@ def without_effect(recipe: Recipe) -> list[str]:
     """A sentence for each thing that a valid recipe says in vain."""
     rows = sum(recipe.rows(stage) * recipe.steps(stage) for stage in recipe.stages)
     total = sum(source.weight for source in recipe.data.sources)
-    return [
+    drawn = [
         f"data.sources.{number}: with a weight of {source.weight:g} of {total:g}, {source.path} is due less than one "
         f"of the run's {rows:,} rows"
         for number, source in enumerate(recipe.data.sources)
         if source.weight * rows < total
+    ]
+    return drawn + [
+        f"stages.{number}.warmup_steps is {stage.warmup_steps} and the stage has {recipe.steps(stage)} steps: it never "
+        "reaches its rate"
+        for number, stage in enumerate(recipe.stages)
+        if stage.warmup_steps >= recipe.steps(stage)
     ]
 
 

@@ -90,13 +90,18 @@ class Data(Table):
     is an error."""
 
     @model_validator(mode="after")
-    def _validation_is_text_as_it_is(self) -> Data:
+    def _validation_can_be_drawn(self) -> Data:
         for number, source in enumerate(self.validation):
             if source.repeat != "no" or source.weight != 1:
                 raise ValueError(
                     f"validation.{number} has a weight or repeat, which only training sources have; held-out tokens "
                     "are shared out evenly"
                 )
+        if self.validation and self.validation_tokens < self.seq_len * len(self.validation):
+            raise ValueError(
+                f"validation_tokens is {self.validation_tokens}, fewer than one row of {self.seq_len} for each of "
+                f"{len(self.validation)} sources"
+            )
         return self
 
 
