@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from supra_cli.core import cache as caches
-from supra_cli.core.cache import SOFTMAX
 from supra_cli.core.layout import Layout, derive, softmax_mask
+from supra_cli.core.recipe.keep import SOFTMAX
 from supra_cli.core.swap import base_class
 
 

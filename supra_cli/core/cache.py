@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, QuantizedCache
 
-SOFTMAX = "softmax"
-"""The kind of a layer that keeps the base's own attention."""
+from supra_cli.core.recipe.keep import SOFTMAX
 
 # In the order in which a block may be handed one: transformers 5.24 renamed it for most bases; GPT-NeoX has a third.
 _NAMES = ("cache", "past_key_values", "layer_past")

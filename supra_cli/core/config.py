@@ -11,9 +11,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 from supra_cli.core.archs import archs
-from supra_cli.core.cache import SOFTMAX
 from supra_cli.core.mixers import parse_options
-from supra_cli.core.swap import layer_kinds
+from supra_cli.core.recipe.keep import SOFTMAX, layer_kinds
 
 
 class Swap(NamedTuple):

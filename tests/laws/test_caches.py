@@ -22,8 +22,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from supra_cli.core import cache as caches
 from supra_cli.core.archs import archs
 from supra_cli.core.backbone import cache_keyword
-from supra_cli.core.cache import SOFTMAX, RecurrentLayer
+from supra_cli.core.cache import RecurrentLayer
 from supra_cli.core.mixers import mixers
+from supra_cli.core.recipe.keep import SOFTMAX
 
 KEEPS = ("none", "first:1", "last:1", "every:2", "all")
 CACHES = ("dynamic", "static", "offloaded", "own dynamic", "own static")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
-from supra_cli.core.data.rows import IGNORED, Batch
+from supra_cli.core.data.packing import IGNORED, Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.stages import chunked, stages
 from supra_cli.core.train.optimizer import adamw, lr_factor

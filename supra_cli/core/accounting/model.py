@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from supra_cli.core.archs import archs
-from supra_cli.core.cache import SOFTMAX
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.recipe.keep import SOFTMAX
 from supra_cli.core.swap import SwappedAttention
 
 

@@ -13,10 +13,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from supra_cli.core.bench.models import configs, draw
 from supra_cli.core.bench.roofline import Rates, counted_flops, rate_runs, rates
 from supra_cli.core.bench.timing import Run, measured, median_ratio, medians, result, target
-from supra_cli.core.cache import SOFTMAX, RecurrentLayer
+from supra_cli.core.cache import RecurrentLayer
 from supra_cli.core.generate.steps import compiled, decode
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.ops import linear_attention
+from supra_cli.core.recipe.keep import SOFTMAX
 
 KINDS = (SOFTMAX, "supra")
 POSITIONS = (100, 16000)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from supra_cli.core.cache import SOFTMAX
 from supra_cli.core.errors import UsageError
 from supra_cli.core.generate.sampling import Sampling, choose
 from supra_cli.core.generate.steps import cache_bytes, compiled, decode, grown, prefill
 from supra_cli.core.generate.writer import Writer
+from supra_cli.core.recipe.keep import SOFTMAX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 
 
 class Loss(NamedTuple):

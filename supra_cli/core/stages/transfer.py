@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.layout import Layout
 from supra_cli.core.stages import stages
 from supra_cli.core.stages.base import Loss, Stage

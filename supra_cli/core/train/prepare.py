@@ -37,6 +37,8 @@ def teacher_of(stage: Stage, spec: recipe.Stage, config: SupraConfig, base: str 
     UsageError when there is no teacher or its vocabulary is not the student's.
     """
     if stage.teacher != "separate":
+        if spec.teacher is not None:
+            raise UsageError(f"stage '{spec.kind}' takes no teacher of its own; leave out teacher = '{spec.teacher}'")
         return None
     name = spec.teacher or base
     if name is None:
