@@ -1,4 +1,4 @@
-"""Text from a model: `prefill` reads the prompts in one pass, `decode` goes on by one token, in memory that stays."""
+"""Text from a model: `prefill` reads the prompts in pieces, `decode` goes on by one token, in memory that stays."""
 
 from supra_cli.core.generate.sampling import Sampling, choose
 from supra_cli.core.generate.steps import compiled, decode, prefill
