@@ -2,7 +2,7 @@
 
 from supra_cli.core.generate.sampling import Sampling, choose
 from supra_cli.core.generate.steps import compiled, decode, prefill
-from supra_cli.core.generate.streaming import Piece, Stats, complete, encode, eos_ids, stream
+from supra_cli.core.generate.streaming import Piece, Stats, complete, encode, eos_ids, stream, unused_settings
 from supra_cli.core.generate.writer import Writer
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "eos_ids",
     "prefill",
     "stream",
+    "unused_settings",
 ]

@@ -82,7 +82,8 @@ def compiled(model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tens
         with _quiet("torch._dynamo"):
             for ahead in range(2):
                 mask = grown(mask)
-                _, trial = step(model, token, position + ahead, mask, trial)
+                logits, trial = step(model, token, position + ahead, mask, trial)
+        logits[0, 0].item()  # waits for the device, so that the first token after it is not timed with these two
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = first_line(error)
         raise SupraError(
