@@ -13,7 +13,7 @@ import torch
 import torch._inductor.config
 from tiny import of_words, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from supra_cli.__main__ import main
 from supra_cli.core import generate
@@ -286,6 +286,13 @@ def test_a_text_is_opened_once_and_closed_once_whatever_it_brings(tokenizer, tem
         assert next(iter(encode([text, "x"], words))) == [*plain, end]
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_bos_token_opens_a_text_once_also_where_the_beginning_is_the_end(adds):
+    words = GPT2Tokenizer(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[], add_bos_token=adds)
+    assert bpe.token_ids(words, ["ab", "<|endoftext|>ab"]) == [[2, 0, 1] if adds else [0, 1], [2, 0, 1]]
+    assert bpe.token_ids(words, ["ab", "ab<|endoftext|>"], close=True) == [[2, 0, 1, 2] if adds else [0, 1, 2]] * 2
+
+
 def test_what_no_tokenizer_opens_keeps_what_it_brings(tokenizer):
     bare = opened(tokenizer, "$A")
     assert bpe.token_ids(bare, ["<s><s>fox"]) == [bare("<s><s>fox")["input_ids"]]
@@ -442,7 +449,7 @@ def test_a_stop_string_ends_generation(model, tokenizer):
         (("nowhere", "<|im_end|>nowhere"), "one two three"),
     ],
 )
-def test_a_stop_string_may_be_hold_or_span_special_tokens_which_never_show(tokenizer, stop, expected):
+def test_a_stop_string_may_be_or_span_special_tokens_which_never_show(tokenizer, stop, expected):
     words = with_special(tokenizer, "<|im_end|>", "<|im_start|>")
     pieces = written(words, "one <|im_end|>two<|im_end|><|im_start|> three", stop)
     assert "".join(pieces) == expected
