@@ -14,7 +14,7 @@ from supra_cli.core.bench.models import configs, draw
 from supra_cli.core.bench.roofline import Rates, counted_flops, rate_runs, rates
 from supra_cli.core.bench.timing import Run, measured, median_ratio, medians, result, target
 from supra_cli.core.cache import RecurrentLayer
-from supra_cli.core.generate.steps import compiled, decode
+from supra_cli.core.generate.steps import compiled, decode, prefill
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.ops import linear_attention
 from supra_cli.core.recipe.keep import SOFTMAX
@@ -73,12 +73,9 @@ class Text:
     """A model that has read `position` random tokens and can be asked for the next, by a compiled step if asked."""
 
     def __init__(self, model: nn.Module, position: int, *, compile: bool = False):
-        self.model, self.cache = model, None
+        self.model = model
         ids = torch.randint(0, model.config.vocab_size, (1, position), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            for piece in ids.split(2048, dim=1):
-                out = model(input_ids=piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-                self.cache = out.past_key_values
+        _, self.cache = prefill(model, ids, None)
         self.token, self.position = ids[:, -1], torch.tensor([position])
         self.step = compiled(model, self.token, self.position, None, self.cache) if compile else decode
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from supra_cli.core.data import sources
+from supra_cli.core.data.tokenizer import token_ids
 from supra_cli.core.errors import SupraError
 from supra_cli.core.files import write_json
 from supra_cli.core.recipe import Source
@@ -75,12 +76,10 @@ def tokenised(source: Source, tokenizer, split: str, skip_share: float) -> Token
 
 
 def encode(texts: Iterable[str], tokenizer) -> Iterable[list[int]]:
-    """Each text as the tokenizer opens it (with the base's own begin token, if any), closed by the end token."""
-    end = tokenizer.eos_token_id
+    """Each text opened as the tokenizer opens it (with the base's own begin token, if any), closed by the end token."""
     texts = iter(texts)
     while batch := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
-            yield ids if end is None or ids[-1:] == [end] else [*ids, end]
+        yield from token_ids(tokenizer, batch, close=True)
 
 
 def tokenizer_digest(tokenizer) -> str:
