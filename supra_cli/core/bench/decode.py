@@ -249,7 +249,7 @@ def _one_token(model: nn.Module, batch: int, context: int) -> tuple[Run, Cache]:
 
     def step() -> None:
         with torch.inference_mode():
-            model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+            model(input_ids=token, position_ids=position, cache=cache, use_cache=True)
 
     step()  # the recurrent states are made by the first
     return step, cache

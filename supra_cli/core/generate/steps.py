@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from supra_cli.core import cache as caches
 from supra_cli.core.errors import SupraError, first_line
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def prefill(
             input_ids=input_ids[:, start:end],
             # Of all columns so far: where a row's text began, and so its positions, shows in them alone.
             attention_mask=None if mask is None else mask[:, :end],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
+        cache = caches.of(output)
     return output.logits[:, -1], cache
 
 
@@ -59,11 +60,11 @@ def decode(
         input_ids=token[:, None],
         attention_mask=mask,
         position_ids=position[:, None],
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1], caches.of(output)
 
 
 def compiled(model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tensor | None, cache: Cache) -> Step:

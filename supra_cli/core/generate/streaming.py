@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from supra_cli.core import cache as caches
 from supra_cli.core.data.tokenizer import check_ids, token_ids
 from supra_cli.core.errors import UsageError
 from supra_cli.core.generate.sampling import Sampling, choose
@@ -245,8 +246,8 @@ def _beams(
         model.generation_config = own
     new = output.sequences[:, input_ids.shape[1] :]
     stats.decode_seconds = time.perf_counter() - began
-    if output.past_key_values is not None:
-        stats.cache_bytes = cache_bytes(output.past_key_values)
+    if (cache := caches.of(output)) is not None:
+        stats.cache_bytes = cache_bytes(cache)
     yield from new.T.tolist()
 
 
