@@ -60,12 +60,19 @@ def test_the_newest_output_is_scored_beside_the_base_that_it_came_from(models, c
     assert document["student"]["weights"] != document["teacher"]["weights"]
     assert document["tasks"]["stdlib_cloze"]["num_fewshot"] == 0
     assert document["tasks"]["stdlib_cloze"]["bos"] is True
-    assert document["settings"] == {"limit": 4, "num_fewshot": None, "batch_size": 8, "max_length": 256, "seed": 1234}
+    assert document["settings"] == {
+        "limit": 4,
+        "num_fewshot": None,
+        "batch_size": 8,
+        "batch_size_auto": False,
+        "max_length": 256,
+        "seed": 1234,
+    }
     assert {"lm_eval", "torch", "transformers", "python"} <= document["versions"].keys()
     assert "model: directory runs/student" in err
 
     kept = json.loads((models / "runs/student/eval/stdlib_cloze.json").read_text())
-    assert kept["results"]["metrics"] == document["results"]["stdlib_cloze"]
+    assert kept["results"][document["student"]["weights"]]["metrics"] == document["results"]["stdlib_cloze"]
     assert not (models / "base/eval").exists()
 
     code, again, err = supra(capsys, "eval", "runs/student", "--limit", "4", "--json")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from supra_cli.core import corpus, evaluate
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.evaluate import nats as module
-from supra_cli.core.evaluate import store, tasks
+from supra_cli.core.evaluate import run, store, tasks
 from supra_cli.core.evaluate.comparison import compare
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
@@ -104,48 +103,6 @@ def test_the_mean_is_over_tokens_not_over_rows_or_batches(rows):
     assert result.tokens == len(expected) == 4 * 40 - 1 + 5
     assert result.nats == pytest.approx(float(expected.mean()), abs=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.nats))
-
-
-def test_a_bucket_counts_the_tokens_seen_of_the_same_document(rows):
-    plain = small_llama()
-    expected = torch.stack([formula(plain, row) for row in rows])
-    got = evaluate.perplexity_by_position(plain, rows, [(1, 1), (8, 15), (32, 40)])
-    for (first, last), result in got.items():
-        assert result.tokens == 5 * (last - first + 1)
-        assert result.nats == pytest.approx(float(expected[:, first - 1 : last].mean()), abs=1e-5)
-    positions = torch.cat([torch.arange(20), torch.arange(21)]).expand(5, 41)
-    assert evaluate.perplexity_by_position(plain, rows, [(1, 19)], positions)[1, 19].tokens == 5 * 38
-
-
-class Copier(torch.nn.Module):
-    """Says the token that followed the last time, with probability 0.9 + 0.1/V; all tokens alike the first time."""
-
-    device = torch.device("cpu")
-
-    def forward(self, input_ids, position_ids=None, use_cache=False):
-        probabilities = torch.full((*input_ids.shape, VOCABULARY), 1 / VOCABULARY)
-        for n, row in enumerate(input_ids.tolist()):
-            followed = {}
-            for t, token in enumerate(row):
-                if token in followed:
-                    probabilities[n, t] = 0.1 / VOCABULARY
-                    probabilities[n, t, followed[token]] += 0.9
-                if t + 1 < len(row):
-                    followed[token] = row[t + 1]
-        return SimpleNamespace(logits=probabilities.log())
-
-
-@pytest.mark.parametrize("between", [0, 7])
-def test_a_repeated_passage_surprises_a_copier_once(between):
-    tokens = torch.stack([torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(n)) for n in range(3)])
-    before, passage, middle = tokens[:, :4], tokens[:, 4:36], tokens[:, 36 : 36 + between]
-    repeat = evaluate.surprise_of_repeats(Copier(), before, passage, middle)
-    assert repeat.first == pytest.approx((math.log(VOCABULARY), 3 * 32))
-    known = 0.9 + 0.1 / VOCABULARY
-    # Nothing tells where the second passage begins: the token before it came for the first time, whatever the gap.
-    expected = (math.log(VOCABULARY) + 31 * -math.log(known)) / 32
-    assert repeat.second.nats == pytest.approx(expected, abs=1e-5)
-    assert repeat.ratio == pytest.approx(repeat.second.nats / repeat.first.nats)
 
 
 def test_the_model_comes_back_in_the_mode_it_was_in(rows):
@@ -285,8 +242,9 @@ def test_cloze_scores_are_the_likelihoods_of_the_lines(pair, words, offline, que
     assert row["student"] == pytest.approx(right / 6)
     assert (row["chance"], row["teacher"], row["recovery"]) == (0.25, None, None)
     assert sum(document["tasks"]["stdlib_cloze"]["choices"]["picked"]) == 6
+    cut = sum(any(len(words.encode(q["context"] + choice)) > 513 for choice in q["choices"]) for q in questions[:6])
     assert document["tasks"]["stdlib_cloze"] | {"choices": None} == {
-        "samples": 6, "num_fewshot": 0, "bos": True, "choices": None,
+        "samples": 6, "num_fewshot": 0, "bos": True, "cut": cut, "outside": 0, "choices": None,
     }  # fmt: skip
 
 
@@ -410,6 +368,8 @@ def record(answers, chance):
         "samples": len(answers),
         "num_fewshot": 0,
         "bos": True,
+        "cut": 0,
+        "outside": 0,
         "metrics": {"acc,none": float(value), "acc_stderr,none": float(deviation), "sample_len": len(answers)},
         "chance": {"acc,none": chance},
         "documents": {"acc,none": [float(answer) for answer in answers]},
@@ -470,10 +430,10 @@ def test_an_evaluation_that_was_stopped_goes_on_after_its_last_task(pair, offlin
             raise KeyboardInterrupt
         return score(lm, name, *rest, **options)
 
-    monkeypatch.setattr(evaluate, "score", stopped)
+    monkeypatch.setattr(run, "score", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(student, None, offline, FEW)
-    monkeypatch.setattr(evaluate, "score", score)
+    monkeypatch.setattr(run, "score", score)
     assert evaluate.evaluate(student, None, offline, FEW)["student"]["reused"] == ["stdlib_cloze"]
 
 
