@@ -19,6 +19,7 @@ from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError,
 _TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _DOCUMENTS_TRIED = 8
+_NO_CHOICE = "doc_to_target is no choice in the documents tried; expected the number of a choice, from 0, or its text"
 
 # A method of lm-eval's tasks → the field of a task file that it reads.
 _FIELDS = {
@@ -144,8 +145,8 @@ def _sentence(error: Exception) -> str:
         return f"{field} is missing, or neither text, list nor function"
     if isinstance(error, StopIteration) and field == _FIELDS["download"]:
         return f"{begin}there is not one document in the data"
-    if isinstance(error, IndexError) and field is None and str(error) == "string index out of range":
-        return "doc_to_choice: a choice has no text"  # lm-eval looks at the first letter of each
+    if isinstance(error, IndexError) and field is None:  # lm-eval tries the choices of the first document
+        return "doc_to_choice: a choice has no text" if "string index" in str(error) else _NO_CHOICE
     if isinstance(error, KeyError) and field == "filter_list":
         return f"{begin}{str(error.args[0]).splitlines()[0]}"
     if isinstance(error, KeyError):
@@ -300,10 +301,7 @@ def _rehearse(name: str, task, path: Path | None) -> None:
         if index == 0:
             _take(name, task, path, document, requests)
     if tried and outside == tried:
-        raise SupraError(
-            f"{_where(name, path)}: doc_to_target is no choice in any document that was tried; expected the number of "
-            "a choice, from 0, or its text"
-        )
+        raise SupraError(f"{_where(name, path)}: {_NO_CHOICE}")
 
 
 def is_outside(task, document) -> bool:
