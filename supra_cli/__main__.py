@@ -118,11 +118,8 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        for param in order:
-            single = (
-                not (param.multiple or param.is_flag or param.count) if param.param_type_name == "option" else False
-            )
-            if single and order.count(param) > 1:
+        for param in (param for param in order if param.param_type_name == "option"):
+            if order.count(param) > 1 and not (param.multiple or param.is_flag or param.count):
                 raise UsageError(f"{param.opts[0]} is given {order.count(param)} times, expected once")
         return super().parse_args(ctx, args)
 

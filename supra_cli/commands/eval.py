@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -120,15 +121,18 @@ def _watch() -> Iterator[Callable[[str, str, int, int], None]]:
     def progress(*line: Any) -> None:
         if line[:2] != state["line"][:2]:
             state["since"] = time.monotonic()
+            if terminal:
+                stream.write("\x1b[K")  # a note may follow
         state["line"] = line
 
     def show() -> None:
         while not finished.wait(0.5 if terminal else _SECONDS_A_LINE):
             text = _progress_line(*state["line"], time.monotonic() - state["since"])
-            stream.write(f"\r\x1b[K{text}" if terminal else f"{text}\n")
+            # On a terminal the cursor goes back, so that a note is not appended to the line.
+            stream.write(f"\x1b[K{text[: shutil.get_terminal_size().columns - 1]}\r" if terminal else f"{text}\n")
             stream.flush()
         if terminal:
-            stream.write("\r\x1b[K")
+            stream.write("\x1b[K")
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

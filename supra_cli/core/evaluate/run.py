@@ -110,13 +110,13 @@ def _scores(
         progress(subject.name, "loading", 0, 0)
         lm = language_model(*subject.load(), settings)
         for number, name in enumerate(missing, 1):
-            log.info("%s: %s (%d of %d)", subject.name, name, number, len(missing))
             begin = time.monotonic()
 
             def count(done: int, total: int, name: str = name) -> None:
                 progress(subject.name, name, done, total)
 
             count(0, 0)
+            log.info("%s: %s (%d of %d)", subject.name, name, number, len(missing))
             record = score(lm, name, tasks, settings, progress=count)
             records[name] = finite({**record, "seconds": round(time.monotonic() - begin, 1)})
             store.add(name, key[name], {"model": subject.name, **records[name]})
