@@ -19,10 +19,11 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import supra_cli.commands
 from supra_cli.core.environment import versions
-from supra_cli.core.errors import ResourceError, SupraError, first_line
+from supra_cli.core.errors import ResourceError, SupraError, UsageError, first_line
 
 # The order of `supra --help`: the path a model takes, then everything else by name.
 _PATH = ("convert", "uptrain", "eval", "generate")
@@ -58,9 +59,10 @@ def build() -> typer.Typer:
         if isinstance(group := getattr(module, "app", None), typer.Typer):
             for command in group.registered_commands:
                 command.callback = _with_common_options(command.callback)
+                command.cls = _Command
             app.add_typer(group, name=name, no_args_is_help=True)
         else:
-            app.command(name, no_args_is_help=False)(_with_common_options(module.run))
+            app.command(name, cls=_Command, no_args_is_help=False)(_with_common_options(module.run))
     return app
 
 
@@ -109,6 +111,17 @@ def _verbs() -> Iterator[tuple[str, ModuleType]]:
         module = importlib.import_module(f"supra_cli.commands.{name}")
         if hasattr(module, "run") or hasattr(module, "app"):
             yield name, module
+
+
+class _Command(TyperCommand):
+    """A command that takes no single-valued option twice: Typer would take the last one without a word."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in (param for param in order if param.param_type_name == "option"):
+            if order.count(param) > 1 and not (param.multiple or param.is_flag or param.count):
+                raise UsageError(f"{param.opts[0]} is given {order.count(param)} times, expected once")
+        return super().parse_args(ctx, args)
 
 
 def _with_common_options(command: Callable[..., None]) -> Callable[..., None]:
