@@ -33,7 +33,7 @@ def plain(path: Path, shard_size: str = "5GB", dtype: torch.dtype = torch.float3
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**(SHAPE | changes)), dtype=dtype)
     model.save_pretrained(path, max_shard_size=shard_size)
-    (path / "tokenizer.json").write_text("{}")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
     (path / "README.md").write_text("not a companion")
     return path
 
@@ -99,7 +99,7 @@ def test_the_converted_model_has_the_bases_values_and_the_companions(base, conve
     state = model.state_dict()
     for name, tensor in original.state_dict().items():
         assert torch.equal(state[name], tensor)
-    assert (converted / "tokenizer.json").is_file()
+    assert (converted / "chat_template.jinja").is_file()
     assert not (converted / "README.md").exists()
 
 
@@ -246,7 +246,7 @@ def test_provenance_names_versions_parent_and_hashes(converted, base, tmp_path):
     checkpoint.save(model, tmp_path / "child", source=converted, provenance={"tokens": 5, "recipe": "..."})
     child = checkpoint.read_provenance(tmp_path / "child")
     assert (child["tokens"], child["recipe"]) == (5, "...")
-    assert child["parent"] == checkpoint.fingerprint(converted)
+    assert child["parent"] == checkpoint.identity(converted)
     assert {"supra", "torch", "transformers"} <= set(child["versions"])
     assert checkpoint.read_provenance(base) == {}
 
@@ -324,7 +324,7 @@ DAMAGES = {
     "renamed tensor": "mixer.E.weight",
     "truncated shard": "model-mixers.safetensors is damaged",
     "longer shard": "model-mixers.safetensors is damaged",
-    "empty shard": "model-mixers.safetensors is damaged",
+    "empty shard": "model-mixers.safetensors is empty",
     "header of garbage": "model-mixers.safetensors is damaged",
     "header length too large": "model-mixers.safetensors is damaged",
     "missing shard": "model-mixers.safetensors is missing",
@@ -387,7 +387,7 @@ def test_a_directory_that_is_no_model_is_not_found(base, tmp_path, files):
 def test_pickled_weights_are_never_read(base, tmp_path):
     torch.save(safetensors.torch.load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.raises(NotFoundError, match="only safetensors"):
+    with pytest.raises(NotFoundError, match="no safetensors weights but pickled"):
         checkpoint.load(base)
 
 
