@@ -73,7 +73,9 @@ def check_model(path: Path) -> None:
 
 def bare(path: Path) -> bool:
     """Whether a directory describes a model and holds nothing else: enough for a plan, without any weights."""
-    return not (path / INDEX).exists() and all(file.suffix in _WORDS for file in path.iterdir() if not file.is_dir())
+    if (path / INDEX).exists() or any(path.glob("**/*.incomplete")):
+        return False
+    return all(file.suffix in _WORDS for file in path.iterdir() if not file.is_dir())
 
 
 def _instead(path: Path) -> str:

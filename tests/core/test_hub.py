@@ -81,6 +81,14 @@ def test_a_missing_shard_is_named(here):
     assert caught.value.exit_code == 1
 
 
+def test_a_name_is_opened_as_it_is_resolved_and_fetched(here):
+    model = directory(here / "runs" / "one" / "last")
+    assert hub.open("runs/one").resolve() == model
+    assert hub.open("tiny") == hub.BUNDLED["tiny"]
+    with pytest.raises(NotFoundError, match="did you mean 'tiny'"):
+        hub.open("tiny2")
+
+
 def test_offline_is_one_sentence_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -120,8 +120,10 @@ def build_base(
     with describing_a_model(file, advice, kind):
         heads, layers = base.num_attention_heads, base.num_hidden_layers
         kv_heads = getattr(base, "num_key_value_heads", None) or heads
-        if layers < 1 or heads < 1 or kv_heads < 1:
-            raise ValueError(f"it has {layers} layers of {heads} heads, {kv_heads} of them for keys")
+        if layers < 1:
+            raise ValueError("it has no layer")
+        if heads < 1 or kv_heads < 1:
+            raise ValueError(f"it has {heads} heads, and {kv_heads} of keys and values")
         if heads % kv_heads:
             raise ValueError(f"{heads} heads cannot share {kv_heads} heads of keys and values evenly")
         if max(base.hidden_size, heads * (getattr(base, "head_dim", None) or 1)) > _WIDEST:
@@ -214,9 +216,10 @@ def _refuse_what_cannot_be_converted(file: Path, described: Mapping[str, Any], b
 
 def _what(described: Mapping[str, Any], base_type: str) -> str:
     """What kind of model it is that no arch is for, in words."""
-    parts = [part for part in ("vision", "audio", "speech") if isinstance(described.get(f"{part}_config"), dict)]
-    if parts or any(name in base_type for name in ("_vl", "vision", "llava")):
-        return f"a {parts[0] if parts else 'vision'}-language model"
+    if isinstance(described.get("audio_config"), dict):
+        return "an audio-language model"
+    if isinstance(described.get("vision_config"), dict) or "_vl" in base_type:
+        return "a vision-language model"
     if (
         described.get("is_encoder_decoder")
         or base_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
