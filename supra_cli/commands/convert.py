@@ -45,11 +45,9 @@ def run(
     console.note(f"model: {source}")
 
     from supra_cli.core import accounting, checkpoint
-    from supra_cli.core.folder import bare
 
     output = output or Path("runs") / f"{_short(source)}-{mixer}"
-    folder = hub.config_folder(source)
-    base = checkpoint.read_config(folder) if source.repo or bare(folder) else checkpoint.examine(folder)
+    base = checkpoint.outline(source)
     config = _unconverted(base, model).with_mixer(mixer, options, keep)
     size = accounting.measure(config)
     document = {

@@ -262,6 +262,7 @@ def test_a_directory_that_is_no_model_is_told_by_its_cause_in_every_verb(supra, 
         ("inspect", "m"),
         ("generate", "m", "-p", "def", "--max-new-tokens", 2),
         ("uptrain", "-r", "r.toml", "-o", "run"),
+        ("plan", "-r", "r.toml", "--device", "cpu"),
     ):
         result = supra(*arguments)
         assert result.code == code, (arguments, result.err)

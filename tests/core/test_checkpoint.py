@@ -394,6 +394,18 @@ def test_two_saves_in_one_directory_are_refused_by_name(converted):
         assert caught.value.exit_code == 1
 
 
+def test_shards_saved_over_a_model_are_loaded_and_its_old_files_are_not(converted):
+    expected = checkpoint.load(converted)(IDS).logits
+    trained = AutoModelForCausalLM.from_pretrained(converted)
+    trained.model.norm.weight.data.mul_(2)
+    trained.save_pretrained(converted, max_shard_size="20KB")
+    assert (converted / "model-base.safetensors").exists()
+    torch.testing.assert_close(checkpoint.load(converted)(IDS).logits, 2 * expected)
+    assert checkpoint.read_provenance(converted) == {}
+    with pytest.raises(SupraError, match=r"of which supra\.json has no record"):
+        checkpoint.verify(converted)
+
+
 def test_a_weight_file_without_a_record_is_vouched_for_by_nobody(converted, caplog):
     save_over(converted)
     (converted / "model.safetensors.index.json").unlink()

@@ -3,7 +3,7 @@
 from supra_cli.core.checkpoint.conversion import convert, planned
 from supra_cli.core.checkpoint.describing import describing_a_model, own_shape, read_config, skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, check_free
-from supra_cli.core.checkpoint.reading import check, examine, holds, load, load_tokenizer, tensors
+from supra_cli.core.checkpoint.reading import check, examine, holds, load, load_tokenizer, outline, tensors
 from supra_cli.core.checkpoint.record import identity, read_provenance, verify
 from supra_cli.core.checkpoint.writing import save
 
@@ -18,6 +18,7 @@ __all__ = [
     "identity",
     "load",
     "load_tokenizer",
+    "outline",
     "own_shape",
     "planned",
     "read_config",

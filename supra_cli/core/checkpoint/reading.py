@@ -16,11 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from supra_cli.core import hub
 from supra_cli.core.checkpoint.describing import UNQUANTISED, check_attention, legible, read_config, skeleton, theirs
 from supra_cli.core.checkpoint.record import identity
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, first_line
 from supra_cli.core.files import check_whole
-from supra_cli.core.folder import INDEX, SINGLE, weight_files, weight_map
+from supra_cli.core.folder import INDEX, SINGLE, bare, weight_files, weight_map
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 _WHOLE = ("F64", "F32", "BF16", "F16")
@@ -76,6 +77,12 @@ def examine(path: Path | str) -> SupraConfig:
     if has_tokenizer(path):
         load_tokenizer(path, config)
     return config
+
+
+def outline(source: hub.Source) -> SupraConfig:
+    """The config of a model that a plan is made for: no weights are needed, but what lies here of them is examined."""
+    path = hub.config_folder(source)
+    return read_config(path) if source.repo is not None or bare(path) else examine(path)
 
 
 def has_tokenizer(path: Path) -> bool:
