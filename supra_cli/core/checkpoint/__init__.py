@@ -1,7 +1,7 @@
 """A directory ⇄ a model: strict to read, atomic to write, the base's shards never rewritten."""
 
 from supra_cli.core.checkpoint.conversion import convert, planned
-from supra_cli.core.checkpoint.describing import describing_a_model, own_shape, read_config, skeleton
+from supra_cli.core.checkpoint.describing import own_shape, read_config, skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, check_free
 from supra_cli.core.checkpoint.reading import check, examine, holds, load, load_tokenizer, outline, tensors
 from supra_cli.core.checkpoint.record import identity, read_provenance, verify
@@ -12,7 +12,6 @@ __all__ = [
     "check",
     "check_free",
     "convert",
-    "describing_a_model",
     "examine",
     "holds",
     "identity",
