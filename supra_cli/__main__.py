@@ -19,11 +19,11 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 import supra_cli.commands
 from supra_cli.core.environment import versions
-from supra_cli.core.errors import ResourceError, SupraError, UsageError, first_line
+from supra_cli.core.errors import ResourceError, SupraError, first_line
 
 # The order of `supra --help`: the path a model takes, then everything else by name.
 _PATH = ("convert", "uptrain", "eval", "generate")
@@ -59,10 +59,10 @@ def build() -> typer.Typer:
         if isinstance(group := getattr(module, "app", None), typer.Typer):
             for command in group.registered_commands:
                 command.callback = _with_common_options(command.callback)
-                command.cls = _Command
+                command.cls = _Verb
             app.add_typer(group, name=name, no_args_is_help=True)
         else:
-            app.command(name, cls=_Command, no_args_is_help=False)(_with_common_options(module.run))
+            app.command(name, cls=_Verb, no_args_is_help=False)(_with_common_options(module.run))
     return app
 
 
@@ -90,6 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _tell(*_verdict(error, arguments))
 
 
+class _Verb(TyperCommand):
+    """A command that takes an option once, unless it is made to be repeated: the parser would drop all but the last."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:  # which is how the shell completes
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            order = [parameter for parameter in order if isinstance(parameter, TyperOption)]
+            for option in order:
+                is_plain_flag = option.is_flag and not option.secondary_opts
+                if order.count(option) > 1 and not is_plain_flag and not option.multiple:
+                    name = "/".join([*option.opts, *option.secondary_opts])
+                    ctx.fail(f"{name} is given {order.count(option)} times, expected once; leave out the wrong ones")
+        return super().parse_args(ctx, args)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(supra_cli.__version__)
@@ -111,17 +126,6 @@ def _verbs() -> Iterator[tuple[str, ModuleType]]:
         module = importlib.import_module(f"supra_cli.commands.{name}")
         if hasattr(module, "run") or hasattr(module, "app"):
             yield name, module
-
-
-class _Command(TyperCommand):
-    """A command that takes no single-valued option twice: Typer would take the last one without a word."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        for param in (param for param in order if param.param_type_name == "option"):
-            if order.count(param) > 1 and not (param.multiple or param.is_flag or param.count):
-                raise UsageError(f"{param.opts[0]} is given {order.count(param)} times, expected once")
-        return super().parse_args(ctx, args)
 
 
 def _with_common_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -26,11 +26,15 @@ TIERS = (
     core("archs", "mixers"),
     core("ops"),
     core("layout", "cache"),
-    ("supra_cli", CORE, *core("errors", "files", "environment", "registry", "recipe", "corpus", "device", "flops")),
+    (
+        "supra_cli",
+        CORE,
+        *core("errors", "files", "folder", "environment", "registry", "recipe", "corpus", "device", "flops"),
+    ),
     ("supra_kernels",),
 )
 
-TORCHLESS = ("errors", "files", "registry", "recipe", "corpus", "hub", "lookup")
+TORCHLESS = ("errors", "files", "folder", "registry", "recipe", "corpus", "hub", "lookup")
 
 # What an exported model needs, and so all that these may import besides the standard library.
 EXPORTED = ("archs", "mixers", "swap", "backbone", "cache", "config", "modeling", "ops", "layout")

@@ -46,7 +46,7 @@ def run(
     from supra_cli.core import accounting, checkpoint
 
     output = output or Path("runs") / f"{_short(source)}-{mixer}"
-    base = checkpoint.read_config(hub.config_folder(source))
+    base = checkpoint.outline(source)
     config = _unconverted(base, model).with_mixer(mixer, options, keep)
     size = accounting.measure(config)
     document = {

@@ -149,7 +149,7 @@ def _stays_mapped(recipe: recipes.Recipe, config: SupraConfig) -> bool:
 def student_config(recipe: recipes.Recipe) -> SupraConfig:
     """The configuration of the model that `recipe` trains; UsageError for an unknown mixer, option or `keep`."""
     if recipe.base is not None:
-        base = checkpoint.read_config(hub.config_folder(hub.resolve(recipe.base)))
+        base = checkpoint.outline(hub.resolve(recipe.base))
     else:
         base = checkpoint.own_shape({"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
     return base.with_mixer(recipe.mixer.name, recipe.mixer.options, recipe.keep)
@@ -270,7 +270,7 @@ def _teacher_config(recipe: recipes.Recipe, spec: recipes.Stage) -> SupraConfig 
     name = spec.teacher or recipe.base
     if name is None:
         return None
-    return checkpoint.read_config(hub.config_folder(hub.resolve(name)))
+    return checkpoint.outline(hub.resolve(name))
 
 
 def _built(config: SupraConfig, dtype: torch.dtype) -> SupraForCausalLM:

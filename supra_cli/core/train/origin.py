@@ -63,8 +63,6 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
         weights, base = folder, checkpoint.read_provenance(folder).get("base")
     elif recipe.init == "scratch":
         config, weights, base = _swapped(config, recipe), None, None
-        with checkpoint.describing_a_model(folder / "config.json"):
-            checkpoint.skeleton(config)
         _has_room(config)
     else:
         config = checkpoint.planned(folder, mixer=recipe.mixer.name, options=recipe.mixer.options, keep=recipe.keep)
@@ -103,7 +101,7 @@ def begin(start: Start, recipe: Recipe, run: RunDirectory, model: Path | None) -
             seed=recipe.seed,
             base=start.base,
         )
-    return checkpoint.load(converted, dtype=torch.float32), Origin(start.base, checkpoint.fingerprint(converted))
+    return checkpoint.load(converted, dtype=torch.float32), Origin(start.base, checkpoint.identity(converted))
 
 
 def resume(folder: Path) -> tuple[SupraForCausalLM, Origin]:
