@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from supra_kernels import documents
 from torch import Tensor
 
 Rotate = Callable[[Tensor], Tensor]
@@ -39,8 +40,13 @@ class Layout(NamedTuple):
 
     segment: Tensor
     """[B, T] int: number of the document in its row, non-decreasing over real tokens; -1 on padding."""
-    position: Tensor
-    """[B, T] int: restarts with each document; 0 on padding."""
+    documents: Tensor | None = None
+    """[B, T] int32: the same as the kernels read it, made once for all layers; None has each layer make it."""
+
+    @classmethod
+    def of(cls, segment: Tensor) -> Layout:
+        """The layout as a forward pass shares it among its layers. Reads nothing from the device."""
+        return cls(segment, documents(segment))
 
     @property
     def packed(self) -> bool:
@@ -71,7 +77,7 @@ def derive(
     segment = (starts - first).masked_fill(~real, -1)
     if not segment.any():
         return None, position
-    return Layout(segment, position.expand(batch, tokens).masked_fill(~real, 0)), position
+    return Layout.of(segment), position
 
 
 def softmax_mask(

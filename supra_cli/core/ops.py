@@ -1,4 +1,4 @@
-"""The operators that mixers are made of. `supra_kernels`, imported here alone, picks the form by device and length.
+"""The operators that mixers are made of. `supra_kernels`, which no mixer imports, picks the form by device and length.
 
 The environment variable SUPRA_KERNEL = naive | torch | triton forces one for debugging.
 """
@@ -73,7 +73,7 @@ def linear_attention(
     Raises UsageError for a SUPRA_KERNEL that is unknown, or triton where it cannot run; a failing kernel is an error,
     never another path.
     """
-    segment = None if layout is None else layout.segment
+    segment, documents = (None, None) if layout is None else layout
     forced = path or _forced(q.device.type)
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
     if not torch.compiler.is_compiling() and _planned is None:
@@ -83,7 +83,7 @@ def linear_attention(
         q, k = (rope(x.relu() if relu else x) for x in (q, k))
         relu, rope = False, None
     before, after = {"relu": relu, "rotation": rope}, {"norm_eps": norm_eps, "denominator_min": denominator_min}
-    here = {"scale": scale, "state": state, "segment": segment, "form": form}
+    here = {"scale": scale, "state": state, "segment": segment, "documents": documents, "form": form}
     return supra_kernels.linear_attention(q, k, v, g, **here, **before, **after)
 
 

@@ -8,7 +8,6 @@ inputs and output are rounded at 4e-3, the arithmetic is fp32.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -67,33 +66,6 @@ def test_each_document_of_a_packed_row_is_computed_alone(form, decay):
         alone, end = linear_attention(q[:, at], k[:, at], v[:, at], per_token, state=initial, form="naive")
         torch.testing.assert_close(o[:, at], alone, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(S, end, atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("form", ["naive", *FAST])
-@pytest.mark.parametrize("offsets", [[0, 90], [0, 1, 40, 40, 41, 90]])
-def test_offsets_of_documents_say_the_same_as_their_numbers(offsets, form):
-    q, k, v, g, state = inputs(1, 90, 2, 1, 4, 4, "token")
-    segment = torch.cat([torch.full((b - a,), i) for i, (a, b) in enumerate(pairwise(offsets))])[None]
-    want = linear_attention(q, k, v, g, state=state.clone(), segment=segment, form="naive")
-    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
-    got = linear_attention(q, k, v, g, state=state.clone(), cu_seqlens=cu_seqlens, form=form)
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
-
-
-def test_offsets_that_do_not_fit_are_refused():
-    q, k, v, g, _ = inputs(1, 9, 2, 1, 4, 4)
-    two = inputs(2, 9, 2, 1, 4, 4)
-    good = torch.tensor([0, 9])
-    for wrong in ([0, 8], [1, 9], [0, 5, 3, 9], [0, 12, 9]):
-        with pytest.raises(ValueError, match="rises from 0 to T = 9"):
-            linear_attention(q, k, v, g, cu_seqlens=torch.tensor(wrong))
-    for wrong in (torch.tensor([9]), good[None], good.float()):
-        with pytest.raises(ValueError, match=r"\[documents \+ 1\] int"):
-            linear_attention(q, k, v, g, cu_seqlens=wrong)
-    with pytest.raises(ValueError, match="got B = 2"):
-        linear_attention(*two[:4], cu_seqlens=good)
-    with pytest.raises(ValueError, match="in place of segment"):
-        linear_attention(q, k, v, g, cu_seqlens=good, segment=torch.zeros(1, 9, dtype=torch.long))
 
 
 @pytest.mark.parametrize("form", ["naive", *FAST])
