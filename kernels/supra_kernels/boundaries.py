@@ -1,4 +1,4 @@
-"""What the forms share: the dtype they compute in, the floor of a log decay, documents in one code."""
+"""What the forms share: where Triton runs, the dtype to compute in, the floor of a log decay, documents in one code."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def decoded(documents: Tensor) -> Documents:
     continues = real.clone()
     continues[:, 1:] &= number[:, 1:] == number[:, :-1]
     return Documents(real, number, continues)
+
+
+@torch.compiler.assume_constant_result
+def triton_compiles_for(device: torch.device) -> bool:
+    """Whether Triton supports this GPU: NVIDIA's from compute capability 8.0 on (not the T4 or V100), and AMD's."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -37,7 +37,7 @@ class Rotation(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x cos + (-x₂, x₁) sin, x₁ and x₂ the halves of what turns. On a GPU one kernel."""
-        return supra_kernels.rotary(x, self.cos, self.sin, form=_FORMS.get(_forced(x.device.type)))
+        return supra_kernels.rotary(x, self.cos, self.sin, form=_FORMS.get(_forced(x.device)))
 
 
 def linear_attention(
@@ -74,7 +74,7 @@ def linear_attention(
     never another path.
     """
     segment, documents = (None, None) if layout is None else layout
-    forced = path or _forced(q.device.type)
+    forced = path or _forced(q.device)
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
     if not torch.compiler.is_compiling() and _planned is None:
         ran = forced or ("triton" if form == "triton" else "torch")
@@ -106,14 +106,21 @@ def planning(path: str | None) -> Iterator[None]:
         _planned = before
 
 
-def _forced(device: str) -> str | None:
+def _forced(device: torch.device) -> str | None:
     path = os.environ.get(_VARIABLE)
     if not path:
         return _planned
     if path not in _FORMS:
         raise UsageError(f"{_VARIABLE} is '{path}', expected one of {', '.join(_FORMS)}{near_miss(path, _FORMS)}")
-    if path == "triton" and _planned is None and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if path != "triton" or _planned is not None:
+        return path
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UsageError(f"{_VARIABLE} is 'triton', which needs a CUDA device, got {device}; unset it or say 'torch'")
+    if device.type == "cuda" and not supra_kernels.triton_compiles_for(device):
+        raise UsageError(
+            f"{_VARIABLE} is 'triton', which needs compute capability 8.0 or more, got an older GPU as {device}; "
+            "unset it or say 'torch'"
+        )
     return path
 
 

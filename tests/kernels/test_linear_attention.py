@@ -14,7 +14,7 @@ import torch
 from cases import DECAYS, assert_agrees, differentiate, inputs, packed, with_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from supra_kernels import linear_attention
+from supra_kernels import linear_attention, weights
 
 FAST = ("chunk", "step")
 
@@ -329,3 +329,15 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError):
             linear_attention(**{"q": q, "k": k, "v": v, "g": g, **wrong})
+
+
+def test_sums_without_float64_are_as_exact(monkeypatch):
+    """MPS has no float64: gates near -88 are split as in the Triton form."""
+    g = inputs(1, 64, 3, 1, 4, 4, "hard")[3].transpose(1, 2)[None]
+    want, parts = weights._token_weights(g, 0.5), weights._exact_parts
+    torch.testing.assert_close(sum(parts(g, "mps")), g, atol=2**-32, rtol=0)
+    monkeypatch.setattr(weights, "_exact_parts", lambda g, device: parts(g, "mps"))
+    got = weights._token_weights(g, 0.5)
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, y, atol=0, rtol=2e-6)
