@@ -1,5 +1,6 @@
-"""The end-to-end GPU test, every GPU benchmark and the kernels' GPU tests in one call of at most ten minutes; a short
-table last, JSON beside it.
+"""GPU tests end to end, every GPU benchmark, the kernels' tests: one call of at most ten minutes.
+
+It ends with a short table and writes JSON.
 
     python benchmarks/gpu.py [--output DIR]
 

@@ -46,6 +46,9 @@ def test_tiles_are_no_wider_than_the_heads():
 def test_what_fits_no_card_is_said_in_a_sentence():
     with pytest.raises(RuntimeError, match=r"take 149,504 bytes of shared memory, A10 has 101,376: use the form chunk"):
         fit.side(A10, 64, 512, size=4, whole=True, programs=1, stages=2)
+    with pytest.raises(RuntimeError, match="H100 has 232,448"):
+        fit.side(fit.H100, 512, 512, size=4, whole=True, programs=1, stages=2)
+    assert fit.side(A100, 512, 512, size=4, whole=True, programs=1, stages=2) == fit.Fit(64, 512, 2, 1)
 
 
 def test_a_card_is_read_from_its_properties(monkeypatch):

@@ -76,7 +76,9 @@ def side(card: Card, x: int, u: int, *, size: int, whole: bool, programs: int, s
 
     def held(inner: int, outer: int, stages: int) -> int:
         loop = card.copies(stages) * inner * (2 * CHUNK + outer)
-        return size * max(loop, CHUNK * (CHUNK + outer))
+        # Hopper's product of three tf32 ones reads the upper and the lower halves of u and the scores from there.
+        after = (2 if card.hopper and size == 4 else 1) * CHUNK * (CHUNK + outer)
+        return size * max(loop, after)
 
     widths = [tile(u, 1 << 20)] if whole else _narrower(tile(u, 128))
     return _first(card, [(inner, outer) for outer in widths for inner in _narrower(tile(x))], held, programs, stages)
