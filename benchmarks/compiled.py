@@ -1,10 +1,11 @@
-"""What the compiler makes of every kernel for compute capability 9.0 (H100, H200): registers, spills, shared memory,
-and how many programs one multiprocessor holds. It needs no GPU: Triton brings its assembler.
+"""What the compiler makes of every kernel for a card that need not be there: registers, spills, shared memory, and how
+many programs one multiprocessor holds. Triton brings its assembler.
 
-    python benchmarks/compiled.py [--json] [--output FILE] [--cases mha packed ...]
+    python benchmarks/compiled.py [--target 80] [--json] [--output FILE] [--cases mha packed ...]
 
-The launcher runs as on a GPU, with every launch compiled and none made, so the arguments, the tiles and the options are
-those of a real call.
+The target is a compute capability: 80 (A100), 86 (A10, RTX 3090), 89 (L4, RTX 4090) or 90 (H100, H200). The launcher
+runs as on that card, with every launch compiled and none made, so the arguments, the tiles and the options are those of
+a real call. The exit code is 1 where a kernel takes more shared memory than a program may have on that card.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "kernels")]
@@ -24,23 +26,43 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from supra_kernels.gpu import launch  # noqa: E402
+from supra_kernels.gpu import fit, launch  # noqa: E402
 from supra_kernels.gpu import tokens as single  # noqa: E402
+from supra_kernels.gpu.fit import RESERVED, Card  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from benchmarks.measure import machine, report  # noqa: E402
 
-REGISTERS, SHARED, WARPS = 2**16, 228 * 1024, 64
-"""Of one multiprocessor of compute capability 9.0. A program takes 1 KiB of shared memory beside its own."""
+REGISTERS = 2**16
+"""Of one multiprocessor."""
 
 
-class Hopper:
+class Target(NamedTuple):
+    """A card by its compute capability, from the CUDA C++ programming guide's table of technical specifications."""
+
+    card: Card
+    warps: int
+    """That one multiprocessor holds."""
+
+
+TARGETS = {
+    80: Target(Card("A100", 166_912, 108, hopper=False), 64),
+    86: Target(Card("A10", 101_376, 72, hopper=False), 48),
+    89: Target(Card("L4", 101_376, 58, hopper=False), 48),
+    90: Target(fit.H100, 64),
+}
+
+
+class Driver:
     """As much of a Triton driver as compiling asks for."""
 
+    def __init__(self, target: int):
+        self.target = target
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.target, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -55,13 +77,13 @@ class Hopper:
 class Compiled:
     """Stands where a kernel of the launcher stood; a launch compiles it and notes what came out."""
 
-    def __init__(self, kernel: triton.JITFunction, rows: list[dict], note: Callable[[], dict]):
-        self._kernel, self._rows, self._note = kernel, rows, note
+    def __init__(self, kernel: triton.JITFunction, target: Target, rows: list[dict], note: Callable[[], dict]):
+        self._kernel, self._target, self._rows, self._note = kernel, target, rows, note
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def compiled(*arguments, **given) -> None:
             built = self._kernel.warmup(*arguments, grid=grid, **given)
-            self._rows.append({**self._note(), "kernel": self._name(given), **resources(built)})
+            self._rows.append({**self._note(), "kernel": self._name(given), **resources(built, self._target)})
 
         return compiled
 
@@ -81,7 +103,7 @@ WRITES = {
 """The kernels of two uses: the flag that tells which, and what is written without it and with it."""
 
 
-def resources(built) -> dict:
+def resources(built, target: Target) -> dict:
     """Of a kernel for one multiprocessor: per thread, per program, and programs that it holds at a time."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -90,7 +112,8 @@ def resources(built) -> dict:
         usage = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     warps, shared = built.metadata.num_warps, built.metadata.shared
-    fits = min(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), SHARED // (shared + 1024), WARPS // warps)
+    by_memory = (target.card.shared_bytes + RESERVED) // (shared + RESERVED)
+    fits = min(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), by_memory, target.warps // warps)
     return {
         "warps": warps,
         "registers": registers,
@@ -126,12 +149,12 @@ def case(
     q, k = drawn(1, tokens, heads, key_dim), drawn(1, tokens, kv_heads, key_dim)
     v = drawn(1, tokens, kv_heads, v_dim)
     g = {"none": None, "fixed": torch.zeros(heads), "token": torch.zeros(1, tokens, heads)}[decay]
-    segment = torch.zeros(1, tokens, dtype=torch.long) if packed else None
+    documents = torch.zeros(1, tokens, dtype=torch.int32) if packed else None
     after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
     sums = denominator_min is not None
     S = torch.zeros(1, heads, key_dim, v_dim + sums) if continued else None
 
-    problem = launch.Problem(q, k, v, g, segment, 1.0, sums=sums)
+    problem = launch.Problem(q, k, v, g, documents, 1.0, sums=sums)
     o, end, row = launch.forward(problem, S, dtype, spans=spans, **after)
     plain = norm_eps is None and denominator_min is None
     finish = None if plain else launch.Finish(o, row, denominator_min)
@@ -156,6 +179,7 @@ CASES = {
         "before": False,
     },
     "narrow": {"widths": (64, 64)},
+    "fp16": {"dtype": torch.float16},
     "wide": {"heads": 8, "kv_heads": 4, "widths": (256, 256)},
     "uneven": {"heads": 6, "kv_heads": 3, "widths": (72, 40)},
     "odd": {"heads": 6, "kv_heads": 3, "widths": (20, 33), "norm_eps": None, "tokens": 333, "before": False},
@@ -167,28 +191,44 @@ CASES = {
     "fp32-token-packed-sums": {
         "dtype": torch.float32, "decay": "token", "packed": True, "norm_eps": None, "denominator_min": 0.01
     },
+    "fp32-gated": {
+        "dtype": torch.float32, "decay": "token", "norm_eps": None, "denominator_min": 1e-6, "widths": (256, 128)
+    },
+    "fp32-wide": {"dtype": torch.float32, "heads": 8, "kv_heads": 4, "widths": (256, 256)},
+    "fp16-wide": {"dtype": torch.float16, "heads": 8, "kv_heads": 4, "widths": (256, 256)},
 }  # fmt: skip
 """Where nothing else is said bf16, 32 heads on 8 kv heads, K = V = 128, fixed decay, with the norm."""
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=int, choices=tuple(TARGETS), default=90, help="compute capability, times ten")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
-    given = parser.parse_args()
-    driver.set_active(Hopper())
+    arguments = parser.parse_args()
+    target = TARGETS[arguments.target]
+    driver.set_active(Driver(arguments.target))
+    fit.card_of = lambda device: target.card
     rows: list[dict] = []
     now = ""
     for module in (launch, single):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Compiled(getattr(module, name), rows, lambda: {"case": now}))
-    for now in given.cases:
+            setattr(module, name, Compiled(getattr(module, name), target, rows, lambda: {"case": now}))
+    for now in arguments.cases:
         case(**CASES[now])
     command = " ".join(["python benchmarks/compiled.py", *sys.argv[1:]])
-    found = {"benchmark": "compiled", "command": command, "target": "sm_90", **machine(), "rows": rows}
-    report({**found, "targets": []}, given.output, given.json)
+    limit = {"target": f"sm_{arguments.target}", "shared_bytes": target.card.shared_bytes}
+    report(
+        {"benchmark": "compiled", "command": command, **limit, **machine(), "rows": rows, "targets": []},
+        arguments.output,
+        arguments.json,
+    )
+    over = [row for row in rows if row["shared_bytes"] > target.card.shared_bytes]
+    for row in over:
+        print(f"{row['case']} {row['kernel']}: {row['shared_bytes']:,} bytes of shared memory", file=sys.stderr)
+    return int(bool(over))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -114,6 +114,31 @@ def compiled() -> str:
     return _markdown(["kernel", "warps", *cases], rows)
 
 
+def compiled_cards() -> str:
+    """For each card the most shared memory of any kernel, and the fewest programs of a kernel over chunks in bf16."""
+    kinds = {"bf16": ("gqa", "packed", "token", "gated", "t2r", "wide"), "fp32": ("fp32", "fp32-gated", "fp32-wide")}
+    rows = []
+    for target in (80, 86, 89, 90):
+        found = _found(f"compiled-sm{target}")
+        most = {
+            kind: max(
+                row["shared_bytes"] for row in found["rows"] if row["case"].removesuffix("-token-packed-sums") in cases
+            )
+            for kind, cases in kinds.items()
+        }
+        sides = [row for row in found["rows"] if row["case"] == "gqa" and "_side" in row["kernel"]]
+        rows.append(
+            [
+                f"{target / 10:.1f}",
+                *(f"{count:,}" for count in (found["shared_bytes"], most["bf16"], most["fp32"])),
+                f"{min(row['programs'] for row in sides)}",
+                f"{max(row['stack_bytes'] for row in sides)}",
+            ]
+        )
+    header = ["compute capability", "bytes a program may have", "most in bf16", "most in fp32"]
+    return _markdown([*header, "programs of a side, `gqa`", "its most stack"], rows)
+
+
 def compiled_blocks() -> str:
     found = _found("compiled-blocks")
     header = ["B, T, H, K = V", "decay", "as it runs, ms", "compiled, ms", "times faster"]
@@ -175,6 +200,7 @@ def render(text: str) -> str:
         "train": train,
         "compiled": compiled,
         "compiled-blocks": compiled_blocks,
+        "compiled-cards": compiled_cards,
         "memory": memory,
         "curves": curves,
     }

@@ -115,9 +115,9 @@ def test_every_module_has_a_place():
     assert unplaced == ["supra_cli", CORE], "give the new module a tier"
 
 
-def test_only_ops_imports_the_kernels():
+def test_only_ops_and_the_layout_import_the_kernels():
     importers = {module for module in SOURCES if any(top(name) == "supra_kernels" for name in imports(module))}
-    assert {module for module in importers if top(module) == "supra_cli"} == {f"{CORE}.ops"}
+    assert {module for module in importers if top(module) == "supra_cli"} == {f"{CORE}.ops", f"{CORE}.layout"}
 
 
 def test_the_kernels_know_torch_and_triton_alone():

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from supra_kernels.boundaries import compute_dtype, documents, log_decay
+from supra_kernels.boundaries import compute_dtype, decoded, log_decay
 from supra_kernels.weights import Weights, block_weights, fixed_weights
 
 BLOCK_ELEMENTS = 1 << 17
@@ -93,10 +93,15 @@ def _blocks(length: int, size: int, most: int) -> list[_Block]:
 class Plan:
     """The blocks of one call and the decay weights of each; weights of a fixed decay are made once per chunk length."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, segment: Tensor | None, scale: float):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, documents: Tensor | None, scale: float):
         self.dtype, self.scale = compute_dtype(q, k, v), scale
-        self.layout = None if segment is None else documents(segment)
-        self.g = log_decay(g, None if self.layout is None else self.layout.real, self.dtype)
+        self.layout = None if documents is None else decoded(documents)
+        real = None if self.layout is None else self.layout.real
+        # Without padding a fixed decay has the same weights in every chunk. Asked on a CPU alone, since a GPU would be
+        # waited for; and of no fake tensor, which has no answer.
+        if type(real) is Tensor and real.device.type == "cpu" and bool(real.all()):
+            real = None
+        self.g = log_decay(g, real, self.dtype)
         batch, length, heads, key_dim = q.shape
         size, most = block_sizes(batch, heads, key_dim, v.shape[-1])
         self.blocks = _blocks(length, size, most)
@@ -236,12 +241,12 @@ def forward(
     v: Tensor,
     g: Tensor | None,
     state: Tensor | None,
-    segment: Tensor | None,
+    documents: Tensor | None,
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> o, the final state, and with `keep` the state at each block's start [blocks,B,H,K,V], for `backward`."""
-    plan = Plan(q, k, v, g, segment, scale)
+    plan = Plan(q, k, v, g, documents, scale)
     batch, length, heads, key_dim = q.shape
     shape = (batch, heads, key_dim, v.shape[-1])
     S = q.new_zeros(shape, dtype=plan.dtype) if state is None else state.to(plan.dtype)
@@ -264,13 +269,13 @@ def backward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    segment: Tensor | None,
+    documents: Tensor | None,
     starts: Tensor,
     scale: float,
     decays: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v, g (empty unless `decays`) and the initial state, which is in the compute dtype."""
-    plan = Plan(q, k, v, g, segment, scale)
+    plan = Plan(q, k, v, g, documents, scale)
     dS = torch.zeros_like(starts[0]) if dS is None else dS.to(plan.dtype)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dg = q.new_empty(q.shape[:3] if decays else 0, dtype=plan.dtype)

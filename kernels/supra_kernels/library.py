@@ -21,19 +21,19 @@ STEP_LENGTH = 4
 
 library = torch.library.Library("supra", "DEF")
 library.define(
-    "chunk(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale, bool keep)"
+    "chunk(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? documents, float scale, bool keep)"
     " -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "chunk_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? segment, Tensor starts,"
+    "chunk_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? documents, Tensor starts,"
     " float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "triton(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment, float scale, float? norm_eps,"
+    "triton(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? documents, float scale, float? norm_eps,"
     " float? denominator_min) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "triton_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? segment,"
+    "triton_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? documents,"
     " float scale, Tensor? o, Tensor? row, float? denominator_min, bool decays)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -61,15 +61,15 @@ def gpu(module: str) -> ModuleType:
         ) from error
 
 
-def _triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min):
+def _triton(q, k, v, g, state, documents, scale, norm_eps, denominator_min):
     launch = gpu("launch")
-    problem = launch.Problem(q, k, v, g, segment, scale, sums=denominator_min is not None)
+    problem = launch.Problem(q, k, v, g, documents, scale, sums=denominator_min is not None)
     return launch.forward(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 
 
-def _triton_backward(do, dS, q, k, v, g, state, segment, scale, o, row, denominator_min, decays):
+def _triton_backward(do, dS, q, k, v, g, state, documents, scale, o, row, denominator_min, decays):
     launch = gpu("launch")
-    problem = launch.Problem(q, k, v, g, segment, scale, sums=denominator_min is not None)
+    problem = launch.Problem(q, k, v, g, documents, scale, sums=denominator_min is not None)
     finish = None if row is None else launch.Finish(o, row, denominator_min)
     grads = launch.backward(problem, state, do, finish, dS, decays=decays)
     dg = q.new_empty(0, dtype=torch.float32) if grads.g is None else grads.g
@@ -109,7 +109,7 @@ def _state(q: Tensor, k: Tensor, v: Tensor, sums: bool = False) -> Tensor:
 
 
 @torch.library.register_fake("supra::chunk", lib=library)
-def _(q, k, v, g, state, segment, scale, keep):
+def _(q, k, v, g, state, documents, scale, keep):
     S = _state(q, k, v)
     batch, length, heads, key_dim = q.shape
     size, most = chunked.block_sizes(batch, heads, key_dim, v.shape[-1])
@@ -118,7 +118,7 @@ def _(q, k, v, g, state, segment, scale, keep):
 
 
 @torch.library.register_fake("supra::triton", lib=library)
-def _(q, k, v, g, state, segment, scale, norm_eps, denominator_min):
+def _(q, k, v, g, state, documents, scale, norm_eps, denominator_min):
     S = _state(q, k, v, denominator_min is not None)
     return _output(q, v), S, S.new_empty(0 if norm_eps is None and denominator_min is None else q.shape[:3])
 
@@ -135,12 +135,12 @@ def _fake_gradients(q, k, v, g, decays, sums=False):
 
 
 @torch.library.register_fake("supra::chunk_backward", lib=library)
-def _(do, dS, q, k, v, g, segment, starts, scale, decays):
+def _(do, dS, q, k, v, g, documents, starts, scale, decays):
     return _fake_gradients(q, k, v, g, decays)
 
 
 @torch.library.register_fake("supra::triton_backward", lib=library)
-def _(do, dS, q, k, v, g, state, segment, scale, o, row, denominator_min, decays):
+def _(do, dS, q, k, v, g, state, documents, scale, o, row, denominator_min, decays):
     return _fake_gradients(q, k, v, g, decays, denominator_min is not None)
 
 
@@ -164,33 +164,33 @@ def _rotary_gradients(ctx, dy):
 
 
 def _chunk_setup(ctx, inputs, output):
-    q, k, v, g, state, segment, ctx.scale, _ = inputs
+    q, k, v, g, state, documents, ctx.scale, _ = inputs
     starts = output[2]
     ctx.mark_non_differentiable(starts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, state, segment, starts)
+    ctx.save_for_backward(q, k, v, g, state, documents, starts)
 
 
 def _triton_setup(ctx, inputs, output):
-    q, k, v, g, state, segment, ctx.scale, norm_eps, ctx.denominator_min = inputs
+    q, k, v, g, state, documents, ctx.scale, norm_eps, ctx.denominator_min = inputs
     o, _, row = output
     ctx.mark_non_differentiable(row)
     ctx.set_materialize_grads(False)
     plain = norm_eps is None and ctx.denominator_min is None
-    ctx.save_for_backward(q, k, v, g, state, segment, *((None, None) if plain else (o, row)))
+    ctx.save_for_backward(q, k, v, g, state, documents, *((None, None) if plain else (o, row)))
 
 
 def _chunk_gradients(ctx, do, dS, _):
-    q, k, v, g, state, segment, starts = ctx.saved_tensors
+    q, k, v, g, state, documents, starts = ctx.saved_tensors
     do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
-    grads = torch.ops.supra.chunk_backward(do, dS, q, k, v, g, segment, starts, ctx.scale, decays)
+    grads = torch.ops.supra.chunk_backward(do, dS, q, k, v, g, documents, starts, ctx.scale, decays)
     return *_for_inputs(grads, state, decays), None, None, None
 
 
 def _triton_gradients(ctx, do, dS, _):
-    q, k, v, g, state, segment, o, row = ctx.saved_tensors
+    q, k, v, g, state, documents, o, row = ctx.saved_tensors
     do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
-    given = (q, k, v, g, state, segment, ctx.scale, o, row, ctx.denominator_min)
+    given = (q, k, v, g, state, documents, ctx.scale, o, row, ctx.denominator_min)
     return *_for_inputs(torch.ops.supra.triton_backward(do, dS, *given, decays), state, decays), None, None, None, None
 
 
@@ -212,10 +212,10 @@ def chunk(
     *,
     scale: float = 1.0,
     state: Tensor | None = None,
-    segment: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The chunked PyTorch form (supra_kernels.chunk). Its gradient is written by hand and not itself differentiable."""
-    o, S, _ = torch.ops.supra.chunk(q, k, v, g, state, segment, scale, _needs_gradient(q, k, v, g, state))
+    o, S, _ = torch.ops.supra.chunk(q, k, v, g, state, documents, scale, _needs_gradient(q, k, v, g, state))
     return o, S
 
 
@@ -227,7 +227,7 @@ def triton(
     *,
     scale: float = 1.0,
     state: Tensor | None = None,
-    segment: Tensor | None = None,
+    documents: Tensor | None = None,
     relu: bool = False,
     rotation: tuple[Tensor, Tensor] | None = None,
     norm_eps: float | None = None,
@@ -237,15 +237,16 @@ def triton(
 
     ReLU and rotation are done within the step, and in a kernel of their own, once for q and once for k, before the
     chunks, whose kernels read q four times and k five.
-    fp32 inputs are multiplied in tf32 where torch.backends.cuda.matmul.allow_tf32 says so; float64 is refused.
+    fp32 inputs are multiplied in tf32 where torch.backends.cuda.matmul.fp32_precision says so, or the older allow_tf32;
+    float64 is refused.
     """
     if compute_dtype(q, k, v) == torch.float64:
         raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
-    if q.shape[1] > STEP_LENGTH or segment is not None or _needs_gradient(q, k, v, g, state):
+    if q.shape[1] > STEP_LENGTH or documents is not None or _needs_gradient(q, k, v, g, state):
         q, k = (prepared(x, relu, rotation, form="triton") for x in (q, k))
         # Here and saved so, or the launcher would copy once forward and once more backward.
         q, k, v = (x.contiguous() for x in (q, k, v))
-        return torch.ops.supra.triton(q, k, v, g, state, segment, scale, norm_eps, denominator_min)[:2]
+        return torch.ops.supra.triton(q, k, v, g, state, documents, scale, norm_eps, denominator_min)[:2]
     if state is None:
         S = _state(q, k, v, denominator_min is not None).zero_()
     else:

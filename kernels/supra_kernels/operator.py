@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from supra_kernels.around import finished, prepared, with_ones
-from supra_kernels.boundaries import compute_dtype, numbered
+from supra_kernels.boundaries import compute_dtype, triton_compiles_for
+from supra_kernels.boundaries import documents as coded
 from supra_kernels.library import STEP_LENGTH, chunk, triton
 from supra_kernels.naive import naive
 from supra_kernels.step import step
@@ -25,7 +26,7 @@ def linear_attention(
     scale: float = 1.0,
     state: Tensor | None = None,
     segment: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    documents: Tensor | None = None,
     relu: bool = False,
     rotation: tuple[Tensor, Tensor] | None = None,
     norm_eps: float | None = None,
@@ -43,7 +44,7 @@ def linear_attention(
     state [B,H,K,V] is S_0 (None: zeros) and belongs to the document of the row's first real token.
     segment [B,T] numbers the documents of a row, non-decreasing over real tokens, -1 on padding. S is zeroed where a
     document starts; a padding token changes nothing, and the output there is finite and meaningless.
-    cu_seqlens [documents + 1], the offsets of documents laid end to end in one row (B = 1), says the same as a segment.
+    documents is what `supra_kernels.documents` made of the segment, for callers of several layers with the same one.
     With relu, and with rotation = (cos, sin), [B or 1,T,R] each, q and k go through `rotary` first: max(x, 0), then the
     positions.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
@@ -58,34 +59,49 @@ def linear_attention(
     others do what comes before and after by itself.
     Raises ValueError for shapes that do not fit, for an unknown form, and for norm_eps beside denominator_min.
     """
-    if cu_seqlens is not None:
-        if segment is not None or q.shape[0] != 1:
-            raise ValueError(f"cu_seqlens stands in place of segment and for B = 1, got B = {q.shape[0]}")
-        segment = numbered(cu_seqlens, q.shape[1])
     if norm_eps is not None and denominator_min is not None:
         raise ValueError(f"norm_eps or denominator_min, got both: {norm_eps} and {denominator_min}")
-    _check(q, k, v, g, state, segment, sums=denominator_min is not None)
+    _check(q, k, v, g, state, segment, documents, sums=denominator_min is not None)
     if form is None:
         form = default_form(q, segment)
     if form not in FORMS:
         raise ValueError(f"form is one of {', '.join(FORMS)}, got '{form}'")
+    if form == "naive":
+        layout = {"segment": segment}  # the specification reads it by itself
+    else:
+        if segment is not None and q.shape[1] == 1:
+            k, g = _passing_over(segment >= 0, k, g)
+            segment = documents = None
+        layout = {"documents": coded(segment) if documents is None and segment is not None else documents}
     q, k, v = (x.to(operand_dtype(x, form)) for x in (q, k, v))
     with _without_autocast(q.device.type):
         if form == "triton":
             before = {"relu": relu, "rotation": rotation}
             after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
-            return triton(q, k, v, g, scale=scale, state=state, segment=segment, **before, **after)
+            return triton(q, k, v, g, scale=scale, state=state, **layout, **before, **after)
         q, k = (prepared(x, relu, rotation, form="chunk") for x in (q, k))
         values = v if denominator_min is None else with_ones(v.to(compute_dtype(q, k, v)))
-        o, S = FORMS[form](q, k, values, g, scale=scale, state=state, segment=segment)
+        o, S = FORMS[form](q, k, values, g, scale=scale, state=state, **layout)
         return finished(o, norm_eps, denominator_min).to(v.dtype), S
 
 
 def default_form(q: Tensor, segment: Tensor | None) -> str:
-    """Triton on a GPU, where its failure is an error, never a slow path; PyTorch elsewhere and for float64."""
-    if q.is_cuda and q.dtype != torch.float64:
+    """Triton on a GPU that it compiles for, where its failure is an error, never a slow path; PyTorch elsewhere and for
+    float64."""
+    if q.is_cuda and q.dtype != torch.float64 and triton_compiles_for(q.device):
         return "triton"
-    return "step" if q.shape[1] <= STEP_LENGTH and segment is None else "chunk"
+    most = STEP_LENGTH if segment is None else 1
+    return "step" if q.shape[1] <= most else "chunk"
+
+
+def _passing_over(real: Tensor, k: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """k and g of one token a row with which S stays as it is, to the bit, where `real` [B,1] is false.
+
+    One token starts no document, since the state belongs to that of the first real one: padding is all that a segment
+    can say of it. So a padded decode step is a decode step, and nothing of the segment is read from the device.
+    """
+    k = k.masked_fill(~real[:, :, None, None], 0)
+    return k, None if g is None else torch.where(real.unsqueeze(-1), g, 0)
 
 
 def operand_dtype(x: Tensor, form: str) -> torch.dtype:
@@ -109,7 +125,14 @@ def _without_autocast(device: str) -> AbstractContextManager:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, segment: Tensor | None, sums: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    segment: Tensor | None,
+    documents: Tensor | None,
+    sums: bool,
 ) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v are [B, T, heads, dim], got {[tuple(x.shape) for x in (q, k, v)]}")
@@ -128,3 +151,8 @@ def _check(
         raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {state_dim}], got {tuple(state.shape)}")
     if segment is not None and segment.shape != (batch, length):
         raise ValueError(f"segment is [{batch}, {length}], got {tuple(segment.shape)}")
+    if documents is None:
+        return
+    if segment is None or documents.shape != segment.shape or documents.dtype != torch.int32:
+        shape = tuple(documents.shape)
+        raise ValueError(f"documents is [{batch}, {length}] int32 beside a segment, got {shape} {documents.dtype}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from supra_kernels.boundaries import triton_compiles_for
+
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str | None = None) -> Tensor:
     """y₁ = x₁ cos₁ - x₂ sin₁,  y₂ = x₂ cos₂ + x₁ sin₂;  backward dx₁ = dy₁ cos₁ + dy₂ sin₂,  dx₂ = dy₂ cos₂ - dy₁ sin₁.
@@ -21,7 +23,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str
         shapes = tuple(cos.shape), tuple(sin.shape)
         raise ValueError(f"cos, sin are [{batch} or 1, {length}, R], R even and at most {width}, got {shapes}")
     if form is None:
-        form = "triton" if x.is_cuda and x.dtype != torch.float64 else "chunk"
+        fast = x.is_cuda and x.dtype != torch.float64 and triton_compiles_for(x.device)
+        form = "triton" if fast else "chunk"
     if form == "triton":
         if x.dtype == torch.float64:
             raise ValueError("the triton form computes in fp32, got float64: use the form chunk")

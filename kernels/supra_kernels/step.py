@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from supra_kernels.boundaries import compute_dtype, documents, log_decay
+from supra_kernels.boundaries import compute_dtype, decoded, log_decay
 
 
 def step(
@@ -16,7 +16,7 @@ def step(
     *,
     scale: float = 1.0,
     state: Tensor | None = None,
-    segment: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S ← exp(g) S + k v^T,   o = scale · q^T S, once per token.
 
@@ -26,7 +26,7 @@ def step(
     kv_heads, v_dim = v.shape[2:]
     dtype = compute_dtype(q, k, v)
     split = (batch, kv_heads, heads // kv_heads)
-    layout = None if segment is None else documents(segment)
+    layout = None if documents is None else decoded(documents)
     g = log_decay(g, None if layout is None else layout.real, dtype)
     decay = None if g is None else g.exp().expand(batch, length, heads)
     if layout is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from supra_kernels import documents
 from torch import Tensor
 
 Rotate = Callable[[Tensor], Tensor]
@@ -39,13 +40,13 @@ class Layout(NamedTuple):
 
     segment: Tensor
     """[B, T] int: number of the document in its row, non-decreasing over real tokens; -1 on padding."""
-    position: Tensor
-    """[B, T] int: restarts with each document; 0 on padding."""
+    documents: Tensor | None = None
+    """[B, T] int32: the same as the kernels read it, made once for all layers; None has each layer make it."""
 
-    @property
-    def packed(self) -> bool:
-        """Whether a row holds more than one document."""
-        return bool((self.segment > 0).any())
+    @classmethod
+    def of(cls, segment: Tensor) -> Layout:
+        """The layout as a forward pass shares it among its layers. Reads nothing from the device."""
+        return cls(segment, documents(segment))
 
 
 class Derived(NamedTuple):
@@ -88,7 +89,7 @@ def derive(mask: Tensor | None, position: Tensor | None, batch: int, tokens: int
         packed = not free or bool((segment > 0).any())
     if mask is None and not packed:
         return Derived(None, position, False)
-    return Derived(Layout(segment, position.expand(batch, tokens).masked_fill(~real, 0)), position, packed)
+    return Derived(Layout.of(segment), position, packed)
 
 
 def softmax_mask(

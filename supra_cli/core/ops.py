@@ -1,4 +1,4 @@
-"""The operators that mixers are made of. `supra_kernels`, imported here alone, picks the form by device and length.
+"""The operators that mixers are made of. `supra_kernels`, which no mixer imports, picks the form by device and length.
 
 The environment variable SUPRA_KERNEL = naive | torch | triton forces one for debugging.
 """
@@ -37,7 +37,7 @@ class Rotation(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x cos + (-x₂, x₁) sin, x₁ and x₂ the halves of what turns. On a GPU one kernel."""
-        return supra_kernels.rotary(x, self.cos, self.sin, form=_FORMS.get(_forced(x.device.type)))
+        return supra_kernels.rotary(x, self.cos, self.sin, form=_FORMS.get(_forced(x.device)))
 
 
 def linear_attention(
@@ -73,8 +73,8 @@ def linear_attention(
     Raises UsageError for a SUPRA_KERNEL that is unknown, or triton where it cannot run; a failing kernel is an error,
     never another path.
     """
-    segment = None if layout is None else layout.segment
-    forced = path or _forced(q.device.type)
+    segment, documents = (None, None) if layout is None else layout
+    forced = path or _forced(q.device)
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
     if not torch.compiler.is_compiling() and _planned is None:
         ran = forced or ("triton" if form == "triton" else "torch")
@@ -83,7 +83,7 @@ def linear_attention(
         q, k = (rope(x.relu() if relu else x) for x in (q, k))
         relu, rope = False, None
     before, after = {"relu": relu, "rotation": rope}, {"norm_eps": norm_eps, "denominator_min": denominator_min}
-    here = {"scale": scale, "state": state, "segment": segment, "form": form}
+    here = {"scale": scale, "state": state, "segment": segment, "documents": documents, "form": form}
     return supra_kernels.linear_attention(q, k, v, g, **here, **before, **after)
 
 
@@ -106,14 +106,21 @@ def planning(path: str | None) -> Iterator[None]:
         _planned = before
 
 
-def _forced(device: str) -> str | None:
+def _forced(device: torch.device) -> str | None:
     path = os.environ.get(_VARIABLE)
     if not path:
         return _planned
     if path not in _FORMS:
         raise UsageError(f"{_VARIABLE} is '{path}', expected one of {', '.join(_FORMS)}{near_miss(path, _FORMS)}")
-    if path == "triton" and _planned is None and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if path != "triton" or _planned is not None:
+        return path
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UsageError(f"{_VARIABLE} is 'triton', which needs a CUDA device, got {device}; unset it or say 'torch'")
+    if device.type == "cuda" and not supra_kernels.triton_compiles_for(device):
+        raise UsageError(
+            f"{_VARIABLE} is 'triton', which needs compute capability 8.0 or more, got an older GPU as {device}; "
+            "unset it or say 'torch'"
+        )
     return path
 
 

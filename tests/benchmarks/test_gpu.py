@@ -70,6 +70,11 @@ def test_all_parts_fit_in_ten_minutes_and_exist():
         assert any((ROOT / argument).is_file() for argument in arguments)
 
 
+def test_the_way_of_a_model_from_end_to_end_is_tried_before_anything_is_measured():
+    assert next(iter(gpu.PARTS)) == ("end-to-end" if (ROOT / gpu.END_TO_END).is_file() else "operator")
+    assert all(limit >= 40 for limit, _ in gpu.PARTS.values())
+
+
 def test_no_benchmark_hides_a_module_of_the_standard_library():
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert not names & set(sys.stdlib_module_names)

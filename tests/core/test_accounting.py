@@ -278,15 +278,14 @@ def test_the_plan_for_a_gpu_counts_the_form_for_gpus(mixer, kind, launcher):
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("by_token", [False, True])
 def test_the_triton_form_s_scratch_is_what_its_launcher_allocates(dtype, sums, decays, by_token, launcher):
-    """But for the numbers of the documents, a few numbers a token."""
     fused = (None, 1e-6) if sums else (1e-5, None)
     with FakeTensorMode(), torch.device("cpu"):
         q, do = (torch.empty(2, 1000, 8, 64, dtype=dtype) for _ in range(2))
         k, v = (torch.empty(2, 1000, 4, 64, dtype=dtype) for _ in range(2))
         g, row = torch.empty((2, 1000, 8) if by_token else 8), torch.empty(2, 1000, 8)
-        segment = torch.empty(2, 1000, dtype=torch.long)
-        forward = (q, k, v, g, None, segment, 1.0, *fused)
-        backward = (do, None, q, k, v, g, None, segment, 1.0, torch.empty_like(q), row, fused[1], decays)
+        documents = torch.empty(2, 1000, dtype=torch.int32)
+        forward = (q, k, v, g, None, documents, 1.0, *fused)
+        backward = (do, None, q, k, v, g, None, documents, 1.0, torch.empty_like(q), row, fused[1], decays)
         for name, arguments in (("triton", forward), ("triton_backward", backward)):
             with Meter(*(x for x in arguments if isinstance(x, torch.Tensor))) as meter:
                 returned = getattr(supra_kernels.library, f"_{name}")(*arguments)

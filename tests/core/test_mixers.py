@@ -265,6 +265,6 @@ def test_padding_between_pieces_is_passed_over(name):
         torch.cat((heads[:, :20], torch.full_like(heads[:, :3], 7.0), heads[:, 20:]), dim=1) for heads in (q, k, v, x)
     ]
     segment = torch.zeros(2, 20, dtype=torch.long)
-    layouts = [None, Layout(torch.cat((segment[:, :3] - 1, segment[:, :17]), dim=1), None)]
+    layouts = [None, Layout(torch.cat((segment[:, :3] - 1, segment[:, :17]), dim=1))]
     got = pieces(mixer, *padded, (20, 20), layouts)
     assert_close(torch.cat((got[:, :20], got[:, 23:]), dim=1), expected, **CLOSE)

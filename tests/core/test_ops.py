@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from supra_cli.core import ops
 from supra_cli.core.errors import UsageError
-from supra_cli.core.layout import HeadSpec
-from supra_cli.core.mixers import mixers, parse_options
+from supra_cli.core.layout import HeadSpec, Layout
+from supra_cli.core.mixers import mixers, parse_options, parts
 
 
 def inputs(length=9, dtype=torch.float64):
@@ -160,3 +160,124 @@ def test_the_denominator_in_the_kernel_agrees_with_the_division_after_the_operat
 
     for got, want in zip(run("triton"), run("torch"), strict=True):
         assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+@pytest.mark.parametrize("decay", ["none", "fixed", "token"])
+@pytest.mark.parametrize("path", ["torch", "triton", None])
+def test_a_padded_decode_step_leaves_the_states_of_padding_as_they_are_to_the_bit(path, decay, after):
+    """And steps the others as it would alone; a γ of 0, whose log is -inf, among them."""
+    if path == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("on a CPU the interpreter runs it, which is off where there is a GPU")
+    q, k, v, fixed = inputs(1, torch.float32)
+    fixed[1] = float("-inf")
+    g = {"none": None, "fixed": fixed, "token": fixed.expand(2, 1, 4)}[decay]
+    state = torch.randn(2, 4, 8, 8 + ("denominator_min" in after))
+    q, k, state = q.relu(), k.relu(), state.abs()
+    layout = Layout.of(torch.tensor([[-1], [3]]))
+    with torch.no_grad():
+        o, S = ops.linear_attention(q, k, v, g, state=state.clone(), layout=layout, path=path, **after)
+        alone = [None if x is None else x if x.dim() == 1 else x[1:] for x in (q, k, v, g)]
+        want, end = ops.linear_attention(*alone, state=state[1:].clone(), path=path, **after)
+        _, told = ops.linear_attention(q, k, v, g, state=state.clone(), layout=layout, path="naive", **after)
+    assert torch.equal(S[:1], state[:1])
+    assert o.isfinite().all()
+    assert_close((o[1:], S[1:]), (want, end), atol=1e-6, rtol=1e-6)
+    assert_close(S, told, atol=1e-5, rtol=1e-5)
+
+
+def test_a_padded_decode_step_takes_the_form_of_a_decode_step(forms):
+    layout = Layout.of(torch.tensor([[-1], [0]]))
+    ops.linear_attention(*inputs(1), layout=layout)
+    ops.linear_attention(*inputs(9), layout=Layout.of(torch.zeros(2, 9, dtype=torch.long)))
+    assert forms == ["step", "chunk"]
+
+
+@pytest.mark.parametrize("form", ["chunk", "step", "triton"])
+def test_gradients_of_a_padded_step_are_those_of_the_recurrence(form):
+    if form == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("on a CPU the interpreter runs it, which is off where there is a GPU")
+    leaves = [x.requires_grad_() for x in inputs(1, torch.float32)]
+    segment, state = torch.tensor([[-1], [0]]), torch.randn(2, 4, 8, 8)
+
+    def gradients(form):
+        o, S = ops.supra_kernels.linear_attention(*leaves, state=state, segment=segment, form=form)
+        return torch.autograd.grad((o[1:] ** 2).sum() + (S**2).sum(), leaves)
+
+    for got, want in zip(gradients(form), gradients("naive"), strict=True):
+        assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_documents_are_coded_once_for_all_layers(monkeypatch):
+    layout = Layout.of(torch.zeros(2, 9, dtype=torch.long))
+    monkeypatch.setattr("supra_kernels.operator.coded", None)
+    ops.linear_attention(*inputs(9), layout=layout)
+    with pytest.raises(TypeError):
+        ops.linear_attention(*inputs(9), layout=Layout(layout.segment))
+
+
+def test_documents_that_are_not_those_of_the_segment_are_refused():
+    segment = torch.zeros(2, 9, dtype=torch.long)
+    for documents in (segment, segment[:, :5].int()):
+        with pytest.raises(ValueError, match=r"documents is \[2, 9\] int32 beside a segment, got"):
+            ops.linear_attention(*inputs(9), layout=Layout(segment, documents))
+
+
+class OldGPU:
+    """As much of a tensor on a T4 as the choice of a form asks for."""
+
+    is_cuda, dtype, device, shape = True, torch.float32, torch.device("cuda:0"), (2, 9, 4, 8)
+
+
+@pytest.mark.parametrize(("capability", "form"), [((7, 0), "chunk"), ((7, 5), "chunk"), ((8, 0), "triton")])
+def test_a_gpu_older_than_triton_supports_takes_the_form_of_pytorch(capability, form, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert ops.supra_kernels.default_form(OldGPU, None) == form
+    monkeypatch.setenv("SUPRA_KERNEL", "triton")
+    if form == "triton":
+        assert ops._forced(OldGPU.device) == "triton"
+    else:
+        with pytest.raises(UsageError, match=r"needs compute capability 8\.0 or more, got an older GPU as cuda:0"):
+            ops._forced(OldGPU.device)
+
+
+@pytest.fixture
+def decays(monkeypatch):
+    kept = {}
+    monkeypatch.setattr(parts, "_decays", kept)
+    return kept
+
+
+def test_fixed_decays_are_made_once_a_device_and_for_few_shapes(decays):
+    first = parts.log_decay("alibi", 6, "cpu")
+    assert parts.log_decay("alibi", 6, torch.device("cpu")) is first
+    assert_close(first.double(), -parts.slopes("alibi", 6), atol=0, rtol=1e-6)
+    for heads in range(1, 200):
+        parts.log_decay("retnet", heads, "cpu")
+    assert len(decays) == 64
+    assert parts.log_decay("alibi", 6, "cpu") is first, "a CUDA graph may read it"
+
+
+def test_a_fixed_decay_made_in_inference_mode_serves_a_later_backward(decays):
+    with torch.inference_mode():
+        parts.log_decay("alibi", 4, "cpu")
+    q, k, v, _ = inputs(9, torch.float32)
+    o, _ = ops.linear_attention(q.requires_grad_(), k, v, parts.log_decay("alibi", 4, "cpu"))
+    o.sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_no_fake_traced_or_meta_decay_is_kept(decays):
+    with FakeTensorMode():
+        assert type(parts.log_decay("alibi", 4, "cpu")) is not torch.Tensor
+    parts.log_decay("alibi", 4, "meta")
+    compiled = torch.compile(lambda x: x * parts.log_decay("alibi", 4, x.device), fullgraph=True, backend="eager")
+    assert_close(compiled(torch.ones(4)), parts.slopes("alibi", 4).neg().float())
+    assert not decays
+    kept = parts.log_decay("alibi", 4, "cpu")
+    with FakeTensorMode():
+        assert parts.log_decay("alibi", 4, "cpu") is not kept

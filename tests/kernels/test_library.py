@@ -11,7 +11,7 @@ import pytest
 import supra_kernels
 import torch
 from cases import inputs, packed, tables, with_sums
-from supra_kernels import linear_attention
+from supra_kernels import documents, linear_attention
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -19,7 +19,7 @@ TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_a
 def arguments(decay, packing, state, length=40, dtype=torch.float32):
     q, k, v, g, initial = (None if x is None else x.to(dtype) for x in inputs(1, length, 2, 1, 4, 6, decay, state))
     leaves = [None if x is None else x.requires_grad_() for x in (q, k, v, g, initial)]
-    return *leaves, packed(1, length) if packing else None, 0.5
+    return *leaves, documents(packed(1, length)) if packing else None, 0.5
 
 
 @pytest.mark.parametrize(("decay", "packing"), [("none", False), ("fixed", True), ("token", False)])
@@ -41,7 +41,7 @@ def test_the_triton_operator_with_a_denominator_passes_opcheck():
     pytest.importorskip("triton")
     q, k, v, g, state = (x.requires_grad_() for x in with_sums(inputs(1, 20, 2, 1, 4, 6, "token")))
     torch.library.opcheck(
-        torch.ops.supra.triton.default, (q, k, v, g, state, packed(1, 20), 0.5, None, 0.5), test_utils=TESTS
+        torch.ops.supra.triton.default, (q, k, v, g, state, documents(packed(1, 20)), 0.5, None, 0.5), test_utils=TESTS
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DECAYS, assert_agrees, differentiate, inputs, packed, poisoned, tables, with_sums
-from supra_kernels import linear_attention
+from supra_kernels import documents, linear_attention
 
 pytest.importorskip("triton")
 from supra_kernels.gpu import launch, tokens
@@ -62,8 +62,8 @@ def test_a_small_decay_over_129_tokens_gives_no_nan_in_the_final_state(gamma):
 @pytest.mark.parametrize(("spans", "packing"), [(2, False), (3, True)])
 def test_a_walk_in_spans_equals_one_walk(spans, packing):
     q, k, v, g, state = (x.to(DEVICE) for x in with_sums(inputs(1, 200, 2, 1, 8, 8, "fixed")))
-    segment = packed(1, 200, document=100).to(DEVICE) if packing else None
-    problem, dd = launch.Problem(q, k, v, g, segment, 1.0, sums=True), torch.randn(1, 2, 200, device=DEVICE)
+    numbers = documents(packed(1, 200, document=100)).to(DEVICE) if packing else None
+    problem, dd = launch.Problem(q, k, v, g, numbers, 1.0, sums=True), torch.randn(1, 2, 200, device=DEVICE)
     for x, reverse in ((problem.k, False), (problem.q, True)):
         one = launch.walk(problem, x, problem.v, state, reverse=reverse, dd=dd, spans=1)
         cut = launch.walk(problem, x, problem.v, state, reverse=reverse, dd=dd, spans=spans)

@@ -120,7 +120,6 @@ def test_documents_are_numbered_within_the_row_and_padding_is_minus_one():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0]])
     layout, *_ = derive(mask, torch.tensor([[0, 0, 0, 1, 0, 1, 0]]), 1, 7)
     assert layout.segment.tolist() == [[-1, -1, 0, 0, 1, 1, -1]]
-    assert layout.position.tolist() == [[0, 0, 0, 1, 0, 1, 0]]
 
 
 def test_a_cached_document_goes_on_as_the_rows_first():

@@ -1,7 +1,8 @@
 """Tensors in, kernels launched, tensors out: forward and backward in chunks. No autograd here.
 
-Tile sizes are pinned by K and V, never tuned at run time and never by B or T: so results do not vary between
-processes.
+Tile sizes are pinned by K, V, the dtype and the card (supra_kernels.gpu.fit), never tuned at run time, so results do
+not vary between processes. By B · H, T and the card's processors it is chosen into how many spans a long walk is cut
+(`_spans`): there the last bits of a row may depend on how many rows are beside it.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supra_kernels.boundaries import DECAY_FLOOR, documents
+from supra_kernels.boundaries import DECAY_FLOOR
+from supra_kernels.gpu import fit
 from supra_kernels.gpu.decay import decay_kernel
 from supra_kernels.gpu.finish import finish_backward_kernel
+from supra_kernels.gpu.fit import CHUNK
 from supra_kernels.gpu.key_side import key_side_kernel
 from supra_kernels.gpu.query_side import query_side_kernel
 from supra_kernels.gpu.states import states_kernel
 from supra_kernels.gpu.sums import sums_kernel
 from supra_kernels.gpu.tiles import FIXED_DECAY, NO_DECAY, TOKEN_DECAY
 
-CHUNK = 64
 INTERPRETED = not isinstance(states_kernel, triton.JITFunction)
 """True under TRITON_INTERPRET=1, where bf16 arithmetic is wrong: operands are widened to fp32 before the launch."""
 
@@ -49,22 +51,25 @@ class Problem:
         k: Tensor,
         v: Tensor,
         g: Tensor | None,
-        segment: Tensor | None,
+        documents: Tensor | None,
         scale: float,
         sums: bool = False,
     ):
         self.q, self.k, self.v = (operand(x) for x in (q, k, v))
         self.g = None if g is None else g.float().clamp(min=DECAY_FLOOR).contiguous()
-        self.code, self.scale = None if segment is None else _document_code(segment), scale
+        self.documents, self.scale = documents, scale
         self.batch, self.length, self.heads, self.key_dim = q.shape
         self.kv_heads, self.v_dim = v.shape[2:]
         self.chunks, self.sums = triton.cdiv(self.length, CHUNK), sums
         self.half = not INTERPRETED and all(x.dtype == torch.bfloat16 for x in (q, k, v))
+        self.card = fit.card_of(q.device)
+        self.size = 2 if self.half else 4
+        """Bytes of a number that enters a product."""
         self.state_dtype = torch.bfloat16 if self.half else torch.float32
         self.shared = {
             "C": CHUNK,
             "DECAY": (NO_DECAY if g is None else FIXED_DECAY if g.dim() == 1 else TOKEN_DECAY).value,
-            "PACKED": segment is not None,
+            "PACKED": documents is not None,
             "OPERAND": tl.bfloat16 if self.half else tl.float32,
             "PRECISION": _precision(),
         }
@@ -73,18 +78,18 @@ class Problem:
     def weighing(self) -> tuple[Tensor | None, ...]:
         """What every kernel over chunks makes its weights of: g, count and rest of sums_kernel, the documents' code."""
         by_token = self.g is not None and self.g.dim() == 3
-        if not by_token and (self.g is None or self.code is None):
-            return self.g, None, None, self.code
+        if not by_token and (self.g is None or self.documents is None):
+            return self.g, None, None, self.documents
         heads = self.heads if by_token else 1
         count = self.empty(self.batch, heads, self.length)
         rest = torch.empty_like(count) if by_token else None
         BH = min(16, triton.next_power_of_2(heads))
         with on_device(self.q):
             sums_kernel[(self.batch * self.chunks * triton.cdiv(heads, BH),)](
-                self.g, self.code, count, rest, self.length, self.chunks, heads,
+                self.g, self.documents, count, rest, self.length, self.chunks, heads,
                 C=CHUNK, BH=BH, DECAY=self.shared["DECAY"], PACKED=self.shared["PACKED"], num_warps=4,
             )  # fmt: skip
-        return self.g, count, rest, self.code
+        return self.g, count, rest, self.documents
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -101,22 +106,12 @@ def _precision() -> str:
     """Of fp32 products: three tf32 ones keep fp32's digits on tensor cores; one where PyTorch's own may be tf32."""
     if torch.version.hip or INTERPRETED:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
-def _document_code(segment: Tensor) -> Tensor:
-    """[B,T] int32: 2 · document number + (1 on a real token)."""
-    layout = documents(segment)
-    return (layout.number.clamp(max=2**30 - 1) * 2 + layout.real).int().contiguous()
+    # Not allow_tf32, which raises where a process has set this newer name; setting either sets this one.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def operand(x: Tensor) -> Tensor:
     return (x.float() if INTERPRETED and x.dtype != torch.float32 else x).contiguous()
-
-
-def _tile(width: int, most: int = 64) -> int:
-    """A power of two from 16, the least that tl.dot takes."""
-    return min(most, max(16, triton.next_power_of_2(width)))
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -125,10 +120,10 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 def _spans(problem: Problem, programs: int) -> int:
     """Into how many spans the walk over chunks is cut, so that the processors are busy when B · H is small."""
-    if not problem.q.is_cuda or problem.chunks < 32:
+    processors = problem.card.processors
+    if not problem.q.is_cuda or problem.chunks < 32 or programs >= processors:
         return 1
-    processors = torch.cuda.get_device_properties(problem.q.device).multi_processor_count
-    return max(1, min(triton.cdiv(2 * processors, programs), problem.chunks // 8)) if programs < processors else 1
+    return max(1, min(triton.cdiv(2 * processors, programs), problem.chunks // 8))
 
 
 class Walk(NamedTuple):
@@ -154,7 +149,11 @@ def walk(
 
     In more than one span, a first walk over each from zero gives what it adds; the starts follow from these in order.
     """
-    BK, BV = _tile(problem.key_dim), _tile(problem.v_dim)
+    tiles = fit.walk(
+        problem.card, problem.key_dim, problem.v_dim, size=problem.size, stages=3,
+        programs=_together(problem, 3 if problem.sums else 4),
+    )  # fmt: skip
+    BK, BV = tiles.inner, tiles.outer
     programs = problem.batch * problem.heads * triton.cdiv(problem.key_dim, BK) * triton.cdiv(problem.v_dim, BV)
     spans = spans or _spans(problem, programs)
     span = triton.cdiv(problem.chunks, spans)
@@ -172,7 +171,7 @@ def walk(
             problem.length, problem.chunks, span, spans, problem.heads, x.shape[2], y.shape[2], problem.scale,
             **problem.shared, K=problem.key_dim, V=problem.v_dim, BK=BK, BV=BV, SUMS=problem.sums,
             REVERSE=reverse, STORE=store, INITIAL=start is not None,
-            **_options(problem, 3 if problem.sums else 4, warps=4, stages=3),
+            **_options(tiles, warps=4),
         )  # fmt: skip
 
     with on_device(problem.q):
@@ -229,13 +228,13 @@ def _query_side(
     norm: bool = False,
 ) -> None:
     """Writes o, or the gradient dq; see query_side_kernel."""
-    BU = _tile(u.shape[-1], 1 << 20 if norm else 128)
+    tiles, warps = _side(problem, x, u, whole=norm)
     with on_device(x):
-        query_side_kernel[(problem.batch * problem.heads * problem.chunks * triton.cdiv(u.shape[-1], BU),)](
+        query_side_kernel[(problem.batch * problem.heads * problem.chunks * triton.cdiv(u.shape[-1], tiles.outer),)](
             x, y, u, dd, *problem.weighing, met.states, met.z, out, row,
             problem.length, problem.chunks, problem.heads, problem.kv_heads, problem.scale, least,
-            **problem.shared, X=x.shape[-1], U=u.shape[-1], BX=_tile(x.shape[-1]), BU=BU,
-            GRADIENT=gradient, NORM=norm, SUMS=problem.sums, **_side(problem, BU),
+            **problem.shared, X=x.shape[-1], U=u.shape[-1], BX=tiles.inner, BU=tiles.outer,
+            GRADIENT=gradient, NORM=norm, SUMS=problem.sums, **_options(tiles, warps),
         )  # fmt: skip
 
 
@@ -243,29 +242,38 @@ def _key_side(
     problem: Problem, x: Tensor, y: Tensor, u: Tensor, met: Walk, out: Tensor, *, transposed: bool, dd: Tensor | None
 ) -> None:
     """Writes dv, or `transposed` dk, which a denominator's dd has a part in; see key_side_kernel."""
-    BU = _tile(u.shape[-1], 128)
+    tiles, warps = _side(problem, x, u, whole=False)
     with on_device(x):
-        key_side_kernel[(problem.batch * problem.kv_heads * problem.chunks * triton.cdiv(u.shape[-1], BU),)](
+        key_side_kernel[(problem.batch * problem.kv_heads * problem.chunks * triton.cdiv(u.shape[-1], tiles.outer),)](
             x, y, u, dd, *problem.weighing, met.states, met.z, out,
             problem.length, problem.chunks, problem.heads, problem.scale,
-            **problem.shared, X=x.shape[-1], U=u.shape[-1], BX=_tile(x.shape[-1]), BU=BU,
-            GROUP=problem.heads // problem.kv_heads, TRANSPOSED=transposed, SUMS=dd is not None, **_side(problem, BU),
+            **problem.shared, X=x.shape[-1], U=u.shape[-1], BX=tiles.inner, BU=tiles.outer,
+            GROUP=problem.heads // problem.kv_heads, TRANSPOSED=transposed, SUMS=dd is not None,
+            **_options(tiles, warps),
         )  # fmt: skip
 
 
-def _side(problem: Problem, width: int) -> dict[str, int]:
-    """Options of a kernel whose tiles are [C, width]."""
+def _side(problem: Problem, x: Tensor, u: Tensor, *, whole: bool) -> tuple[fit.Fit, int]:
+    """-> tiles and warps of query_side and key_side."""
+    width = fit.tile(u.shape[-1], 1 << 20 if whole else 128)
     if width > 128:
-        return {"num_warps": 8, "num_stages": 2}
-    programs, warps = (2, 8) if width > 64 else (3, 4)
-    return _options(problem, programs, warps, stages=3 if problem.half else 2)
+        programs, warps, stages = 1, 8, 2
+    else:
+        programs, warps = (2, 8) if width > 64 else (3, 4)
+        programs, stages = _together(problem, programs), 3 if problem.half else 2
+    asked = {"size": problem.size, "whole": whole, "programs": programs, "stages": stages}
+    return fit.side(problem.card, x.shape[-1], u.shape[-1], **asked), warps
 
 
-def _options(problem: Problem, programs: int, warps: int, stages: int) -> dict[str, int]:
-    """So many programs are made to fit where tiles move in pieces of 16 bytes: bf16, in widths that allow it. Others
-    need the registers."""
-    fits = problem.half and (problem.key_dim | problem.v_dim) % 8 == 0
-    return {**(resident(programs, warps) if fits else {"num_warps": warps}), "num_stages": stages}
+def _together(problem: Problem, programs: int) -> int:
+    """So many programs are made to fit on a multiprocessor where tiles move in pieces of 16 bytes: bf16, in widths that
+    allow it. Others need the registers."""
+    return programs if problem.half and (problem.key_dim | problem.v_dim) % 8 == 0 else 1
+
+
+def _options(tiles: fit.Fit, warps: int) -> dict[str, int]:
+    limits = resident(tiles.programs, warps) if tiles.programs > 1 else {"num_warps": warps}
+    return {**limits, "num_stages": tiles.stages}
 
 
 class Finish(NamedTuple):
@@ -323,11 +331,14 @@ def _before_finish(problem: Problem, dy: Tensor, finish: Finish) -> tuple[Tensor
 def _decay(problem: Problem, do: Tensor, dd: Tensor | None, met: Walk, d_met: Walk) -> Tensor:
     """-> dg [B,T,H]; see decay_kernel."""
     dg = problem.empty(problem.batch, problem.length, problem.heads)
+    tiles = fit.decay(
+        problem.card, problem.key_dim, problem.v_dim, size=problem.size, stages=2, programs=_together(problem, 2)
+    )
     with on_device(do):
         decay_kernel[(problem.batch * problem.heads * problem.chunks,)](
             problem.q, problem.k, problem.v, do, dd, *problem.weighing, met.states, met.z, d_met.states, d_met.z, dg,
             problem.length, problem.chunks, problem.heads, problem.kv_heads, problem.scale,
-            **problem.shared, K=problem.key_dim, V=problem.v_dim, BK=_tile(problem.key_dim), BV=_tile(problem.v_dim),
-            SUMS=problem.sums, **_options(problem, 2, warps=8, stages=2),
+            **problem.shared, K=problem.key_dim, V=problem.v_dim, BK=tiles.inner, BV=tiles.outer,
+            SUMS=problem.sums, **_options(tiles, warps=8),
         )  # fmt: skip
     return dg

@@ -197,8 +197,8 @@ def _inside(function: torch._ops.OpOverload, described: tuple) -> Inside:
     with FakeTensorMode(), torch._C.DisableTorchFunction():
         args = [torch.empty(shortened(x[0]), dtype=x[1]) if isinstance(x, tuple) else x for x in described]
         if backward:
-            q, k, v, g, segment, _, scale, _ = args[2:]
-            args[7] = torch.ops.supra.chunk(q, k, v, g, None, segment, scale, True)[2]
+            q, k, v, g, documents, _, scale, _ = args[2:]
+            args[7] = torch.ops.supra.chunk(q, k, v, g, None, documents, scale, True)[2]
         counted = Meter(*(x for x in args if isinstance(x, Tensor)))
         with counted:
             returned = function._op_dk(_KERNEL, *args)

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import Mixer
@@ -68,9 +69,31 @@ class Retaining(MatrixMixer):
         self.norm.fit(o, taught)
 
 
+_decays: dict[tuple[SlopeRule, int, torch.device], Tensor] = {}
+"""log_decay by its arguments. It forgets nothing, since a CUDA graph may read what is here, and stops growing at 64."""
+
+
 def log_decay(rule: SlopeRule, heads: int, device: torch.device | str) -> Tensor | None:
-    """g_h = log γ_h ≤ 0 of every head, [H] fp32; None without decay."""
-    return None if rule == "none" else slopes(rule, heads, device).neg().float()
+    """g_h = log γ_h ≤ 0 of every head, [H] fp32; None without decay.
+
+    Made once for each device, since every layer asks at every decoded token: some five launches each time. But not
+    kept where the tensor would not outlive the caller: under torch.compile, which traces it, under a dispatch mode,
+    whose tensors may be fake, and in the memory of a CUDA graph that is being captured.
+    """
+    if rule == "none":
+        return None
+    device = torch.device(device)
+    passing = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or device.type == "meta"
+    if passing:
+        return slopes(rule, heads, device).neg().float()
+    key = (rule, heads, device)
+    if key not in _decays:
+        with torch.inference_mode(False):  # a tensor made in inference mode could take no part in a later backward
+            made = slopes(rule, heads, device).neg().float()
+        if len(_decays) == 64 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return made
+        _decays[key] = made
+    return _decays[key]
 
 
 def slopes(rule: SlopeRule, heads: int, device: torch.device | str = "cpu") -> Tensor:

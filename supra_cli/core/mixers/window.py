@@ -143,8 +143,8 @@ def read_rows(layout: Layout | None, seen: Tensor, tokens: int, block: int) -> R
     if layout is None:
         order, document = None, torch.zeros((len(seen), tokens), dtype=torch.int64, device=seen.device)
     else:
-        order = (layout.segment < 0).long().argsort(dim=-1, stable=True)
-        document = layout.segment.gather(1, order)
+        order = None if tokens == 1 else (layout.segment < 0).long().argsort(dim=-1, stable=True)
+        document = layout.segment if order is None else layout.segment.gather(1, order)
     document = pad(document, (0, -tokens % block), value=-1)
     index = torch.arange(document.shape[1], device=seen.device)
     begins = document != torch.cat((document[:, :1], document[:, :-1]), dim=1)
