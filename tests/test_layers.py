@@ -157,3 +157,10 @@ def test_core_never_prints():
         if is_in(module, CORE) or top(module) == "supra_kernels":
             calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
             assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), module
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {module: ours(imports(module)) & SOURCES.keys() for module in SOURCES}
+    while ends := {module for module, below in graph.items() if not below}:
+        graph = {module: below - ends for module, below in graph.items() if module not in ends}
+    assert not graph, f"in a circle, or above one: {sorted(graph)}"

@@ -19,7 +19,8 @@ from supra_cli.core.archs import archs
 from supra_cli.core.errors import SupraError
 from supra_cli.core.layout import Layout, derive, softmax_mask
 from supra_cli.core.mixers import mixers, parse_options
-from supra_cli.core.swap import SOFTMAX, SwappedAttention, layer_kinds, swap, swapped_layers
+from supra_cli.core.recipe.keep import SOFTMAX, layer_kinds
+from supra_cli.core.swap import SwappedAttention, swap, swapped_layers
 
 Objective = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
 """(hidden [B,T,D], head: hidden -> logits) -> anything."""

@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from supra_cli.core.archs import Arch, Rope
-from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import Layout, softmax_mask
 from supra_cli.core.mixers import Mixer
 from supra_cli.core.mixers.softmax import Softmax
-
-SOFTMAX = "softmax"
-"""The kind of a layer that keeps the base's own attention."""
+from supra_cli.core.recipe.keep import SOFTMAX
 
 
 class SwappedAttention(nn.Module):
@@ -100,35 +97,6 @@ def mixer_names(model: nn.Module) -> set[str]:
     `mixer`.
     """
     return {f"{name}.mixer.{own}" for name, layer in swapped_layers(model) for own, _ in layer.mixer.named_parameters()}
-
-
-def layer_kinds(layers: int, mixer: str, keep: str) -> list[str]:
-    """The kind of each layer: `mixer`, or softmax where `keep` says so.
-
-    keep is `none`, `all`, `every:N` (layers N-1, 2N-1, ...), `first:N`, `last:N` or layer numbers like `0,5,7`;
-    anything else, or a number outside the model, is a UsageError.
-    """
-    kept = _kept(layers, keep)
-    return [SOFTMAX if layer in kept else mixer for layer in range(layers)]
-
-
-def _kept(layers: int, keep: str) -> set[int]:
-    everything = range(layers)
-    if keep in ("none", "all"):
-        return set(everything) if keep == "all" else set()
-    rule, colon, number = keep.partition(":")
-    if colon and rule in ("every", "first", "last") and number.isdecimal() and 1 <= int(number) <= layers:
-        count = int(number)
-        return set(
-            {"every": everything[count - 1 :: count], "first": everything[:count], "last": everything[-count:]}[rule]
-        )
-    numbers = keep.split(",")
-    if all(number.strip().isdecimal() and int(number) < layers for number in numbers):
-        return {int(number) for number in numbers}
-    raise UsageError(
-        f"keep is '{keep}', expected none, all, every:N, first:N, last:N (N from 1 to {layers}) "
-        f"or layer numbers from 0 to {layers - 1} like 0,{layers - 1}"
-    )
 
 
 class RecurrentLayer(CacheLayerMixin):

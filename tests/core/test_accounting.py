@@ -15,7 +15,7 @@ from supra_cli.core import accounting, checkpoint, hub, ops
 from supra_cli.core import recipe as recipes
 from supra_cli.core.accounting import layers
 from supra_cli.core.accounting.meter import Meter, inside
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM

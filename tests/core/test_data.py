@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from supra_cli.core import corpus
-from supra_cli.core.data import rows, sources, tokenizer, tokens
+from supra_cli.core.data import packing, rows, sources, tokenizer, tokens
 from supra_cli.core.data.streamed import Streamed
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.recipe import Data, Source
@@ -86,7 +86,7 @@ def test_folders_and_globs_are_read_in_name_order(tmp_path: Path) -> None:
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', SupraError, "1 of 2 records"),
         ("numbers.jsonl", b'{"text": 3}\n', SupraError, "is int, expected text"),
         ("other.jsonl", b'{"txt": "a"}\n', SupraError, "did you mean 'txt'"),
-        ("list.jsonl", b"[1]\n", SupraError, "has no field 'text'"),
+        ("list.jsonl", b"[1]\n", SupraError, "is a JSON list, expected an object"),
         ("cut.parquet", b"PAR1", SupraError, "cannot read"),
         ("not.jsonl.gz", b"plain", SupraError, "cannot read"),
     ],
@@ -105,7 +105,7 @@ def test_a_missing_file_is_not_found_and_a_misspelt_built_in_source_has_a_near_m
     with pytest.raises(NotFoundError, match="no data at"):
         read(tmp_path / "nothing.jsonl")
     with pytest.raises(NotFoundError, match="did you mean 'python-stdlib'"):
-        sources.files("python-stdlb")
+        sources.files(Source(path="python-stdlb"), "train")
 
 
 def test_few_empty_records_are_skipped_and_many_are_an_error(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_cut_rows_hold_one_piece_of_one_document_and_the_rest_carries_no_loss(wo
     for piece, ids, positions, labels in zip(pieces, *batch, strict=True):
         assert ids[: len(piece)].tolist() == piece.tolist()
         assert positions.tolist() == [*range(len(piece))] + [0] * (24 - len(piece))
-        assert labels.tolist() == [*piece[1:]] + [rows.IGNORED] * (25 - len(piece))
+        assert labels.tolist() == [*piece[1:]] + [packing.IGNORED] * (25 - len(piece))
 
 
 def test_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -> None:
@@ -263,15 +263,20 @@ def test_held_out_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -
         rows.held_out(data(tmp_path, validation=[{"path": str(tmp_path / "b.txt")}]), words)
 
 
+def streamed(words, path: Path | str, **settings) -> Streamed:
+    """The records of a local file as a dataset on the hub that has one commit."""
+
+    def open_at(commit: str | None) -> tuple[datasets.IterableDataset, str]:
+        return datasets.load_dataset("json", data_files=str(path), split="train", streaming=True), commit or "c0"
+
+    return Streamed(open_at, Source(path="org/set", **settings), "train", words)
+
+
 @pytest.mark.parametrize("taken", [0, 1, 5, 31])
 def test_a_streamed_dataset_goes_on_exactly_where_it_was(taken: int, words, tmp_path: Path) -> None:
     path = str(write(tmp_path, "a.jsonl"))
 
-    def stream() -> Streamed:
-        dataset = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
-        return Streamed(dataset, "text", words, "digest")
-
-    whole, again = stream(), stream()
+    whole, again = streamed(words, path), streamed(words, path)
     for _ in range(taken):
         whole.row(24)
     again.state = json.loads(json.dumps(whole.state))
@@ -282,8 +287,7 @@ def test_a_streamed_dataset_goes_on_exactly_where_it_was(taken: int, words, tmp_
 def test_a_streamed_dataset_yields_its_documents_and_starts_over(words, tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl")
     stored = tokens.tokenised(Source(path=str(path)), words, "train", 0.0)
-    dataset = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
-    ids, _ = Streamed(dataset, "text", words, "digest").row(2 * len(stored.ids))
+    ids, _ = streamed(words, path).row(2 * len(stored.ids))
     assert (ids == np.concatenate([stored.ids, stored.ids])).all()
 
 

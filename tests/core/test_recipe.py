@@ -11,6 +11,7 @@ import tomli_w
 from supra_cli.core import recipe as recipes
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
+from supra_cli.core.recipe.keep import layer_kinds
 
 RAW: dict[str, Any] = {
     "base": "tiny",
@@ -185,3 +186,38 @@ def test_a_shipped_recipe_is_read_by_its_name_unless_a_file_has_it(tmp_path: Pat
     assert recipes.load(Path("mistral")) == recipes.load(recipes.find("mistral"))
     (tmp_path / "t2r").write_text(recipes.find("demo").read_text(encoding="utf-8"), encoding="utf-8")
     assert recipes.load(Path("t2r")) == recipes.load(recipes.find("demo"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("none", ()),
+        ("all", (0, 1, 2, 3, 4, 5)),
+        ("every:2", (1, 3, 5)),
+        ("every:4", (3,)),
+        ("every:6", (5,)),
+        ("first:2", (0, 1)),
+        ("last:1", (5,)),
+        ("0,5,3", (0, 3, 5)),
+        ("2", (2,)),
+    ],
+)
+def test_keep_names_the_softmax_layers(keep: str, kept: tuple[int, ...]) -> None:
+    assert layer_kinds(6, "supra", keep) == ["softmax" if layer in kept else "supra" for layer in range(6)]
+
+
+@pytest.mark.parametrize("keep", ["every:7", "first:7", "last:7", "6", "0,9"])
+def test_a_keep_outside_the_model_names_its_layers(keep: str) -> None:
+    assert recipes.validate(changed("keep", keep)).keep == keep  # right for a model with more layers
+    with pytest.raises(UsageError, match="the model has 6 layers"):
+        layer_kinds(6, "supra", keep)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    ["", "some", "every:0", "every:", "first:-1", "last:x", "-1", "1,,2", "all:1", "every:²", "None", "9" * 5000],
+)
+def test_a_keep_that_means_nothing_is_refused_before_a_model_is_known(keep: str) -> None:
+    assert "keep: keep is" in complaint(changed("keep", keep))
+    with pytest.raises(UsageError, match="expected none, all, every:N"):
+        layer_kinds(6, "supra", keep)

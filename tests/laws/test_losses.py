@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from supra_cli.core import recipe as recipes
-from supra_cli.core.data.rows import IGNORED, Batch
+from supra_cli.core.data.packing import IGNORED, Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.stages import stages
 from supra_cli.core.train.prepare import select, stage_of

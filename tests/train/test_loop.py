@@ -20,7 +20,7 @@ from torch import nn
 
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
-from supra_cli.core.data import rows
+from supra_cli.core.data import packing, rows
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
 from supra_cli.core.lookup import lookup
@@ -155,8 +155,8 @@ def test_held_out_losses_are_those_of_the_models(recipe_file: Write, base: Path,
             for start, end in itertools.pairwise(starts):
                 logits = model(ids[None, start:end]).logits[0].double()
                 wanted = labels[start:end]
-                losses = nn.functional.cross_entropy(logits, wanted, ignore_index=rows.IGNORED, reduction="sum")
-                total, count = total + losses.item(), count + (wanted != rows.IGNORED).sum().item()
+                losses = nn.functional.cross_entropy(logits, wanted, ignore_index=packing.IGNORED, reduction="sum")
+                total, count = total + losses.item(), count + (wanted != packing.IGNORED).sum().item()
         assert told == pytest.approx(total / count, rel=1e-5)
 
 
@@ -337,7 +337,7 @@ def test_rows_with_nothing_to_predict_are_a_step_of_loss_zero(base: Path) -> Non
     optimizer = adamw(student, prepare(student, stage, spec), spec)
     stepper = Stepper(stage, student, None, optimizer, 1.0, torch.device("cpu"), torch.float32)
     nothing = torch.zeros(1, 8, dtype=torch.int64)
-    outcome = stepper.take([rows.Batch(nothing, nothing, torch.full_like(nothing, rows.IGNORED))])
+    outcome = stepper.take([packing.Batch(nothing, nothing, torch.full_like(nothing, packing.IGNORED))])
     assert (outcome.loss, outcome.grad_norm, outcome.finite) == (0.0, 0.0, True)
 
 
@@ -368,7 +368,9 @@ def test_activation_checkpointing_changes_no_bit(kind: str, recipe_file: Write, 
 def test_activation_checkpointing_saves_activations(base: Path, tmp_path: Path) -> None:
     folder = checkpoint.convert(base, tmp_path / "student", mixer="supra", options={}, keep="none", seed=0)
     student = checkpoint.load(folder).train()
-    batch = rows.Batch(torch.zeros(2, 64, dtype=torch.long), torch.arange(64).expand(2, 64), torch.ones(2, 64).long())
+    batch = packing.Batch(
+        torch.zeros(2, 64, dtype=torch.long), torch.arange(64).expand(2, 64), torch.ones(2, 64).long()
+    )
     kind = stages.get("finetune")
     stage = kind(kind.Options())
     saved = {}

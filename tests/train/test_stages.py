@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
 from supra_cli.core.archs import archs
-from supra_cli.core.data.rows import IGNORED, Batch
+from supra_cli.core.data.packing import IGNORED, Batch
 from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.mixers import mixers
 from supra_cli.core.stages import Stage, chunked, stages

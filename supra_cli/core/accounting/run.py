@@ -18,7 +18,7 @@ from supra_cli.core import checkpoint, hub, ops
 from supra_cli.core.accounting.layers import extrapolated
 from supra_cli.core.accounting.meter import Lap, Meter
 from supra_cli.core.accounting.model import ModelPlan, measure
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import Backward, Loss, Stage
 from supra_cli.core.train.optimizer import moment_bytes

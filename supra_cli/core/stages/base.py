@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 
 Backward = Callable[[Tensor], Tensor]
 """A differentiable part of a loss's sum -> its value, detached: the part's backward pass is over, its graph gone."""

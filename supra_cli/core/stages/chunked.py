@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from supra_cli.core.data.rows import IGNORED
+from supra_cli.core.data.packing import IGNORED
 from supra_cli.core.mixers.parts import wide
 
 PIECE_NUMBERS = 1 << 25

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.stages import chunked, stages
 from supra_cli.core.stages.base import Backward, Loss, Stage
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.stages import chunked, stages
 from supra_cli.core.stages.base import Backward, Loss, Stage

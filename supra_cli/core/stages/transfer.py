@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.data.rows import IGNORED, Batch
+from supra_cli.core.data.packing import IGNORED, Batch
 from supra_cli.core.errors import SupraError
 from supra_cli.core.layout import Layout
 from supra_cli.core.mixers.parts import wide

@@ -26,7 +26,7 @@ from supra_cli.core import checkpoint, hub
 from supra_cli.core import device as devices
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.environment import environment
 from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
@@ -148,7 +148,8 @@ class Trainer:
         rehearse(self.recipe.stages[self.counters.stage :], config, tokenizer, base)
         for name in self.recipe.track:
             library(name)
-        self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed)
+        longest = max(map(self.recipe.seq_len, self.recipe.stages))
+        self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed, longest)
         self.held_out = rows.held_out(self.recipe.data, tokenizer)
         if base is not None and self.held_out is not None and self._checkpoint is None:
             hub.fetch(hub.resolve(base))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.stages import Stage
 from supra_cli.core.train import lowbit
