@@ -518,6 +518,57 @@ def test_an_unknown_teacher_vocabulary_is_a_sentence(recipe_file: Write, base: P
         run(recipe_file(stages=one_stage("distill", teacher=str(tmp_path / "other"))), tmp_path / "run")
 
 
+def other_teacher(base: Path, folder: Path, change: Callable[[dict], None]) -> Path:
+    """The base under another tokenizer: its file, changed."""
+    shutil.copytree(base, folder)
+    words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(words)
+    (folder / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
+    return folder
+
+
+def swap_two(words: dict) -> None:
+    numbers = words["model"]["vocab"]
+    numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+
+
+def swap_special(words: dict) -> None:
+    """Added tokens are no part of the model's vocabulary alone."""
+    one, two = words["added_tokens"][:2]
+    one["id"], two["id"] = two["id"], one["id"]
+    numbers = words["model"]["vocab"]
+    numbers[one["content"]], numbers[two["content"]] = one["id"], two["id"]
+    words["post_processor"] = None
+
+
+@pytest.mark.parametrize("change", [swap_two, swap_special])
+def test_a_teacher_of_another_tokenizer_and_the_same_size_is_refused(
+    change: Callable[[dict], None], recipe_file: Write, base: Path, tmp_path: Path
+) -> None:
+    teacher = other_teacher(base, tmp_path / "teacher", change)
+    with pytest.raises(UsageError, match=r"another tokenizer than the student: token '.*' is number \d+ for the"):
+        run(recipe_file(stages=one_stage("distill", teacher=str(teacher))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_knows_further_tokens_is_taken_and_one_without_a_tokenizer_is_not(
+    recipe_file: Write, base: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(base, teacher)
+    words = AutoTokenizer.from_pretrained(base)
+    assert words.add_tokens(["<further>"]) == 1
+    words.save_pretrained(teacher)
+    recipe = recipe_file(stages=one_stage("distill", tokens=64, teacher=str(teacher)))
+    run(recipe, tmp_path / "run")
+    for file in teacher.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(NotFoundError, match="teacher has no tokenizer"):
+        run(recipe, tmp_path / "other")
+
+
 @pytest.mark.parametrize("name", ["converted", "recipe.toml"])
 def test_what_no_run_has_written_is_not_taken_for_its_own(name: str, recipe_file: Write, tmp_path: Path) -> None:
     theirs = tmp_path / "run" / name

@@ -111,11 +111,11 @@ class Trainer:
         self.dtype = self.dtype or self._dtype_so_far() or devices.dtype("auto", self.device.type)
         if self._checkpoint is not None:
             self.origin = origin.same_models(self.recipe, self.origin, self._same["models"], self.counters.stage)
-            origin.same_start(self.run, self.origin, model)
             tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
             self._ready(tokenizer, self.student.config, self.origin.base)
             self.mixture.restore(self._data_state)
             self._same_sums()
+            origin.same_start(self.run, self.origin, model)
             yield from self._same_machine()
             self._describe(self.run)
             self.run.trim_metrics(self.counters.step)
@@ -156,11 +156,12 @@ class Trainer:
         self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))
 
     def _same_recipe(self) -> None:
-        stored = self.run.path / "recipe.toml"
-        if stored.exists() and recipes.load(stored).trajectory() != self.recipe.trajectory():
+        stored, now = self.run.path / "recipe.toml", self.recipe.trajectory()
+        before = recipes.load(stored).trajectory() if stored.exists() else now
+        if changed := [key for key in now if before[key] != now[key]]:
             raise UsageError(
-                f"the recipe is not the one that {self.run.path} was started with (see its recipe.toml); "
-                "resume with the same recipe and --set, or start a new run"
+                f"the recipe is not the one that {self.run.path} was started with: it differs in {', '.join(changed)} "
+                "(see the run's recipe.toml); resume with the same recipe and --set, or start a new run"
             )
 
     def _dtype_so_far(self) -> torch.dtype | None:

@@ -135,10 +135,9 @@ def same_models(recipe: Recipe, origin: Origin, known: Mapping[str, str], stage:
     Models are compared by `known`, the hashes of their weights by role when the run began, so they may have been moved.
     UsageError for one that has other weights, NotFoundError for one that is needed and gone.
     """
-    for name in (origin.base, recipe.base):
-        if _lies_here(name) and weights_hash(hub.fetch(hub.resolve(name))) == known.get("origin"):
-            origin = replace(origin, base=str(Path(name).resolve()))
-            break
+    moved = origin.base is not None and Path(origin.base).is_absolute() and not Path(origin.base).exists()
+    if moved and _lies_here(recipe.base) and "base" in known and known["base"] == known.get("origin"):
+        origin = replace(origin, base=str(Path(recipe.base).resolve()))
     for role, (name, weights) in identities(recipe, origin.base, stage).items():
         if known.get(role, weights) != weights:
             raise UsageError(
