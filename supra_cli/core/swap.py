@@ -88,6 +88,13 @@ def swapped_layers(model: nn.Module) -> Iterator[tuple[str, SwappedAttention]]:
             yield name, module
 
 
+def mixer_names(model: nn.Module) -> set[str]:
+    """The names of the parameters that belong to a mixer and not to the base, some of which call a part of their own
+    `mixer`.
+    """
+    return {f"{name}.mixer.{own}" for name, layer in swapped_layers(model) for own, _ in layer.mixer.named_parameters()}
+
+
 def base_class(name: str) -> type | None:
     """The class of that name in the modeling module of some registered base."""
     for base in archs:

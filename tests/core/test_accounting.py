@@ -22,7 +22,7 @@ from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import stages
 from supra_cli.core.train.optimizer import adamw
 from supra_cli.core.train.prepare import prepare
-from supra_cli.core.train.step import Stepper
+from supra_cli.core.train.step import Stepper, begin
 
 
 def planned(alias, mixer="supra", keep="none", **options):
@@ -343,7 +343,7 @@ def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
     (spec,), cpu = parsed.stages, torch.device("cpu")
     stage = stages.get(spec.kind)(stages.get(spec.kind).Options())
     student = SupraForCausalLM._from_config(accounting.student_config(parsed), dtype=torch.float32).train()
-    optimizer = adamw(prepare(student, stage, spec), spec, dtype)
+    optimizer = adamw(student, prepare(student, stage, spec), spec, dtype)
     teacher = None
     if stage.teacher == "separate":
         config = checkpoint.read_config(hub.config_folder(hub.resolve(parsed.base)))
@@ -353,6 +353,7 @@ def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
     ids = torch.randint(260, (rows, 256))
     document = 256 if parsed.data.documents == "joined" else 128
     batch = Batch(ids, (torch.arange(256) % document).expand(rows, 256), ids)
+    begin(stage, student, [batch], cpu, dtype)
     for _ in range(2):
         stepper.take([batch] * (parsed.rows(spec) // rows))
 

@@ -55,9 +55,15 @@ class Mixer(nn.Module):
         """What the heads can be asked to equal, given the teacher's o [B,T,H,V]: o, or o normalised as they are."""
         return o
 
-    def fit(self, o: Tensor, taught: Tensor) -> None:
-        """Set the parameters that have a closed form so that the mixer's own o comes near the teacher's, both
-        [B,T,H,V]; called without gradient at the start of attention transfer.
+    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
+        """What `fit` learns from the mixer's own o and the teacher's, both [B,T,H,V] and zero at tokens that do not
+        count: sums over batch and tokens, in any shape, which are added up over the first step of attention transfer.
+        """
+        return o.new_zeros(0)
+
+    def fit(self, moments: Tensor) -> None:
+        """Set the parameters that have a closed form so that the mixer's o comes near the teacher's; called without
+        gradient, once, before the first step of attention transfer.
         """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -228,9 +229,20 @@ class Recipe(Table):
         return self
 
     def trajectory(self) -> dict[str, Any]:
-        """What decides the bits of the result: everything but how often is saved and validated, and where is logged."""
+        """What decides the bits of the result: everything but how often is saved and validated, and where is logged.
+
+        Where on this machine models and text lie decides nothing, so absolute paths are left out: whoever compares two
+        trajectories compares what lies there by its content.
+        """
         free = {"checkpoint", "validate_every_steps", "non_finite", "track"}
-        return self.model_dump(mode="json", exclude=free)
+        kept = self.model_dump(mode="json", exclude=free)
+        data = kept["data"]
+        for table, key in [(kept, "base"), *((stage, "teacher") for stage in kept["stages"])] + [
+            (source, "path") for source in data["sources"] + data["validation"]
+        ]:
+            if table[key] is not None and Path(table[key]).is_absolute():
+                table[key] = "here"
+        return kept
 
     def seq_len(self, stage: Stage) -> int:
         return stage.seq_len or self.data.seq_len
