@@ -212,7 +212,7 @@ def test_a_folder_of_something_else_is_one_sentence_that_names_a_file_and_what_i
     (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     for result in both(tmp_path / "pictures"):
         assert result.code == 3
-        assert "it holds 1 others, such as a.png" in result.error
+        assert "among the 1 in it, such as a.png" in result.error
         assert ".jsonl" in result.error
 
 
