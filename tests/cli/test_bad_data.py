@@ -118,6 +118,8 @@ BAD = {
         "no column 'text' in its first line; did",
     ),
     "a torn table": ("a.csv", TABLE + b"1,2,3\n", "Expected 2 columns, got 3"),
+    "a torn and compressed table": ("a.csv.gz", gzip.compress(TABLE + b"1,2,3\n"), "Expected 2 columns, got 3"),
+    "compressed parquet": ("a.parquet.gz", gzip.compress(GOOD["a.parquet"]), "is parquet compressed once more"),
     "too many broken lines": ("a.jsonl", LINES + b"{\n", "1 of 41 records"),
     "too many empty records": ("a.jsonl", LINES + b'{"text": ""}\n', "record 41 is empty"),
     "nothing but nesting": ("a.jsonl", DEEP, "is not JSON"),

@@ -71,8 +71,10 @@ def read(path: Path, field: str, count: Count) -> Iterator[str]:
     kind, suffix, compression = form(path)
     try:
         with opened(path) as stream:
-            _refuse(path, stream.read(_BLOCK), "parquet" if kind == "parquet" else compression, kind)
+            _refuse(path, stream.read(_BLOCK), compression or ("parquet" if kind == "parquet" else None), kind)
         if kind == "parquet":
+            if compression:
+                raise SupraError(f"{path} is parquet compressed once more; undo that, parquet is compressed by itself")
             yield from _read_parquet(path, field)
             return
         with pyarrow.input_stream(str(path), compression=compression) as stream:
@@ -88,7 +90,7 @@ def read(path: Path, field: str, count: Count) -> Iterator[str]:
     except UnicodeDecodeError:  # parquet does not check what it is given as text
         raise SupraError(f"column '{field}' of {path} is not UTF-8; write the file again") from None
     except (OSError, pyarrow.ArrowException) as error:
-        if compression and not isinstance(error, FileNotFoundError):
+        if compression and isinstance(error, OSError) and error.errno is None:  # arrow's, not the system's
             cut = "Truncated" in str(error)
             why = "is cut off" if cut else f"does not decompress ({first_line(error)})"
             raise SupraError(f"cannot read {path}: its {compression} stream {why}; fetch the file again") from None
