@@ -118,6 +118,8 @@ BAD = {
         "no column 'text' in its first line; did",
     ),
     "a torn table": ("a.csv", TABLE + b"1,2,3\n", "Expected 2 columns, got 3"),
+    "a torn and compressed table": ("a.csv.gz", gzip.compress(TABLE + b"1,2,3\n"), "Expected 2 columns, got 3"),
+    "compressed parquet": ("a.parquet.gz", gzip.compress(GOOD["a.parquet"]), "is parquet compressed once more"),
     "too many broken lines": ("a.jsonl", LINES + b"{\n", "1 of 41 records"),
     "too many empty records": ("a.jsonl", LINES + b'{"text": ""}\n', "record 41 is empty"),
     "nothing but nesting": ("a.jsonl", DEEP, "is not JSON"),
@@ -212,7 +214,7 @@ def test_a_folder_of_something_else_is_one_sentence_that_names_a_file_and_what_i
     (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     for result in both(tmp_path / "pictures"):
         assert result.code == 3
-        assert "it holds 1 others, such as a.png" in result.error
+        assert "among the 1 in it, such as a.png" in result.error
         assert ".jsonl" in result.error
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from supra_cli.core import corpus
-from supra_cli.core.data import packing, rows, sources, tokenizer, tokens
+from supra_cli.core.data import packing, readers, rows, sources, tokenizer, tokens
 from supra_cli.core.data import streamed as streaming
 from supra_cli.core.data.streamed import Streamed
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
@@ -64,7 +64,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_a_long_text_file_comes_in_pieces_that_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "_PIECE_CHARACTERS", 100)
     text = "".join(f"line {number}\n" for number in range(100))
     (tmp_path / "long.txt").write_text(text)
     pieces = read(tmp_path / "long.txt")
@@ -98,7 +98,7 @@ def test_a_folder_is_its_data_files_and_says_what_it_leaves_out(tmp_path: Path) 
     assert [file.name for file in found.paths] == ["a.jsonl", "d.CSV", "b.json", "c.ndjson.gz"]
     assert found.remarks == [f"{folder}: 4 data files; 10 others are left out, such as LICENSE"]
     assert of_split(f"{folder}/**/*.md", "train") == ["README.md"]  # a glob means what it names
-    with pytest.raises(NotFoundError, match=r"of a folder .* are read .* 3 others, such as README.md"):
+    with pytest.raises(NotFoundError, match=r"of a folder .* are read .* among the 3 in it, such as README.md"):
         sources.files(Source(path=str(laid_out(tmp_path / "other", "README.md", "code.py", ".git/config"))), "train")
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from supra_cli.core.data import sources
+from supra_cli.core.data.readers import Count
 from supra_cli.core.data.tokenizer import token_ids
 from supra_cli.core.errors import SupraError
 from supra_cli.core.files import write_json
@@ -62,7 +63,7 @@ def tokenised(source: Source, tokenizer, split: str, skip_share: float) -> Token
     folder = cache_folder() / "tokens" / digest[:32]
     stored = _read(folder)
     if stored is None:
-        count = sources.Count()
+        count = Count()
         texts = sources.texts(source, split, skip_share, count)
         _write(folder, encode(texts, tokenizer), len(tokenizer), count)
         stored = _read(folder)
@@ -88,17 +89,17 @@ def tokenizer_digest(tokenizer) -> str:
     return hashlib.sha256(f"{state}\0{tokenizer.eos_token_id}".encode()).hexdigest()
 
 
-def _read(folder: Path) -> tuple[np.ndarray, np.ndarray, sources.Count] | None:
+def _read(folder: Path) -> tuple[np.ndarray, np.ndarray, Count] | None:
     """(ids, ends, what was skipped) of a cache folder; None where it is absent, damaged or without a token."""
     try:
         ids, ends = np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "ends.npy")
-        count = sources.Count(**json.loads((folder / "count.json").read_text(encoding="utf-8")))
+        count = Count(**json.loads((folder / "count.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, EOFError, TypeError):
         return None
     return (ids, ends, count) if len(ends) and len(ids) == ends[-1] > 0 else None
 
 
-def _write(folder: Path, documents: Iterable[list[int]], vocabulary: int, count: sources.Count) -> None:
+def _write(folder: Path, documents: Iterable[list[int]], vocabulary: int, count: Count) -> None:
     """Write beside and rename into place: a cache folder is whole or absent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     kind = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
