@@ -295,6 +295,19 @@ def test_a_byte_order_mark_does_not_hide_a_generation_config(spoilt):
     assert checkpoint.load(model).generation_config.eos_token_id == 7
 
 
+def test_an_added_token_without_an_embedding_is_no_fault_of_the_whole(supra, spoilt):
+    """As the padding that many a fine-tuning has added to Llama's tokenizer."""
+    from transformers import AutoTokenizer
+
+    model = spoilt(lambda model: None)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}) == 1
+    assert len(tokenizer) > AutoConfig.from_pretrained(model).vocab_size
+    tokenizer.save_pretrained(model)
+    assert supra("convert", "m", "-o", "out").code == 0
+    assert supra("generate", "out", "-p", "def", "--max-new-tokens", 2).code == 0
+
+
 def test_consolidated_files_beside_the_weights_are_never_read(supra, spoilt):
     model = spoilt(lambda model: (model / "consolidated.safetensors").write_bytes(b"junk"))
     (model / "consolidated-00001-of-00002.safetensors").write_bytes(b"junk")

@@ -118,10 +118,12 @@ def load_tokenizer(path: Path | str, config: SupraConfig | None = None) -> PreTr
             f"the tokenizer in {path} cannot be read ({first_line(error)}); restore its files, or install the newer "
             f"tokenizers that wrote them (here is {metadata.version('tokenizers')})"
         ) from error
-    if config is not None and len(tokenizer) > config.vocab_size:
+    # Tokens that were added, as padding or for images, often have no embedding, and are refused where they are met.
+    ordinary = set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder)
+    if config is not None and max(ordinary, default=0) >= config.vocab_size:
         raise SupraError(
-            f"the tokenizer in {path} has {len(tokenizer)} tokens, the model room for {config.vocab_size}; "
-            "they do not belong together"
+            f"the tokenizer in {path} has {max(ordinary) + 1:,} tokens, the model room for {config.vocab_size:,}; "
+            "they do not belong together; restore the model's own tokenizer files"
         )
     return tokenizer
 
