@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout
-from supra_cli.core.mixers import mixers, parse_options
+from supra_cli.core.mixers import mixers, parse_options, softmax
 from supra_cli.core.mixers.parts import slopes
 
 # float64 throughout but for constants and states in fp32.
@@ -232,6 +232,31 @@ def test_window_is_masked_softmax(window, sinks):
     seen = (distance >= 0) & ((distance < window) | first)
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
     assert_close(o, torch.einsum("bhij,bjhd->bihd", weights, repeated(v)), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [(T,), (10, 1, 26)], ids=["one document", "packed"])
+def test_softmax_attention_is_its_formula_and_asks_for_no_math_kernel(kv_heads, lengths, monkeypatch):
+    """On CUDA a mask together with enable_gqa leaves PyTorch its math kernel alone, with all scores in fp32."""
+    asked = []
+
+    def attention(*args, attn_mask, enable_gqa, **more):
+        asked.append((attn_mask is not None, enable_gqa))
+        return torch.nn.functional.scaled_dot_product_attention(
+            *args, attn_mask=attn_mask, enable_gqa=enable_gqa, **more
+        )
+
+    monkeypatch.setattr(softmax, "scaled_dot_product_attention", attention)
+    mixer = build("softmax", kv_heads=kv_heads)
+    q, k, v, x = inputs(kv_heads=kv_heads)
+    segment = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)]).expand(2, T)
+    o, _ = mixer(q, k, v, x, rope, None, Layout(segment, None) if len(lengths) > 1 else None)
+    scores = torch.einsum("bihd,bjhd->bhij", rope(q), repeated(rope(k))) * K**-0.5
+    seen = (steps_back() >= 0) & (segment[0][:, None] == segment[0])
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    assert_close(o, torch.einsum("bhij,bjhd->bihd", weights, repeated(v)), **CLOSE)
+    assert asked == [(len(lengths) > 1, len(lengths) == 1 and kv_heads < 4)]
 
 
 def pieces(mixer, q, k, v, x, lengths, layouts=None):
