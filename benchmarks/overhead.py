@@ -102,7 +102,7 @@ def measure(steps: int, rows: int, tokens: int, device: str) -> dict[str, list[S
         return result
 
     with tempfile.TemporaryDirectory() as folder:
-        base = hub.fetch(hub.resolve("tiny"))
+        base = hub.open("tiny")
         student = checkpoint.convert(base, Path(folder) / "student", mixer="supra", options={}, keep="none", seed=0)
         draw, bare = bare_steps(student, parsed, device)
         events = loop.uptrain(parsed, Path(folder) / "run", model=student, device=device)

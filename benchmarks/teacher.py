@@ -205,7 +205,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     start = time.monotonic()
-    path = hub.fetch(hub.resolve(options.model))
+    path = hub.open(options.model)
     model, tokenizer = checkpoint.load(path, dtype=torch.float32), checkpoint.load_tokenizer(path)
     train, held_out = documents("train", tokenizer), documents("validation", tokenizer)
     rows = model_rows(path, model, tokenizer, held_out)
@@ -218,7 +218,7 @@ def main() -> None:
         **machine(),
         "model": {
             "name": options.model,
-            "weights": f"sha256:{evaluate.weights_hash(path)}",
+            "weights": f"sha256:{checkpoint.identity(path)}",
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
         "tokens": {"train": sum(map(len, train)), "held_out": sum(map(len, held_out)), "vocabulary": len(tokenizer)},

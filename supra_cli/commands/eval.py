@@ -160,7 +160,8 @@ def _subject(source: Any, device: str, dtype: str) -> Any:
     path = hub.fetch(source)
 
     def load() -> tuple[Any, Any]:
-        return checkpoint.load(path, device=target, dtype=kind), checkpoint.load_tokenizer(path)
+        tokenizer = checkpoint.load_tokenizer(path)  # before the weights, which take longer to read
+        return checkpoint.load(path, device=target, dtype=kind), tokenizer
 
     return evaluate.Subject(
         name=source.name,

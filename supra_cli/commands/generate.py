@@ -64,7 +64,6 @@ def run(
 
     from supra_cli.core import checkpoint, generate
     from supra_cli.core import device as devices
-    from supra_cli.core.data.tokenizer import check_vocabulary
 
     sampling = generate.Sampling(
         max_new_tokens=max_new_tokens,
@@ -80,9 +79,8 @@ def run(
         raise UsageError("--compile is for one token after another, not for --num-beams; leave one of them out")
     target = devices.resolve(device)
     folder = hub.fetch(source)
+    tokenizer = checkpoint.load_tokenizer(folder)  # before the weights, which take longer to read
     network = checkpoint.load(folder, device=target, dtype=devices.dtype(dtype, target))
-    tokenizer = checkpoint.load_tokenizer(folder)
-    check_vocabulary(tokenizer, network.config)
     if unused := generate.unused_settings(network, sampling):
         settings = ", ".join(f"{name} {value}" for name, value in unused.items())
         console.note(f"not used of the model's generation_config.json: {settings}; only what is asked for here counts")

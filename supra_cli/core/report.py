@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supra_cli.core import checkpoint
 from supra_cli.core.errors import NotFoundError
-from supra_cli.core.evaluate.store import weights_hash
 from supra_cli.core.files import read_json
 
 
@@ -59,14 +59,14 @@ def read(run: Path) -> Report:
             other = {}
         for name, row in result["metrics"].items():
             lines += _lines(task, name, row, other.get("metrics", {}).get(name, {}))
-    spent = read_json(provenance)
+    spent = checkpoint.read_provenance(run / "last")
     return Report(lines, spent["tokens"], spent["seconds"], notes)
 
 
 def _results(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
     """task → the newest comparison of `model` that was noted in `folder`."""
     files = sorted(folder.glob("*.json"))
-    weights = f"sha256:{weights_hash(model)}" if files else ""
+    weights = f"sha256:{checkpoint.identity(model)}" if files else ""
     results = {path.stem: read_json(path).get("results", {}).get(weights) for path in files}
     return {task: result for task, result in results.items() if result}
 

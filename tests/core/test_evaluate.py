@@ -646,7 +646,7 @@ def key_of(path, folder, **changes):
     """The whole key, as if by another process: modules and data are read again."""
     settings = replace(FEW, **changes)
     task = evaluate.find(["sums"], folder).leaves["sums"]
-    of_model = keys.model_key(path, evaluate.weights_hash(path), device="cpu", dtype="float32")
+    of_model = keys.model_key(path, checkpoint.identity(path), device="cpu", dtype="float32")
     return json.dumps({**of_model, **keys.task_key(task, settings, run.shots(task, settings))}, sort_keys=True)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from supra_cli.core import report
+from supra_cli.core import checkpoint, report
 from supra_cli.core.errors import NotFoundError
-from supra_cli.core.evaluate.store import Store, weights_hash
+from supra_cli.core.evaluate.store import Store
 
 
 def note(folder: Path, task: str, results: dict, model: Path, questions: str = "all") -> None:
-    Store(folder).note(task, f"sha256:{weights_hash(model)}", {"metrics": results, "questions": questions})
+    Store(folder).note(task, f"sha256:{checkpoint.identity(model)}", {"metrics": results, "questions": questions})
 
 
 def weights(model: Path, text: str) -> Path:

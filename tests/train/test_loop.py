@@ -425,15 +425,22 @@ def test_untied_students_are_saved_and_loaded_untied(recipe_file: Write, tmp_pat
     assert not torch.equal(student.get_input_embeddings().weight, student.get_output_embeddings().weight)
 
 
-def test_a_tokenizer_that_does_not_fit_is_a_sentence(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+def test_a_token_without_an_embedding_is_refused_by_name_where_the_text_holds_it(
+    recipe_file: Write, raw_recipe: dict, base: Path, text_file: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     shutil.copytree(base, tmp_path / "base")
     words = AutoTokenizer.from_pretrained(base)
-    words.add_tokens([f"extra{number}" for number in range(50)])
+    words.add_tokens(["<image>"])
     words.save_pretrained(tmp_path / "base")
-    with pytest.raises(SupraError, match="they do not belong together"):
-        run(recipe_file(base=str(tmp_path / "base")), tmp_path / "run")
+    run(recipe_file(base=str(tmp_path / "base"), stages=one_stage()), tmp_path / "without")
+    held = tmp_path / "held.txt"
+    held.write_text(text_file.read_text(encoding="utf-8").replace(" ", " <image> "), encoding="utf-8")
+    data = raw_recipe["data"]
+    for part in ("sources", "validation"):
+        with pytest.raises(SupraError, match="the text holds token 300, '<image>'"):
+            run(recipe_file(base=str(tmp_path / "base"), data=data | {part: [{"path": str(held)}]}), tmp_path / part)
 
 
 def test_a_missing_tracker_is_a_sentence(recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

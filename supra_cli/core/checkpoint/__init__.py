@@ -7,15 +7,12 @@ from supra_cli.core.checkpoint.reading import check, examine, holds, load, load_
 from supra_cli.core.checkpoint.record import identity, read_provenance, verify
 from supra_cli.core.checkpoint.writing import save
 
-fingerprint = identity  # the old name, where it is still called so
-
 __all__ = [
     "atomic_directory",
     "check",
     "check_free",
     "convert",
     "examine",
-    "fingerprint",
     "holds",
     "identity",
     "load",

@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from supra_cli.core import hub
 from supra_cli.core.checkpoint.describing import UNQUANTISED, check_attention, legible, read_config, skeleton, theirs
 from supra_cli.core.checkpoint.record import identity
+from supra_cli.core.data.tokenizer import check_vocabulary
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, first_line
 from supra_cli.core.files import check_whole
 from supra_cli.core.folder import INDEX, SINGLE, bare, weight_files, weight_map
@@ -118,13 +119,8 @@ def load_tokenizer(path: Path | str, config: SupraConfig | None = None) -> PreTr
             f"the tokenizer in {path} cannot be read ({first_line(error)}); restore its files, or install the newer "
             f"tokenizers that wrote them (here is {metadata.version('tokenizers')})"
         ) from error
-    # Tokens that were added, as padding or for images, often have no embedding, and are refused where they are met.
-    ordinary = set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder)
-    if config is not None and max(ordinary, default=0) >= config.vocab_size:
-        raise SupraError(
-            f"the tokenizer in {path} has {max(ordinary) + 1:,} tokens, the model room for {config.vocab_size:,}; "
-            "they do not belong together; restore the model's own tokenizer files"
-        )
+    if config is not None:
+        check_vocabulary(tokenizer, config, path)
     return tokenizer
 
 

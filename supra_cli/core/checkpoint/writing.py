@@ -28,6 +28,7 @@ from supra_cli.core.environment import versions
 from supra_cli.core.files import write_json
 from supra_cli.core.folder import INDEX, SINGLE
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.swap import mixer_names
 
 FORMAT = 1
 """Version of supra.json."""
@@ -62,7 +63,7 @@ def save(
     state = {
         name: tensor.detach() for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
     }
-    of_mixers = _mixer_names(model)
+    of_mixers = mixer_names(model)
     mixers = {name: tensor for name, tensor in state.items() if name in of_mixers}
     with atomic_directory(path, overwrite=overwrite) as directory:
         known: Hashes = {}
@@ -75,11 +76,6 @@ def save(
         parent = {"parent": None if source is None else digest(read_provenance(source).get("files"))}
         finish(directory, config, placed, known, source=source, provenance=parent | dict(provenance))
     return Path(path)
-
-
-def _mixer_names(model: SupraForCausalLM) -> set[str]:
-    """The names of what mixers hold: asked of the modules, as bases may call parts of their own `mixer`."""
-    return {f"{name}.mixer.{own}" for name, layer in model.swapped_layers() for own in layer.mixer.state_dict()}
 
 
 def _without(mixers: set[str], path: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ text, for a base that is itself trained from scratch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -76,7 +77,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
     return whole[:start], whole[start + len(bare) :]
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: Path | None = None) -> None:
     """SupraError unless the model has an embedding for every ordinary token of its tokenizer.
 
     Tokens that were added to a tokenizer, as padding or for images, often have none and are seldom met: `check_ids`
@@ -85,8 +86,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
     highest = max(set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder), default=0)
     if highest >= config.vocab_size:
         raise SupraError(
-            f"the tokenizer {tokenizer.name_or_path} has {highest + 1:,} tokens, the model {config.name_or_path} "
-            f"room for {config.vocab_size:,}: they do not belong together; restore the model's own tokenizer files"
+            f"the tokenizer in {path or tokenizer.name_or_path} has {highest + 1:,} tokens, the model room for "
+            f"{config.vocab_size:,}; they do not belong together; restore the model's own tokenizer files"
         )
 
 

@@ -5,7 +5,6 @@ from supra_cli.core.evaluate.comparison import compare
 from supra_cli.core.evaluate.nats import Perplexity, mean, next_tokens, perplexity, token_nats
 from supra_cli.core.evaluate.run import Subject, context_length, evaluate
 from supra_cli.core.evaluate.scoring import Settings, language_model, score
-from supra_cli.core.evaluate.store import weights_hash
 from supra_cli.core.evaluate.tasks import Tasks, bundled, find
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "rows_that_fit",
     "score",
     "token_nats",
-    "weights_hash",
 ]

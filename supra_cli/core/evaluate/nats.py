@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from supra_cli.core.data.rows import IGNORED
+from supra_cli.core.data.packing import IGNORED
 from supra_cli.core.errors import SupraError
 
 # Logits that live at once: 64 MiB of them in fp32.

@@ -15,7 +15,7 @@ from supra_cli.core.environment import versions
 from supra_cli.core.evaluate import checks, keys
 from supra_cli.core.evaluate.comparison import Records, compare, with_groups
 from supra_cli.core.evaluate.scoring import Settings, language_model, score, shots
-from supra_cli.core.evaluate.store import Store, folder_of, weights_hash
+from supra_cli.core.evaluate.store import Store, folder_of
 from supra_cli.core.evaluate.tasks import Tasks
 from supra_cli.core.files import dumps, finite
 
@@ -97,7 +97,7 @@ def _scores(
     subject: Subject, tasks: Tasks, settings: Settings, asked: dict[str, dict], fresh: bool, progress: Progress
 ) -> tuple[Records, dict]:
     progress(subject.name, "reading the weights' hash", 0, 0)
-    weights = weights_hash(subject.path)
+    weights = checkpoint.identity(subject.path)
     of_model = keys.model_key(subject.path, weights, device=subject.device, dtype=subject.dtype)
     store = Store(folder_of(subject.path, weights, owned=subject.owned))
     key = {name: {**of_model, **of_task} for name, of_task in asked.items()}

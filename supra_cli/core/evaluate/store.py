@@ -29,15 +29,6 @@ def folder_of(path: Path, weights: str, *, owned: bool) -> Path:
     return cache_folder() / "eval" / weights[:16]
 
 
-def weights_hash(path: Path) -> str:
-    """SHA-256 over the model's safetensors files, in name order (about a second a gigabyte)."""
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
 class Store:
     """The records in one folder, one file a task: {"task", "results", "records": {hash of the key: record}}.
 

@@ -12,7 +12,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from supra_cli.core import device as devices
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
 from supra_cli.core.data.packing import Batch
+from supra_cli.core.data.tokenizer import check_ids, check_vocabulary
 from supra_cli.core.environment import environment
 from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
@@ -140,19 +141,18 @@ class Trainer:
 
     def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
         """Open the data, and raise whatever else would end the run later than it could be known."""
-        if len(tokenizer) > config.vocab_size:
-            raise SupraError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model room for {config.vocab_size}; "
-                "they do not belong together"
-            )
+        check_vocabulary(tokenizer, config)
         rehearse(self.recipe.stages[self.counters.stage :], config, tokenizer, base)
         for name in self.recipe.track:
             library(name)
         longest = max(map(self.recipe.seq_len, self.recipe.stages))
         self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed, longest)
         self.held_out = rows.held_out(self.recipe.data, tokenizer)
+        # Only here can a token that was added without an embedding be met: on a GPU it would end the process.
+        self._check_ids = partial(_check_ids, tokenizer, config)
+        self._check_ids([self.held_out] if self.held_out is not None else [])
         if base is not None and self.held_out is not None and self._checkpoint is None:
-            hub.fetch(hub.resolve(base))
+            hub.open(base)
         self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))
 
     def _same_recipe(self) -> None:
@@ -312,10 +312,12 @@ class Trainer:
 
     def _micro_batches(self, spec: recipes.Stage) -> list[Batch]:
         rows_in_step, rows_at_once = self.recipe.rows(spec), self.recipe.micro_rows(spec)
-        return [
+        batches = [
             self.mixture.batch(min(rows_at_once, rows_in_step - start), self.recipe.seq_len(spec))
             for start in range(0, rows_in_step, rows_at_once)
         ]
+        self._check_ids(batches)
+        return batches
 
     def _lap(self) -> float:
         if self.device.type == "cuda":
@@ -334,7 +336,7 @@ class Trainer:
         """The base's own held-out loss, measured once a run and kept with the counters."""
         if self.origin.base is None or self.held_out is None:
             return None
-        teacher = checkpoint.load(hub.fetch(hub.resolve(self.origin.base)), device=self.device, dtype=self.dtype)
+        teacher = checkpoint.load(hub.open(self.origin.base), device=self.device, dtype=self.dtype)
         return self._held_out_loss(teacher.eval())
 
     def _validate(self, teacher_loss: float | None) -> Iterator[Event]:
@@ -409,3 +411,8 @@ def _word(dtype: torch.dtype) -> str:
 def _digest(batch: Batch | None) -> str | None:
     """Of what held-out rows say, wherever their text lies."""
     return None if batch is None else hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in batch)).hexdigest()
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, config: SupraConfig, batches: Iterable[Batch]) -> None:
+    """SupraError where the text holds a token that the model has no embedding for."""
+    check_ids((int(batch.input_ids.max()) for batch in batches), tokenizer, config)

@@ -15,7 +15,6 @@ from supra_cli.core.checkpoint.writing import companions
 from supra_cli.core.data import sources
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import ResourceError, UsageError
-from supra_cli.core.evaluate.store import weights_hash
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe import Recipe
 from supra_cli.core.train.prepare import stage_of
@@ -122,8 +121,8 @@ def identities(recipe: Recipe, base: str | None, stage: int = 0) -> dict[str, tu
         names["base"] = recipe.base
     if base is not None and (_lies_here(base) or any(spec.teacher is None for spec in learning.values())):
         names["origin"] = base
-    folders = {role: hub.fetch(hub.resolve(name)).resolve() for role, name in names.items()}
-    hashes = {folder: weights_hash(folder) for folder in set(folders.values())}
+    folders = {role: hub.open(name).resolve() for role, name in names.items()}
+    hashes = {folder: checkpoint.identity(folder) for folder in set(folders.values())}
     return {role: (name, hashes[folders[role]]) for role, name in names.items()}
 
 
@@ -151,7 +150,7 @@ def same_start(run: RunDirectory, origin: Origin, model: Path | None) -> None:
     """
     if model is None:
         return
-    if checkpoint.fingerprint(model) != origin.parent:
+    if checkpoint.identity(model) != origin.parent:
         raise UsageError(f"{model} is not the converted model that this run began with; resume without --model")
     converted = run.path / "converted"
     if converted.is_symlink():
@@ -165,11 +164,7 @@ def _lies_here(name: str | None) -> bool:
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The base's tokenizer; for a shape without a base, one trained on the training text now."""
-    return (
-        _own_shape(recipe).tokenizer
-        if recipe.base is None
-        else checkpoint.load_tokenizer(hub.fetch(hub.resolve(recipe.base)))
-    )
+    return _own_shape(recipe).tokenizer if recipe.base is None else checkpoint.load_tokenizer(hub.open(recipe.base))
 
 
 def _own_shape(recipe: Recipe) -> Start:

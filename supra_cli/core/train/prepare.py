@@ -49,7 +49,7 @@ def teacher_of(stage: Stage, spec: recipe.Stage, config: SupraConfig, base: str 
     name = spec.teacher or base
     if name is None:
         raise UsageError(f"stage '{spec.kind}' learns from a teacher and this model has no base; name one as 'teacher'")
-    folder = hub.fetch(hub.resolve(name))
+    folder = hub.open(name)
     vocabulary = checkpoint.read_config(folder).vocab_size
     if vocabulary != config.vocab_size:
         raise UsageError(
