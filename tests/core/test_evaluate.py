@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from supra_cli.core import corpus, evaluate
+from supra_cli.core import checkpoint, corpus, evaluate
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 from supra_cli.core.evaluate import batch, keys, run, store, tasks
