@@ -77,7 +77,7 @@ def bare_steps(model: Path, parsed, device: str):
 
     def step(batch) -> None:
         with computing_in(dtype, torch.device(device)):
-            loss = stage.loss(student, None, batch)
+            loss = stage.loss(student, None, batch, lambda part: part)
         (loss.sum / stage.scored(batch)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

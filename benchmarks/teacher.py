@@ -25,6 +25,7 @@ import math  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -94,6 +95,29 @@ def model_rows(path: Path, model, tokenizer, held_out: Documents) -> list[dict]:
     return rows
 
 
+class Repeat(NamedTuple):
+    first: evaluate.Perplexity
+    second: evaluate.Perplexity
+
+    @property
+    def ratio(self) -> float:
+        """Surprise at the second meeting over that at the first."""
+        return self.second.nats / self.first.nats
+
+
+def surprise_of_repeats(model, before: Tensor, passage: Tensor, between: Tensor, *, batch_size: int = 8) -> Repeat:
+    """Surprise of `passage` [N,P] the first and the second time in rows `before, passage, between, passage`.
+
+    before [N,A] with A ≥ 1, between [N,C] with C ≥ 0. All P tokens of the passage count, the first included, which
+    nothing announces.
+    """
+    rows = torch.cat([before, passage, between, passage], dim=1)
+    nats = evaluate.token_nats(model, rows, batch_size=batch_size)
+    length, start = passage.shape[1], before.shape[1] - 1
+    again = start + length + between.shape[1]
+    return Repeat(evaluate.mean(nats[:, start : start + length]), evaluate.mean(nats[:, again : again + length]))
+
+
 def repeat_rows(model, tokenizer, held_out: Documents, seed: int = 0) -> list[dict]:
     random = np.random.default_rng(seed)
     text = [np.asarray(document[1:-1]) for document in held_out if len(document) > PASSAGE + 2]
@@ -110,7 +134,7 @@ def repeat_rows(model, tokenizer, held_out: Documents, seed: int = 0) -> list[di
             passage = (
                 excerpts(PASSAGE) if kind == "text" else torch.from_numpy(random.choice(ordinary, (ROWS, PASSAGE)))
             )
-            repeat = evaluate.surprise_of_repeats(
+            repeat = surprise_of_repeats(
                 model, torch.cat([begin, excerpts(LEAD)], dim=1), passage, excerpts(gap)[:, :gap]
             )
             name = (

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 import supra_cli.commands
 from supra_cli.core.environment import versions
@@ -58,9 +59,10 @@ def build() -> typer.Typer:
         if isinstance(group := getattr(module, "app", None), typer.Typer):
             for command in group.registered_commands:
                 command.callback = _with_common_options(command.callback)
+                command.cls = _Verb
             app.add_typer(group, name=name, no_args_is_help=True)
         else:
-            app.command(name, no_args_is_help=False)(_with_common_options(module.run))
+            app.command(name, cls=_Verb, no_args_is_help=False)(_with_common_options(module.run))
     return app
 
 
@@ -86,6 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if logging.getLogger("supra_cli").isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         return _tell(*_verdict(error, arguments))
+
+
+class _Verb(TyperCommand):
+    """A command that takes an option once, unless it is made to be repeated: the parser would drop all but the last."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:  # which is how the shell completes
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            order = [parameter for parameter in order if isinstance(parameter, TyperOption)]
+            for option in order:
+                is_plain_flag = option.is_flag and not option.secondary_opts
+                if order.count(option) > 1 and not is_plain_flag and not option.multiple:
+                    name = "/".join([*option.opts, *option.secondary_opts])
+                    ctx.fail(f"{name} is given {order.count(option)} times, expected once; leave out the wrong ones")
+        return super().parse_args(ctx, args)
 
 
 def _version(wanted: bool) -> None:

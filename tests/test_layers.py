@@ -21,19 +21,23 @@ TIERS = (
     ("supra_cli.__main__",),
     ("supra_cli.commands",),
     core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
-    core("modeling", "data", "stages"),
-    core("swap"),
+    core("modeling", "config", "data", "stages"),
+    core("swap", "backbone"),
     core("archs", "mixers"),
     core("ops"),
-    core("layout"),
-    ("supra_cli", CORE, *core("errors", "files", "environment", "registry", "recipe", "corpus", "device", "flops")),
+    core("layout", "cache"),
+    (
+        "supra_cli",
+        CORE,
+        *core("errors", "files", "folder", "environment", "registry", "recipe", "corpus", "device", "flops"),
+    ),
     ("supra_kernels",),
 )
 
-TORCHLESS = ("errors", "files", "registry", "recipe", "corpus", "hub", "lookup")
+TORCHLESS = ("errors", "files", "folder", "registry", "recipe", "corpus", "hub", "lookup")
 
 # What an exported model needs, and so all that these may import besides the standard library.
-EXPORTED = ("archs", "mixers", "swap", "modeling", "ops", "layout")
+EXPORTED = ("archs", "mixers", "swap", "backbone", "cache", "config", "modeling", "ops", "layout")
 EXPORTED_MAY_IMPORT = {"torch", "transformers", "safetensors", "supra_kernels", "supra_cli"}
 
 
@@ -157,3 +161,10 @@ def test_core_never_prints():
         if is_in(module, CORE) or top(module) == "supra_kernels":
             calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
             assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), module
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {module: ours(imports(module)) & SOURCES.keys() for module in SOURCES}
+    while ends := {module for module, below in graph.items() if not below}:
+        graph = {module: below - ends for module, below in graph.items() if module not in ends}
+    assert not graph, f"in a circle, or above one: {sorted(graph)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,7 +46,7 @@ def run(
     from supra_cli.core import accounting, checkpoint
 
     output = output or Path("runs") / f"{_short(source)}-{mixer}"
-    base = checkpoint.read_config(hub.config_folder(source))
+    base = checkpoint.outline(source)
     config = _unconverted(base, model).with_mixer(mixer, options, keep)
     size = accounting.measure(config)
     document = {
@@ -90,20 +89,17 @@ def _unconverted(config: SupraConfig, model: str) -> SupraConfig:
 
 
 def _options(overrides: list[str]) -> dict[str, Any]:
-    """The mixer's options out of `mixer.key=value`, values as in TOML, bare words taken as text."""
+    """The mixer's options out of `mixer.key=value`."""
+    from supra_cli.core import recipe
     from supra_cli.core.errors import UsageError
 
-    options = {}
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        table, _, name = key.strip().partition(".")
-        if not separator or table != "mixer" or not name or name == "name":
-            raise UsageError(f"--set takes mixer.key=value, as in mixer.gain=head; got '{override}'")
-        try:
-            options[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[name] = value
-    return options
+    tables: dict[str, Any] = {"mixer": {}}
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if not key.startswith("mixer.") or key in ("mixer.", "mixer.name") or "=" not in text:
+            raise UsageError(f"--set takes mixer.key=value, as in mixer.gain=head; got '{text}'")
+        recipe.override(tables, text)
+    return tables["mixer"]
 
 
 def _show_plan(document: dict[str, Any], source: Source, size: ModelPlan, json: bool) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Iterable, Mapping
-from json import dumps
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from supra_cli.commands import console
+from supra_cli.core.files import write_json
+
+_SECONDS_A_LINE = 30
 
 
 def run(
@@ -21,12 +27,20 @@ def run(
         typer.Argument(help="Directory, alias or hub id.", show_default="the newest finished output under runs/"),
     ] = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", "-t", help="Tasks, groups or tags of lm-eval, or stdlib_cloze, stdlib_ppl.")
-    ] = "stdlib_cloze,stdlib_ppl",
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="Tasks, groups or tags of lm-eval: a,b or -t a -t b.",
+            show_default="stdlib_cloze,stdlib_ppl",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON document here too.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions a task; all by default.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt, else the task's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
+    batch_size: Annotated[
+        str, typer.Option(metavar="N|auto", help="Rows a forward pass; auto: what a quarter of the memory holds.")
+    ] = "8",
     max_length: Annotated[
         int | None,
         typer.Option(min=16, help="Tokens of context.", show_default="the base's, at most 4096"),
@@ -44,28 +58,97 @@ def run(
     from supra_cli.core import evaluate, hub
 
     _hush()
+    rows = _batch_size(batch_size)
     if output is not None:
         _make_room(output)
     source = hub.resolve(model) if model is not None else hub.resolve(str(hub.newest_output()))
     console.note(f"model: {source}")
-    found = evaluate.find([name.strip() for name in tasks.split(",") if name.strip()], include_path)
-
-    student = _subject(source, device, dtype)
-    reference = _teacher(student.path, teacher, device, dtype)
-    settings = evaluate.Settings(
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        max_length=max_length or evaluate.context_length(student.path),
-    )
-    watched = sys.stderr.isatty() and not console.is_quiet()
-    document = evaluate.evaluate(student, reference, found, settings, fresh=fresh, progress=watched)
+    with _watch() as progress:
+        progress("", "reading the tasks and their data", 0, 0)
+        found = evaluate.find(names(tasks if tasks is not None else ["stdlib_cloze,stdlib_ppl"]), include_path)
+        student = _subject(source, device, dtype)
+        reference = _teacher(student.path, teacher, device, dtype)
+        length = max_length or evaluate.context_length(student.path)
+        if rows is None:
+            subjects = [subject for subject in (student, reference) if subject is not None]
+            fitting = [evaluate.rows_that_fit(each.path, length, each.device, each.dtype) for each in subjects]
+        settings = evaluate.Settings(
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=rows or min(fitting),
+            batch_size_auto=rows is None,
+            max_length=length,
+        )
+        document = evaluate.evaluate(student, reference, found, settings, fresh=fresh, progress=progress)
     if output is not None:
-        output.write_text(dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(output, document)
     if json:
         console.document(document)
     else:
         _show(document, found.headline)
+    _warn(document, found.headline)
+
+
+def names(options: Iterable[str]) -> list[str]:
+    """The task names of `-t a,b -t c`."""
+    return [name.strip() for option in options for name in option.split(",") if name.strip()]
+
+
+def _batch_size(text: str) -> int | None:
+    """Rows, None for `auto`."""
+    from supra_cli.core.errors import UsageError
+
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--batch-size is '{text}', expected a number from 1, or auto")
+    return int(text)
+
+
+@contextmanager
+def _watch() -> Iterator[Callable[[str, str, int, int], None]]:
+    """Show that work goes on: one line that changes on a terminal, else a line every 30 seconds; nothing when quiet.
+
+    From a thread, so that loading, drawing a long answer and resampling, which count nothing, are shown too.
+    """
+    stream, terminal = sys.stderr, sys.stderr.isatty()
+    if console.is_quiet():
+        yield lambda model, what, done, total: None
+        return
+    state: dict[str, Any] = {"line": ("", "", 0, 0), "since": time.monotonic()}
+    finished = threading.Event()
+
+    def progress(*line: Any) -> None:
+        if line[:2] != state["line"][:2]:
+            state["since"] = time.monotonic()
+            if terminal:
+                stream.write("\x1b[K")  # a note may follow
+        state["line"] = line
+
+    def show() -> None:
+        while not finished.wait(0.5 if terminal else _SECONDS_A_LINE):
+            text = _progress_line(*state["line"], time.monotonic() - state["since"])
+            # On a terminal the cursor goes back, so that a note is not appended to the line.
+            stream.write(f"\x1b[K{text[: shutil.get_terminal_size().columns - 1]}\r" if terminal else f"{text}\n")
+            stream.flush()
+        if terminal:
+            stream.write("\x1b[K")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield progress
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _progress_line(model: str, what: str, done: int, total: int, seconds: float) -> str:
+    begin = f"{model}: {what}" if model else what
+    if not total:
+        return f"{begin}, for {console.duration(round(seconds))}"
+    left = f", about {console.duration(round(seconds / done * (total - done)))} left" if done else ""
+    return f"{begin}: {done:,} of {total:,} requests in {console.duration(round(seconds))}{left}"
 
 
 def _subject(source: Any, device: str, dtype: str) -> Any:
@@ -85,7 +168,8 @@ def _subject(source: Any, device: str, dtype: str) -> Any:
         load=load,
         device=target,
         dtype=str(kind).removeprefix("torch."),
-        owned=source.kind == "directory",
+        # A folder of the hub's cache is a directory too, where it is named by its path.
+        owned=source.kind == "directory" and hub.commit_of(path.resolve()) is None,
     )
 
 
@@ -138,14 +222,28 @@ def _show(document: Mapping[str, Any], tasks: Iterable[str]) -> None:
     ]
     header = ["task", "metric", "n-shot", "questions", "student" if compared else "score"]
     console.table(rows, [*header, *(["teacher", "recovery"] if compared else [])])
-    for task in tasks:
-        _warn_of_bias(task, document["tasks"][task]["choices"])
     settings, student, took = document["settings"], document["student"], console.duration(document["seconds"])
+    rows = f"{settings['batch_size']} rows a pass" + (" (auto)" if settings["batch_size_auto"] else "")
     begin = "a" if any(document["tasks"][task]["bos"] for task in tasks) else "no"
     console.note(
-        f"{settings['batch_size']} rows a pass, {settings['max_length']} tokens of context, {begin} begin token, "
+        f"{rows}, {settings['max_length']} tokens of context, {begin} begin token, "
         f"{student['dtype']} on {student['device']}, {took}; kept in {student['records']}"
     )
+
+
+def _warn(document: Mapping[str, Any], tasks: Iterable[str]) -> None:
+    """What a figure does not show of how it came about."""
+    for task in tasks:
+        how = document["tasks"][task]
+        _warn_of_bias(task, how["choices"])
+        if how["cut"]:
+            length = document["settings"]["max_length"]
+            console.note(f"{task}: {how['cut']} prompts lost their beginning, being longer than {length} tokens")
+        if how["outside"]:
+            console.note(f"{task}: {how['outside']} questions have a right answer that is none of their choices")
+        asked = document["settings"]["num_fewshot"]
+        if asked is not None and how["num_fewshot"] not in (asked, None):
+            console.note(f"{task}: the task fixes {how['num_fewshot']} examples; --num-fewshot {asked} has no effect")
 
 
 def _warn_of_bias(task: str, choices: Mapping[str, list[int]] | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,15 +21,23 @@ def run(
         typer.Argument(help="Directory, alias or hub id.", show_default="the newest finished output under runs/"),
     ] = None,
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text to go on from; repeat it for a batch.")
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to go on from, - for stdin; repeat it for a batch.")
+    ] = None,
+    prompt_files: Annotated[
+        list[str] | None, typer.Option("--prompt-file", help="File of one prompt in UTF-8; repeatable.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens with this probability.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: the likelier new words, from 1.1 or so on clearly.")
+    ] = 1.0,
     num_beams: Annotated[int, typer.Option(help="Beam search with this many beams; not streamed.")] = 1,
     seed: Annotated[int, typer.Option(help="Prompt number i draws with seed + i.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text, also a special token's; repeatable.")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text as it comes.")] = True,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the decode step first; worth it from thousands of tokens on.")
@@ -40,20 +50,28 @@ def run(
     from supra_cli.core import hub
     from supra_cli.core.errors import UsageError
 
-    if not prompts:
-        raise UsageError("nothing to go on from: give a text with -p")
-    prompts, stop = ([_text(text) for text in texts] for texts in (prompts, stop or ()))
+    if not prompts and not prompt_files:
+        raise UsageError(
+            "nothing to go on from: give a text with -p, a file with --prompt-file, or -p - for what comes on stdin"
+        )
+    if (dashes := [*(prompts or ()), *(prompt_files or ())].count("-")) > 1:
+        raise UsageError(f"- is given {dashes} times, and all of stdin is one prompt; give it once")
     source = hub.resolve(model) if model is not None else hub.resolve(str(hub.newest_output()))
     console.note(f"model: {source}")
+    stop = [_text(text) for text in stop or ()]
+    prompts = [_stdin() if text == "-" else _text(text) for text in prompts or ()]
+    prompts += [_stdin() if path == "-" else _file(path) for path in prompt_files or ()]
 
     from supra_cli.core import checkpoint, generate
     from supra_cli.core import device as devices
+    from supra_cli.core.data.tokenizer import check_vocabulary
 
     sampling = generate.Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         num_beams=num_beams,
         seed=seed,
         stop=tuple(stop),
@@ -64,6 +82,10 @@ def run(
     folder = hub.fetch(source)
     network = checkpoint.load(folder, device=target, dtype=devices.dtype(dtype, target))
     tokenizer = checkpoint.load_tokenizer(folder)
+    check_vocabulary(tokenizer, network.config)
+    if unused := generate.unused_settings(network, sampling):
+        settings = ", ".join(f"{name} {value}" for name, value in unused.items())
+        console.note(f"not used of the model's generation_config.json: {settings}; only what is asked for here counts")
     if compile:
         console.note("compiling the decode step before the second token, some ten seconds or more")
     if json:
@@ -86,6 +108,47 @@ def _text(argument: str) -> str:
         raise UsageError(
             f"{argument!r} is not UTF-8, expected text in UTF-8; convert it, for example with iconv"
         ) from None
+
+
+def _stdin() -> str:
+    """All of stdin as one prompt."""
+    from supra_cli.core.errors import UsageError
+
+    if sys.stdin is None:  # closed, as by `<&-`
+        raise UsageError("stdin is closed, expected a prompt for -; give a text with -p")
+    if sys.stdin.isatty():
+        console.note("reading the prompt from the terminal until Ctrl-D")
+    return _prompt(sys.stdin.buffer.read(), "stdin")
+
+
+def _file(path: str) -> str:
+    from supra_cli.core.errors import NotFoundError, SupraError, UsageError
+
+    try:
+        return _prompt(Path(path).read_bytes(), path)
+    except IsADirectoryError:
+        raise UsageError(f"--prompt-file {path} is a directory, expected a file of one prompt") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"--prompt-file {path} is not there; check the path") from None
+    except OSError as error:
+        raise SupraError(f"--prompt-file {path} cannot be read: {error.strerror}") from error
+
+
+def _prompt(data: bytes, source: str) -> str:
+    """One prompt from bytes: without a byte-order mark and without the line end that closes a file, else as it is."""
+    from supra_cli.core.errors import UsageError
+
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"{source} is not UTF-8 from byte {error.start} on"
+        raise UsageError(f"{where}, expected text in UTF-8; convert it, for example with iconv") from None
+    if "\0" in text:
+        raise UsageError(f"{source} looks binary, it holds a NUL; expected text in UTF-8")
+    text = text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+    if not text:
+        raise UsageError(f"{source} is empty, expected a prompt; -p '' goes on from nothing")
+    return text
 
 
 def _print(pieces: Any, rows: int, stream: bool) -> None:

@@ -24,8 +24,7 @@ def run(
     from supra_cli.core import accounting, checkpoint
 
     folder = hub.fetch(source)
-    config = checkpoint.read_config(folder)
-    checkpoint.check(config, checkpoint.tensors(folder))
+    config = checkpoint.examine(folder)
     if verify:
         checkpoint.verify(folder)
     size = accounting.measure(config)

@@ -44,8 +44,9 @@ def show(recipe: Recipe, json: bool, dtype: str = "auto", device: str = "cuda") 
     """Print the plan of `recipe`, computed in `dtype` on a device of that kind."""
     from supra_cli.core import accounting
     from supra_cli.core import device as devices
+    from supra_cli.core.train.step import check_dtype
 
-    plan = accounting.plan(recipe, devices.dtype(dtype, device), device)
+    plan = accounting.plan(recipe, check_dtype(devices.dtype(dtype, device)), device)
     if json:
         document = {
             "model": model_document(plan.model),

@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from supra_cli.commands import console
+from supra_cli.commands.eval import names
 
 
 def run(
     models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Aliases or hub ids.")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", "-t", help="Tasks whose data to fetch: a,b.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", "-t", help="Tasks whose data to fetch: a,b or -t a -t b.")
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -20,16 +23,18 @@ def run(
     from supra_cli.core import evaluate, hub
     from supra_cli.core.errors import UsageError
 
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if not models and not names:
+    wanted = names(tasks or ())
+    if not models and not wanted:
         raise UsageError("nothing to fetch: name models, or tasks with --tasks a,b")
+    if include_path is not None and not wanted:
+        raise UsageError("--include-path is where --tasks are looked for, and no task is named; give --tasks a,b")
     fetched: dict[str, dict] = {"models": {}, "tasks": {}}
     for model in models or ():
         source = hub.resolve(model)
         console.note(f"model: {source}")
         fetched["models"][model] = str(hub.fetch(source))
-    if names:
-        found = evaluate.find(names, include_path)
+    if wanted:
+        found = evaluate.find(wanted, include_path)
         fetched["tasks"] = {name: len(task.eval_docs) for name, task in found.leaves.items()}
     if json:
         console.document(fetched)

@@ -54,11 +54,18 @@ def validate(
     path: Annotated[Path, typer.Argument(help="Recipe: a TOML file, or a shipped one's name.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in uptrain.")] = None,
 ) -> None:
-    """Check a recipe: every problem at once, each with its key; the resolved recipe on stdout when there is none."""
+    """Check a recipe: every problem at once, each with its key; the resolved recipe on stdout when there is none.
+
+    What it says of files is checked too where they are on this machine.
+    """
     from supra_cli.core import recipe as recipes
+    from supra_cli.core.data import sources
     from supra_cli.core.lookup import lookup
 
-    console.result(recipes.dumps(recipes.load(path, overrides or (), lookup=lookup)).rstrip())
+    recipe = recipes.load(path, overrides or (), lookup=lookup)
+    for sentence in sources.overlap(recipe.data):
+        console.note(sentence)
+    console.result(recipes.dumps(recipe).rstrip())
 
 
 @app.command()

@@ -20,6 +20,8 @@ def run(
     from supra_cli.core import report
 
     found = report.read(directory)
+    for note in found.notes:
+        console.note(note)
     if json:
         console.document(asdict(found))
         return

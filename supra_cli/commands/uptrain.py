@@ -53,7 +53,7 @@ def run(
     parsed = recipes.load(recipe, overrides or (), lookup=lookup)
     output = output or Path("runs") / recipe.stem
     if dry_run:
-        _show_plan(parsed, json)
+        _show_plan(parsed, json, dtype, device)
         return
 
     from supra_cli.core.train import loop
@@ -67,7 +67,7 @@ def run(
             resume=resume,
             overwrite=overwrite,
             device=target,
-            dtype=devices.dtype(dtype, target),
+            dtype=None if dtype == "auto" else devices.dtype(dtype, target),
             stop=stop,
         )
         finished = _follow(events)
@@ -77,10 +77,11 @@ def run(
         console.result(finished["path"])
 
 
-def _show_plan(recipe: Any, json: bool) -> None:
+def _show_plan(recipe: Any, json: bool, dtype: str, device: str) -> None:
+    """Of the device that the run would take; where it is left to this machine, of a GPU, as `supra plan` does."""
     from supra_cli.commands import plan
 
-    plan.show(recipe, json)
+    plan.show(recipe, json, dtype, "cpu" if device == "cpu" else "cuda")
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 
 from supra_cli.core.errors import SupraError, first_line
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def finite(value: Any) -> Any:
     """`value` with None for every float that JSON does not have: NaN and the infinities."""
@@ -30,8 +32,28 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_whole(path: Path) -> None:
+    """Raise a SupraError for a file without its content: missing, a dead link, empty, a git-lfs pointer."""
+    if not path.exists():
+        if path.is_symlink():
+            raise SupraError(
+                f"{path} is a link to {os.readlink(path)}, which is not there; restore or download it again"
+            )
+        raise SupraError(f"{path} is missing; restore the file")
+    with path.open("rb") as file:
+        start = file.read(len(_POINTER))
+    if not start:
+        raise SupraError(f"{path} is empty, as a download that broke off leaves it; restore or download it again")
+    if start == _POINTER:
+        raise SupraError(
+            f"{path} is a git-lfs pointer, not the file that it stands for; run `git lfs pull` in {path.parent}"
+        )
+
+
 def read_json(path: Path) -> Any:
     """SupraError when the file is not JSON. A byte-order mark, as Windows editors write it, is read over."""
+    if path.exists():
+        check_whole(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -5,7 +5,6 @@ Plans need no weights: the `config.json` of every aliased base is bundled, so th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -18,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, near_miss
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, near_miss
+from supra_cli.core.folder import check_model, weight_files
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -49,6 +49,7 @@ ALIASES = {
 
 # Pickled weights are never read; sub-folders (`original/`) and `consolidated*` repeat the weights in another layout.
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_DESCRIPTIONS = ("config.json", "generation_config.json", "adapter_config.json", "model_index.json")
 _UNWANTED = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CONNECT_SECONDS = 3.0
@@ -105,11 +106,15 @@ def fetch(source: Source) -> Path:
 
     Raises NotFoundError (no such model, offline and not in the cache, no safetensors) or NotAuthorisedError (gated).
     """
-    if source.repo is not None:
-        return _complete(_snapshot(source), source)
-    if not _is_model(source.path):
-        raise NotFoundError(f"{source.path} is no model: it holds no config.json")
-    return _complete(source.path, source)
+    path = source.path if source.repo is None else _snapshot(source)
+    check_model(path)
+    weight_files(path, source.repo)
+    return path
+
+
+def open(name: str) -> Path:
+    """The directory of the model that `name` stands for, as `resolve` and `fetch` find it."""
+    return fetch(resolve(name))
 
 
 def config_folder(source: Source) -> Path:
@@ -119,7 +124,7 @@ def config_folder(source: Source) -> Path:
     bundled = _ASSETS / "configs" / source.repo
     if source.revision is None and _is_model(bundled):
         return bundled
-    return _snapshot(source, only=("config.json",))
+    return _snapshot(source, only=_DESCRIPTIONS)
 
 
 def commit_of(path: Path) -> str | None:
@@ -171,20 +176,6 @@ def _visible(root: Path) -> list[Path]:
 
 def _is_model(path: Path) -> bool:
     return (path / "config.json").is_file()
-
-
-def _complete(folder: Path, source: Source) -> Path:
-    """`folder` if every shard that its index names is there."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SupraError(f"{index} is damaged; copy or download the model again") from error
-    if missing := sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file()):
-        raise SupraError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(shards)} shards); fetch it again")
-    if not shards and not (folder / "model.safetensors").is_file():
-        raise NotFoundError(f"{source.repo or folder} holds no safetensors weights; supra reads no other format")
-    return folder
 
 
 def _snapshot(source: Source, only: tuple[str, ...] = _WANTED) -> Path:

@@ -48,36 +48,48 @@ class Layout(NamedTuple):
         """The layout as a forward pass shares it among its layers. Reads nothing from the device."""
         return cls(segment, documents(segment))
 
-    @property
-    def packed(self) -> bool:
-        """Whether a row holds more than one document."""
-        return bool((self.segment > 0).any())
+
+class Derived(NamedTuple):
+    """What mask and positions say of a batch."""
+
+    layout: Layout | None
+    """None when every row holds one document and no padding; where values are not read, also when that is unknown."""
+    position: Tensor | None
+    """[B or 1, T] for the base; None lets it count columns."""
+    packed: bool
+    """Whether a row holds more than one document; where values are not read, whether one may."""
 
 
-def derive(
-    mask: Tensor | None, position: Tensor | None, batch: int, tokens: int
-) -> tuple[Layout | None, Tensor | None]:
-    """The layout of a batch's last `tokens` columns, and the positions to give the base (None: let it count columns).
+def derive(mask: Tensor | None, position: Tensor | None, batch: int, tokens: int) -> Derived:
+    """The layout of a batch's last `tokens` columns.
 
     `mask` [B, past + T] is non-zero on real tokens (None: all are real); `position` [B or 1, T] is 0 where a document
-    starts (None: counted along the mask). The layout is None when every row holds one document and no padding.
+    starts (None: counted along the mask). Values are read on a CPU alone, where it is free and saves the work for
+    padding and documents that are not there. On any other device the host would wait at every token for all that it has
+    sent ahead, and a tensor on meta has none.
     """
-    if mask is not None and bool(mask.all()):
+    given = position if mask is None else mask
+    free = given is not None and given.device.type == "cpu" and not torch.compiler.is_compiling()
+    if mask is not None and free and bool(mask.all()):
         mask = None
-    if mask is None and (position is None or tokens == 1):
-        return None, position
+    packed = position is not None and tokens > 1  # one token goes on with the row's document
+    if mask is None and not packed:
+        return Derived(None, position, False)
     if position is None:
         position = (mask.bool().long().cumsum(-1) - 1).clamp_(min=0)[:, -tokens:]
     real = torch.ones((batch, tokens), dtype=torch.bool, device=position.device)
     if mask is not None:
         real = mask[:, -tokens:].bool()
-    starts = (real & (position == 0)).long().cumsum(-1)
-    # A row's first document is number 0, whether it starts here or goes on from the cache.
-    first = starts.gather(1, real.long().argmax(-1, keepdim=True))
-    segment = (starts - first).masked_fill(~real, -1)
-    if not segment.any():
-        return None, position
-    return Layout.of(segment), position
+    segment = real.long() - 1
+    if packed:
+        starts = (real & (position == 0)).long().cumsum(-1)
+        # A row's first document is number 0, whether it starts here or goes on from the cache.
+        first = starts.gather(1, real.long().argmax(-1, keepdim=True))
+        segment = (starts - first).masked_fill(~real, -1)
+        packed = not free or bool((segment > 0).any())
+    if mask is None and not packed:
+        return Derived(None, position, False)
+    return Derived(Layout.of(segment), position, packed)
 
 
 def softmax_mask(
@@ -87,6 +99,8 @@ def softmax_mask(
 
     Padding sees padding, so no row is empty and every output is finite. None where plain causality says it all.
     """
+    if window is not None and tokens <= window:
+        window = None  # or a mask of causality alone would cost the fused kernels
     if layout is None and window is None:
         return None
     index = torch.arange(tokens, device=device)

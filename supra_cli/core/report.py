@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from supra_cli.core.errors import NotFoundError
+from supra_cli.core.evaluate.store import weights_hash
+from supra_cli.core.files import read_json
 
 
 @dataclass(frozen=True)
@@ -30,31 +31,44 @@ class Report:
     """Tokens of uptraining."""
     seconds: float
     """Seconds of uptraining, validation and saving left out."""
+    notes: list[str]
+    """Sentences on figures that are left out."""
 
 
 def read(run: Path) -> Report:
-    """The report of a run directory from what `supra eval` left in it. NotFoundError before anything was scored."""
+    """The report of a run directory from what `supra eval` left in it. NotFoundError before anything was scored.
+
+    Of all that was scored in the run, the figures of the model that `last` is, whichever step was scored last; from
+    before uptraining those of the same questions, asked in the same way.
+    """
     provenance = run / "last" / "supra.json"
     if not provenance.is_file():
         raise NotFoundError(f"{run} is no finished run: it holds no last/supra.json; run `supra uptrain` first")
-    after = _results(run / "eval")
+    after = _results(run / "eval", run / "last")
     if not after:
-        raise NotFoundError(f"nothing was scored in {run} yet; run `supra eval {run / 'last'}` first")
-    before = _results(run / "converted" / "eval")
-    lines = [
-        line
-        for task, metrics in sorted(after.items())
-        for name, row in metrics.items()
-        for line in _lines(task, name, row, before.get(task, {}).get(name, {}))
-    ]
-    spent = json.loads(provenance.read_text(encoding="utf-8"))
-    return Report(lines, spent["tokens"], spent["seconds"])
+        raise NotFoundError(f"{run / 'last'} was not scored yet; run `supra eval {run / 'last'}` first")
+    before = _results(run / "converted" / "eval", run / "converted")
+    lines, notes = [], []
+    for task, result in sorted(after.items()):
+        other = before.get(task, {})
+        if other and other["questions"] != result["questions"]:
+            notes.append(
+                f"{task}: {run / 'converted'} was asked other questions, or in another way; "
+                "score both with the same options"
+            )
+            other = {}
+        for name, row in result["metrics"].items():
+            lines += _lines(task, name, row, other.get("metrics", {}).get(name, {}))
+    spent = read_json(provenance)
+    return Report(lines, spent["tokens"], spent["seconds"], notes)
 
 
-def _results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """task → metric → the newest comparison that was noted."""
-    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
-    return {task: content["results"]["metrics"] for task, content in files.items() if content.get("results")}
+def _results(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
+    """task → the newest comparison of `model` that was noted in `folder`."""
+    files = sorted(folder.glob("*.json"))
+    weights = f"sha256:{weights_hash(model)}" if files else ""
+    results = {path.stem: read_json(path).get("results", {}).get(weights) for path in files}
+    return {task: result for task, result in results.items() if result}
 
 
 def _lines(task: str, metric: str, row: dict[str, Any], before: dict[str, Any]) -> list[Line]:

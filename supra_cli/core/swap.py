@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from supra_cli.core.archs import Arch, Rope
-from supra_cli.core.errors import UsageError
-from supra_cli.core.layout import Layout, softmax_mask
+from supra_cli.core import cache as caches
+from supra_cli.core.archs import Arch, Rope, archs
+from supra_cli.core.layout import Layout
 from supra_cli.core.mixers import Mixer
 from supra_cli.core.mixers.softmax import Softmax
-
-SOFTMAX = "softmax"
-"""The kind of a layer that keeps the base's own attention."""
+from supra_cli.core.recipe.keep import SOFTMAX
 
 
 class SwappedAttention(nn.Module):
@@ -50,21 +49,15 @@ class SwappedAttention(nn.Module):
         rope = self.arch.rotation(self, position_embeddings)
         return Softmax(self.mixer.spec, Softmax.Options())(q, k, v, hidden_states, rope, None, layout)[0]
 
-    def softmax(self, hidden_states: Tensor, layout: Layout | None = None, **kwargs: Any) -> Tensor:
-        """The base's own attention [B,T,D] on the same input, within the same documents and without a cache.
-
-        Takes what `forward` takes; the mask is made here, as a model without softmax layers hands none over.
-        """
-        x, window = hidden_states, self.mixer.spec.window
-        mask = softmax_mask(layout, x.shape[1], window=window, dtype=x.dtype, device=x.device)
-        return super().forward(x, **{**kwargs, "attention_mask": mask, self.arch.cache: None})[0]
-
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Rope = None, layout: Layout | None = None, **kwargs: Any
+        self, hidden_states: Tensor, position_embeddings: Rope = None, *, layout: Layout | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """[B,T,D] -> [B,T,D], and None where the base returns attention weights."""
-        memory = kwargs.get("cache", kwargs.get(self.arch.cache))  # transformers 5.24 renamed it
-        memory = None if memory is None else recurrent_layer(memory, self.layer_idx)
+        """[B,T,D] -> [B,T,D], and None where the base returns attention weights.
+
+        `layout` has no default: a caller that does not know of padding and documents must not pass for one without any.
+        """
+        cache = caches.handed(kwargs)
+        memory = None if cache is None else cache.layers[self.layer_idx]  # put there by `SwappedBackbone`
         o, state = self.heads(hidden_states, position_embeddings, layout, None if memory is None else memory.state)
         if memory is not None:
             memory.advance(state, hidden_states.shape[1])
@@ -95,100 +88,25 @@ def swapped_layers(model: nn.Module) -> Iterator[tuple[str, SwappedAttention]]:
             yield name, module
 
 
-def layer_kinds(layers: int, mixer: str, keep: str) -> list[str]:
-    """The kind of each layer: `mixer`, or softmax where `keep` says so.
-
-    keep is `none`, `all`, `every:N` (layers N-1, 2N-1, ...), `first:N`, `last:N` or layer numbers like `0,5,7`;
-    anything else, or a number outside the model, is a UsageError.
+def mixer_names(model: nn.Module) -> set[str]:
+    """The names of the parameters that belong to a mixer and not to the base, some of which call a part of their own
+    `mixer`.
     """
-    kept = _kept(layers, keep)
-    return [SOFTMAX if layer in kept else mixer for layer in range(layers)]
+    return {f"{name}.mixer.{own}" for name, layer in swapped_layers(model) for own, _ in layer.mixer.named_parameters()}
 
 
-def _kept(layers: int, keep: str) -> set[int]:
-    everything = range(layers)
-    if keep in ("none", "all"):
-        return set(everything) if keep == "all" else set()
-    rule, colon, number = keep.partition(":")
-    if colon and rule in ("every", "first", "last") and number.isdecimal() and 1 <= int(number) <= layers:
-        count = int(number)
-        return set(
-            {"every": everything[count - 1 :: count], "first": everything[:count], "last": everything[-count:]}[rule]
-        )
-    numbers = keep.split(",")
-    if all(number.strip().isdecimal() and int(number) < layers for number in numbers):
-        return {int(number) for number in numbers}
-    raise UsageError(
-        f"keep is '{keep}', expected none, all, every:N, first:N, last:N (N from 1 to {layers}) "
-        f"or layer numbers from 0 to {layers - 1} like 0,{layers - 1}"
-    )
+def base_class(name: str) -> type | None:
+    """The class of that name in the modeling module of some registered base."""
+    for base in archs:
+        config = CONFIG_MAPPING[base]
+        modeling = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+        if (found := getattr(modeling, name, None)) is not None:
+            return found
+    return None
 
 
-class RecurrentLayer(CacheLayerMixin):
-    """A layer of the Hugging Face cache that holds a mixer's state, of a size that does not grow, and counts the
-    tokens seen.
-    """
-
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: Any = None
-        self.tokens = 0
-
-    def advance(self, state: NamedTuple, tokens: int) -> None:
-        self.state = state
-        self.tokens += tokens
-        self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        return self.tokens
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tokens + query_length, 0
-
-    def reset(self) -> None:
-        self.__init__()
-
-    def offload(self) -> None:
-        self._each(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda tensor: tensor[indices])
-
-    def _each(self, change: Any) -> None:
-        if self.state is not None:
-            self.state = type(self.state)(*(change(tensor) for tensor in self.state))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError("a recurrent state cannot forget its last tokens; generate without an assistant model")
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise TypeError("a recurrent layer holds a state, not keys and values")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise TypeError("a recurrent layer holds a state, not keys and values")
-
-
-def recurrent_layer(cache: Cache, layer: int) -> RecurrentLayer:
-    """The state-carrying layer of `cache` at a slot, put there at first use."""
-    while len(cache.layers) <= layer:
-        cache.layers.append(cache.layer_class_to_replicate())
-    slot = cache.layers[layer]
-    if not isinstance(slot, RecurrentLayer):
-        if slot.get_seq_length() > 0:
-            raise ValueError(f"layer {layer} of the cache holds keys and values of another model")
-        slot = cache.layers[layer] = RecurrentLayer()
-    return slot
+def __getattr__(name: str) -> type[SwappedAttention]:
+    """`SwappedLlamaAttention` and its like by name, as pickle looks for them in another process."""
+    if name.startswith("Swapped") and (attention := base_class(name.removeprefix("Swapped"))) is not None:
+        return swapped_class(attention)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

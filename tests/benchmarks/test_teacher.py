@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.ngrams import Interpolated, KneserNey
-from benchmarks.teacher import wilson, windows
+from benchmarks.teacher import surprise_of_repeats, wilson, windows
 
 VOCABULARY = 6
 
@@ -113,3 +116,37 @@ def test_the_interval_is_wilsons():
     interval = wilson(0.4, 100)
     for end in interval.values():  # its ends solve |p − x| = z √(x (1 − x) / n)
         assert abs(0.4 - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / 100))
+
+
+WORDS = 300
+
+
+class Copier(torch.nn.Module):
+    """Says the token that followed the last time, with probability 0.9 + 0.1/V; all tokens alike the first time."""
+
+    device = torch.device("cpu")
+
+    def forward(self, input_ids, position_ids=None, use_cache=False):
+        probabilities = torch.full((*input_ids.shape, WORDS), 1 / WORDS)
+        for n, row in enumerate(input_ids.tolist()):
+            followed = {}
+            for t, token in enumerate(row):
+                if token in followed:
+                    probabilities[n, t] = 0.1 / WORDS
+                    probabilities[n, t, followed[token]] += 0.9
+                if t + 1 < len(row):
+                    followed[token] = row[t + 1]
+        return SimpleNamespace(logits=probabilities.log())
+
+
+@pytest.mark.parametrize("between", [0, 7])
+def test_a_repeated_passage_surprises_a_copier_once(between):
+    tokens = torch.stack([torch.randperm(WORDS, generator=torch.Generator().manual_seed(n)) for n in range(3)])
+    before, passage, middle = tokens[:, :4], tokens[:, 4:36], tokens[:, 36 : 36 + between]
+    repeat = surprise_of_repeats(Copier(), before, passage, middle)
+    assert repeat.first == pytest.approx((math.log(WORDS), 3 * 32))
+    known = 0.9 + 0.1 / WORDS
+    # Nothing tells where the second passage begins: the token before it came for the first time, whatever the gap.
+    expected = (math.log(WORDS) + 31 * -math.log(known)) / 32
+    assert repeat.second.nats == pytest.approx(expected, abs=1e-5)
+    assert repeat.ratio == pytest.approx(repeat.second.nats / repeat.first.nats)

@@ -23,6 +23,9 @@ DEEP = b"[" * 100_000 + b"\n"
 HALF = b'{"text": "\\ud800"}\n'  # half of a surrogate pair
 COLUMNS = {"text": pyarrow.array([TEXT] * 40), "number": pyarrow.array(range(40))}
 
+ARRAY = json.dumps([{"text": TEXT}] * 40, indent=1).encode()
+TABLE = b"number,text\n" + b'1,"def read(self, size=-1):\n    return self.buffer[:size]"\n' * 40
+
 
 def zstd(content: bytes) -> bytes:
     return pyarrow.Codec("zstd").compress(content, asbytes=True)
@@ -48,6 +51,27 @@ GOOD = {
     "a.jsonl.zst": zstd(LINES),
     "a.txt.bz2": bz2.compress(NOISE),
     "a.parquet": parquet(**COLUMNS),
+    "b.json": ARRAY,
+    "a.csv": TABLE,
+}
+BOM = b"\xef\xbb\xbf"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+PAGE = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n"
+GOOD_TOO = {
+    "a mark before text": ("a.txt", BOM + GOOD["a.txt"]),
+    "a mark before records": ("a.jsonl", BOM + LINES),
+    "a mark before an array": ("a.json", BOM + ARRAY),
+    "a mark before a table": ("a.csv", BOM + TABLE),
+    "an array": ("a.json", ARRAY),
+    "an array on one line": ("a.jsonl", json.dumps([{"text": TEXT}] * 40).encode()),
+    "a compressed array": ("a.json.gz", gzip.compress(ARRAY)),
+    "a table with commas": ("a.csv", TABLE),
+    "a table with tabs": ("a.tsv", TABLE.replace(b"number,text", b"number\ttext").replace(b"1,", b"1\t")),
+    "a compressed table": ("a.csv.zst", zstd(TABLE)),
+    "a column of a dictionary": ("a.parquet", parquet(text=COLUMNS["text"].dictionary_encode())),
+    "a column of large strings": ("a.parquet", parquet(text=COLUMNS["text"].cast(pyarrow.large_string()))),
+    "gzip in pieces": ("a.jsonl.gz", gzip.compress(LINES) + gzip.compress(LINES)),
+    "a suffix in capitals": ("A.JSONL", LINES),
 }
 BAD = {
     "empty": ("a.txt", b"", "holds no record"),
@@ -57,27 +81,62 @@ BAD = {
     "binary": ("a.txt", bytes(range(256)), "looks binary"),
     "binary records": ("a.jsonl", bytes(range(256)), "is not JSON"),
     "Latin-1": ("a.txt", "é".encode("latin-1"), "is not UTF-8"),
-    "Latin-1 records": ("a.jsonl", LINES.replace(b"size", b"\xe9"), "line 1 of"),
-    "UTF-16": ("a.txt", TEXT.encode("utf-16"), "looks binary"),
-    "UTF-16 records": ("a.jsonl", LINES.decode().encode("utf-16"), "is not JSON"),
-    "half a gzip": ("a.txt.gz", gzip.compress(NOISE)[:9000], "cannot read"),
-    "half a zstd": ("a.txt.zst", zstd(NOISE)[:9000], "cannot read"),
-    "half a bzip2": ("a.txt.bz2", bz2.compress(NOISE)[:9000], "cannot read"),
+    "Latin-1 records": ("a.jsonl", LINES.replace(b"size", b"\xe9"), "line 1 of a.jsonl is not UTF-8"),
+    "UTF-16": ("a.txt", TEXT.encode("utf-16"), "is UTF-16; convert it"),
+    "UTF-16 records": ("a.jsonl", LINES.decode().encode("utf-16"), "is UTF-16; convert it"),
+    "half a gzip": ("a.txt.gz", gzip.compress(NOISE)[:9000], "its gzip stream is cut off"),
+    "half a zstd": ("a.txt.zst", zstd(NOISE)[:9000], "its zstd stream is cut off"),
+    "half a bzip2": ("a.txt.bz2", bz2.compress(NOISE)[:9000], "its bz2 stream is cut off"),
+    "a damaged gzip": ("a.txt.gz", gzip.compress(NOISE)[:500] + NOISE, "its gzip stream does not decompress"),
     "half a parquet": ("a.parquet", GOOD["a.parquet"][:-40], "cannot read"),
-    "gzip in name": ("a.jsonl.gz", LINES, "cannot read"),
-    "zstd in name": ("a.jsonl.zst", LINES, "cannot read"),
+    "gzip in name": ("a.jsonl.gz", LINES, "its gzip stream does not decompress"),
+    "zstd in name": ("a.jsonl.zst", LINES, "its zstd stream does not decompress"),
     "parquet in name": ("a.parquet", LINES, "cannot read"),
+    "gzip without its suffix": ("a.jsonl", gzip.compress(LINES), "is compressed by gzip; give it the suffix .gz"),
+    "zstd as gzip": ("a.jsonl.gz", zstd(LINES), "is compressed by zstd; give it the suffix .zst"),
+    "parquet as records": ("a.json", GOOD["a.parquet"], "is parquet; give it the suffix .parquet"),
+    "xz": ("a.jsonl.xz", b"\xfd7zXZ\0" + NOISE, "is compressed by xz, which is not read"),
+    "zip": ("a.zip", b"PK\3\4" + NOISE, "is a zip archive; unpack it"),
+    "tar": ("a.tar.gz", gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\0"), "is a tar archive; unpack it"),
+    "PDF": ("a.txt", b"%PDF-1.7\n" + NOISE, "is a PDF"),
+    "a pointer for records": ("a.jsonl", POINTER, "git lfs pull"),
+    "a pointer for text": ("a.txt", POINTER, "git lfs pull"),
+    "a pointer for gzip": ("a.txt.gz", POINTER, "git lfs pull"),
+    "a pointer for parquet": ("a.parquet", POINTER, "git lfs pull"),
+    "a page for records": ("a.jsonl", PAGE, "is a web page"),
+    "a page for parquet": ("a.parquet", PAGE, "is a web page"),
+    "a page for gzip": ("a.jsonl.gz", PAGE, "is a web page"),
+    "a page inside gzip": ("a.jsonl.gz", gzip.compress(PAGE), "is a web page"),
+    "an answer of S3": ("a.json", b'<?xml version="1.0"?><Error/>', "is a web page"),
+    "half an array": ("a.json", ARRAY[:-100], "begins as a JSON array and is none"),
+    "an array with a number": ("a.json", b'[{"text": "a"}, 5]', "record 2 of"),
+    "an object over lines": ("a.json", json.dumps({"text": TEXT}, indent=1).encode(), "objects over several lines"),
+    "an object of records": ("a.json", json.dumps({"data": [{"text": TEXT}]}).encode(), "known: data"),
+    "a table without the column": (
+        "a.csv",
+        TABLE.replace(b",text", b",txt"),
+        "no column 'text' in its first line; did",
+    ),
+    "a torn table": ("a.csv", TABLE + b"1,2,3\n", "Expected 2 columns, got 3"),
+    "a torn and compressed table": ("a.csv.gz", gzip.compress(TABLE + b"1,2,3\n"), "Expected 2 columns, got 3"),
+    "compressed parquet": ("a.parquet.gz", gzip.compress(GOOD["a.parquet"]), "is parquet compressed once more"),
     "too many broken lines": ("a.jsonl", LINES + b"{\n", "1 of 41 records"),
     "too many empty records": ("a.jsonl", LINES + b'{"text": ""}\n', "record 41 is empty"),
     "nothing but nesting": ("a.jsonl", DEEP, "is not JSON"),
     "no Unicode": ("a.jsonl", HALF, "is no Unicode text"),
-    "no Unicode in a column": ("a.parquet", parquet(text=not_unicode()), "cannot read"),
-    "lists": ("a.jsonl", b"[1, 2]\n", "has no field 'text'"),
-    "numbers": ("a.jsonl", b"5\n", "has no field 'text'"),
+    "no Unicode in a column": ("a.parquet", parquet(text=not_unicode()), "column 'text' of"),
+    "lists": ("a.jsonl", b"[1, 2]\n", "is a JSON list, expected an object with the field 'text'"),
+    "numbers": ("a.jsonl", b"5\n", "is a JSON int, expected an object with the field 'text'"),
     "another field": ("a.jsonl", LINES.replace(b"text", b"txt"), "did you mean 'txt'"),
     "another column": ("a.parquet", parquet(number=COLUMNS["number"]), "has no column 'text'; known: number"),
     "a field of numbers": ("a.jsonl", b'{"text": 5}\n', "is int, expected text"),
-    "a column of numbers": ("a.parquet", parquet(text=COLUMNS["number"]), "holds int, expected text"),
+    "a column of numbers": ("a.parquet", parquet(text=COLUMNS["number"]), "is int64, expected text"),
+    "a column of lists": (
+        "a.parquet",
+        parquet(text=pyarrow.array([[TEXT]])),
+        "is list<element: string>, expected text",
+    ),
+    "a column of records": ("a.parquet", parquet(text=pyarrow.array([{"en": TEXT}])), "is struct<en: string>,"),
     "short": ("a.txt", b"a", "fewer than one row"),
 }
 
@@ -119,6 +178,15 @@ def both(supra, recipe, tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("case", GOOD_TOO)
+def test_what_editors_and_exporters_write_is_read(case, supra, recipe, tmp_path):
+    name, content = GOOD_TOO[case]
+    (tmp_path / name).write_bytes(content)
+    result = supra("data", "peek", recipe(tmp_path / name))
+    assert result.code == 0, result.err
+    assert "'<s>def read(self, size=-1):" in result.out
+
+
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_file_is_one_sentence_and_exit_1(fault, both, tmp_path):
     name, content, told = BAD[fault]
@@ -141,18 +209,31 @@ def test_what_is_no_file_is_one_sentence_and_exit_3(name, both, tmp_path):
         assert f"no data at '{tmp_path / name}'" in result.error
 
 
-def test_a_folder_of_something_else_is_one_sentence_that_names_the_file(both, tmp_path):
+def test_a_folder_of_something_else_is_one_sentence_that_names_a_file_and_what_is_read(both, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     for result in both(tmp_path / "pictures"):
+        assert result.code == 3
+        assert "among the 1 in it, such as a.png" in result.error
+        assert ".jsonl" in result.error
+
+
+def test_a_dataset_saved_to_disk_is_one_sentence_that_says_how_to_write_it(both, tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": [TEXT]}).save_to_disk(tmp_path / "saved")
+    for result in both(tmp_path / "saved"):
         assert result.code == 1
-        assert "a.png" in result.error
+        assert "to_parquet" in result.error
 
 
 @pytest.mark.parametrize("broken", [b"{\n", DEEP, HALF, b'{"text": null}\n', b"\xff\xfe\n"])
 def test_fewer_broken_records_than_the_stated_share_are_skipped(broken, both, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES + broken)
-    assert [result.code for result in both(tmp_path / "a.jsonl", skip_share=0.03)] == [0, 0]
+    first, cached = both(tmp_path / "a.jsonl", skip_share=0.03)
+    assert (first.code, cached.code) == (0, 0)
+    for result in (first, cached):  # said again where the tokens come from the cache
+        assert result.err.count("a.jsonl: 1 of 41 records were skipped for having no usable text (the first: ") == 1
     assert [result.code for result in both(tmp_path / "a.jsonl", skip_share=0.02)] == [1, 1]
 
 
@@ -171,12 +252,12 @@ def test_a_file_that_vanishes_between_two_readings_is_one_sentence_and_exit_3(bo
         assert "a.txt" in result.error
 
 
-@pytest.mark.parametrize("damage", ["ids.npy", "ends.npy", "both"])
+@pytest.mark.parametrize("damage", ["ids.npy", "ends.npy", "count.json", "both"])
 def test_a_damaged_cache_is_made_again(damage, supra, recipe, own_cache, tmp_path):
     (tmp_path / "a.txt").write_bytes(GOOD["a.txt"])
     first = supra("data", "peek", recipe(tmp_path / "a.txt"))
     assert first.code == 0
-    for number, file in enumerate(sorted(own_cache.rglob("*.npy"))):
+    for number, file in enumerate(sorted(file for file in own_cache.rglob("*") if file.is_file())):
         if damage in (file.name, "both"):
             file.write_bytes(file.read_bytes()[: 200 * number])
     assert supra("data", "peek", recipe(tmp_path / "a.txt")) == first

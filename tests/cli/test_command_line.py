@@ -104,6 +104,29 @@ def test_a_wrong_command_line_is_exit_2_and_one_sentence(supra, arguments, words
 
 
 @pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["convert", "tiny", "-o", "a", "-o", "b"], "--output/-o"),
+        (["convert", "tiny", "-o", "a", "--output=a"], "--output/-o"),
+        (["eval", "tiny", "--limit", "1", "--limit", "2"], "--limit"),
+        (["generate", "tiny", "-p", "x", "--seed", "1", "--seed", "1"], "--seed"),
+        (["generate", "tiny", "-p", "x", "--stream", "--no-stream"], "--stream/--no-stream"),
+    ],
+)
+def test_an_option_that_takes_one_value_is_not_given_twice(supra, arguments, name):
+    result = supra(*arguments)
+    assert result.code == 2
+    assert f"{name} is given 2 times, expected once" in result.error
+
+
+def test_options_that_are_made_for_it_and_plain_flags_are_repeated(supra, base):
+    repeated = ("--set", "mixer.gain=none", "--set", "mixer.gain=head", "-q", "-q", "--json", "--json")
+    result = supra("convert", base, "--dry-run", *repeated)
+    assert result.code == 0
+    assert '"gain": "head"' in result.out
+
+
+@pytest.mark.parametrize(
     ("error", "code"),
     [
         (errors.SupraError("failed"), 1),
@@ -227,7 +250,7 @@ def test_a_group_of_verbs_is_a_module_with_an_app(supra, monkeypatch):
     seen = []
 
     @group.command("list")
-    def show(name: str) -> None:
+    def show(name: str, size: int = 0) -> None:
         """Show one."""
         seen.append(name)
 
@@ -238,6 +261,7 @@ def test_a_group_of_verbs_is_a_module_with_an_app(supra, monkeypatch):
     module = type("Module", (), {"app": group})
     monkeypatch.setattr(entry, "_verbs", lambda: iter([("things", module), ("more", module)]))
     assert supra("things", "list", "one", "--quiet").code == 0
+    assert "--size is given 2 times" in supra("things", "list", "one", "--size", "1", "--size", "2").error
     assert seen == ["one"]
 
 

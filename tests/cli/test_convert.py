@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 RECIPE = """
 base = "mistral-7b"
@@ -108,6 +109,14 @@ def test_a_directory_that_is_no_model_is_exit_3(supra, tmp_path):
     assert supra("convert", "empty").code == 3
 
 
+def test_a_plan_needs_a_config_alone_and_looks_at_all_that_is_there(supra, base, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert supra("convert", "m", "--dry-run").code == 0
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    assert supra("convert", "m", "--dry-run").code == 1
+
+
 def test_options_and_kept_layers_are_in_the_model(supra, base):
     arguments = ("--set", "mixer.gain=head", "--keep", "every:2", "-o", "out", "--json")
     written = json.loads(supra("convert", base, *arguments).out)
@@ -123,6 +132,18 @@ def test_inspect_shows_where_a_model_comes_from_and_verifies_it(supra, base):
     assert result.code == 0
     assert str(base) in result.out
     assert "every weight file is what was saved" in result.out
+
+
+def test_inspect_tells_nothing_of_a_record_that_is_of_other_weights(supra, base, tmp_path):
+    supra("convert", base, "-o", "out", "--keep", "all")
+    assert json.loads(supra("inspect", "out", "--json").out)["provenance"]["base"] == str(base)
+    model = AutoModelForCausalLM.from_pretrained("out")
+    model.lm_head.weight.data.add_(1)
+    model.save_pretrained("out")
+    seen = supra("inspect", "out", "--json")
+    assert json.loads(seen.out)["provenance"] == {}
+    assert "supra.json is of another model than the one beside it" in seen.err
+    assert supra("inspect", "out", "--verify").code == 1
 
 
 def test_inspect_works_on_a_plain_model(supra, base):

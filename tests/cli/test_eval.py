@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 from tiny import save_base
 
 from supra_cli.__main__ import main
+from supra_cli.commands import eval
 from supra_cli.core import checkpoint, corpus
 
 
@@ -60,12 +63,19 @@ def test_the_newest_output_is_scored_beside_the_base_that_it_came_from(models, c
     assert document["student"]["weights"] != document["teacher"]["weights"]
     assert document["tasks"]["stdlib_cloze"]["num_fewshot"] == 0
     assert document["tasks"]["stdlib_cloze"]["bos"] is True
-    assert document["settings"] == {"limit": 4, "num_fewshot": None, "batch_size": 8, "max_length": 256, "seed": 1234}
+    assert document["settings"] == {
+        "limit": 4,
+        "num_fewshot": None,
+        "batch_size": 8,
+        "batch_size_auto": False,
+        "max_length": 256,
+        "seed": 1234,
+    }
     assert {"lm_eval", "torch", "transformers", "python"} <= document["versions"].keys()
     assert "model: directory runs/student" in err
 
     kept = json.loads((models / "runs/student/eval/stdlib_cloze.json").read_text())
-    assert kept["results"]["metrics"] == document["results"]["stdlib_cloze"]
+    assert kept["results"][document["student"]["weights"]]["metrics"] == document["results"]["stdlib_cloze"]
     assert not (models / "base/eval").exists()
 
     code, again, err = supra(capsys, "eval", "runs/student", "--limit", "4", "--json")
@@ -134,8 +144,12 @@ def test_quiet_leaves_stderr_empty(capsys):
         (["--tasks", "mmlu,hellaswag"], 3, "supra prefetch --tasks mmlu,hellaswag"),
         (["--tasks", "stdlib_cloz"], 3, "did you mean 'stdlib_cloze'"),
         (["--tasks", ","], 2, "no task was named"),
+        (["--limit", "3", "--limit", "4"], 2, "--limit is given 2 times"),
+        (["-o", "a.json", "--output=b.json"], 2, "--output is given 2 times"),
         (["--tasks", "stdlib_ppl", "--limit", "0"], 2, "--limit"),
         (["--tasks", "stdlib_ppl", "--batch-size", "0"], 2, "--batch-size"),
+        (["--tasks", "stdlib_ppl", "--batch-size", "-3"], 2, "--batch-size"),
+        (["--tasks", "stdlib_ppl", "--batch-size", "automatic"], 2, "expected a number from 1, or auto"),
         (["--tasks", "stdlib_ppl", "--include-path", "nowhere"], 3, "--include-path"),
         (["--tasks", "stdlib_ppl", "--teacher", "nobody"], 3, "nobody"),
         (["--tasks", "stdlib_ppl", "--dtype", "int3"], 2, "int3"),
@@ -184,3 +198,56 @@ def test_prefetch_says_what_it_could_not_reach(capsys):
     code, out, _ = supra(capsys, "prefetch", "base", "--tasks", "stdlib_ppl,stdlib_cloze", "--json")
     assert code == 0
     assert json.loads(out)["tasks"]["stdlib_cloze"] == 400
+
+
+@pytest.mark.parametrize("tasks", [["-t", "stdlib_cloze", "-t", "stdlib_ppl"], ["--tasks", "stdlib_cloze, stdlib_ppl"]])
+def test_tasks_may_be_named_one_by_one_and_together(capsys, tasks):
+    code, out, err = supra(capsys, "eval", "runs/student", *tasks, "--limit", "2", "--teacher", "none", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["results"]) == {"stdlib_cloze", "stdlib_ppl"}
+    code, out, err = supra(capsys, "prefetch", *tasks, "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["tasks"]) == {"stdlib_cloze", "stdlib_ppl"}
+
+
+def test_a_batch_size_of_our_own_choice_is_recorded_with_its_number(capsys):
+    arguments = ["eval", "runs/student", "-t", "stdlib_ppl", "--limit", "2", "--batch-size"]
+    code, out, err = supra(capsys, *arguments, "auto", "--json")
+    assert code == 0, err
+    settings = json.loads(out)["settings"]
+    assert settings["batch_size_auto"] is True
+    assert settings["batch_size"] in (1, 2, 4, 8, 16, 32, 64)
+    code, out, err = supra(capsys, *arguments, str(settings["batch_size"]), "--json")
+    assert json.loads(out)["settings"]["batch_size_auto"] is False
+    assert "already scored" in err  # the same number is the same score, whoever chose it
+    assert f"{settings['batch_size']} rows a pass (auto)" in supra(capsys, *arguments, "auto")[2]
+
+
+def test_what_has_no_effect_or_was_cut_is_said(capsys):
+    arguments = ["eval", "runs/student", "-t", "stdlib_cloze", "--limit", "2", "--teacher", "none"]
+    code, _, err = supra(capsys, *arguments, "--num-fewshot", "3", "--max-length", "64")
+    assert code == 0, err
+    assert "the task fixes 0 examples; --num-fewshot 3 has no effect" in err
+    assert "2 prompts lost their beginning, being longer than 64 tokens" in err
+    code, _, err = supra(capsys, "prefetch", "base", "--include-path", ".")
+    assert code == 2
+    assert "no task is named" in told(err)
+
+
+def test_long_work_shows_that_it_goes_on(capsys, monkeypatch):
+    monkeypatch.setattr(eval, "_SECONDS_A_LINE", 0.05)
+    arguments = ["eval", "runs/student", "-t", "stdlib_ppl", "--limit", "4", "--teacher", "none", "--fresh"]
+    code, out, err = supra(capsys, *arguments)
+    assert code == 0, err
+    assert "runs/student: loading, for " in err
+    assert re.search(r"runs/student: stdlib_ppl: \d+ of \d+ requests in \d+ s", err)
+    assert "requests" not in out
+
+
+def test_scores_of_a_model_in_the_hubs_cache_are_not_written_there(models, tmp_path, capsys):
+    snapshot = tmp_path / "hub/models--a--b/snapshots/0123abc"
+    shutil.copytree(models / "runs/student", snapshot, ignore=shutil.ignore_patterns("eval"))
+    code, _, err = supra(capsys, "eval", str(snapshot), "-t", "stdlib_ppl", "--limit", "2", "--teacher", "none")
+    assert code == 0, err
+    assert not (snapshot / "eval").exists()
+    assert list((tmp_path / "cache/eval").glob("*/stdlib_ppl.json"))

@@ -89,9 +89,10 @@ FAULTS = {
     "nothing to train": ({"mixer": {"name": "softmax"}} | stage(kind="transfer"), 2, "nothing to train"),
     "a mixer without parameters": ({"mixer": {"name": "retention"}} | stage(kind="transfer"), 2, "nothing to train"),
     "activations of a transfer": (stage(kind="transfer", activation_checkpointing=True), 2, "activation_checkpointing"),
+    "a teacher in vain": (stage(kind="transfer", teacher="tiny"), 2, "takes no teacher of its own"),
     "no such teacher": (stage(kind="distill", teacher="no-such-model"), 3, "no-such-model"),
     "no teacher": (SCRATCH | {"model": TINY} | stage(kind="distill"), 2, "learns from a teacher"),
-    "an unknown shape": (SCRATCH | {"model": {"model_type": "lama"}}, 2, "[model]"),
+    "an unknown shape": (SCRATCH | {"model": {"model_type": "lama"}}, 2, "model.model_type: unknown"),
     "a wrong shape": (SCRATCH | {"model": TINY | {"hidden_size": "wide"}}, 2, "[model]"),
     "a shape too large": (SCRATCH | {"model": TINY | {"intermediate_size": HUGE}}, 2, "[model]"),
     "too many layers": (SCRATCH | {"model": TINY | {"num_hidden_layers": 10**9}}, 2, "expected at most 1024"),
@@ -161,7 +162,7 @@ def test_a_run_that_cannot_start_leaves_everything_as_it_was(
 def test_a_shape_that_is_none_is_not_planned_either(change, supra, recipe) -> None:
     result = supra("uptrain", "--recipe", recipe(**SCRATCH | {"model": TINY | change}), "--dry-run")
     assert result.code == 2, result.err
-    assert "the recipe's [model] describes no model" in result.error
+    assert ("model.model_type: unknown" if "model_type" in change else "[model] describes no model") in result.err
 
 
 @pytest.mark.parametrize("replaced", [{"keep": "first:1"}, {"base": "no-such-model", "mixer": {"name": "gated"}}])

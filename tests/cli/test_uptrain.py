@@ -257,6 +257,26 @@ def test_an_unknown_device_or_dtype_is_exit_2(supra, recipe):
         assert value in result.error
 
 
+def test_float16_is_exit_2_run_or_planned_and_writes_nothing(supra, recipe, tmp_path):
+    for verb in (["uptrain", "-o", "out"], ["uptrain", "--dry-run"], ["plan"]):
+        result = supra(verb[0], "--recipe", recipe(), *verb[1:], "--dtype", "float16")
+        assert result.code == 2, result.err
+        assert "loss scaling" in result.error
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_plans_for_the_dtype_and_device_that_are_given(supra, recipe):
+    shown = {
+        (dtype, device): json.loads(
+            supra("uptrain", "--recipe", recipe(), "--dry-run", "--json", "--dtype", dtype, "--device", device).out
+        )
+        for dtype in ("float32", "bfloat16")
+        for device in ("cpu", "auto")
+    }
+    for (dtype, device), document in shown.items():
+        assert (document["dtype"], document["device"]) == (dtype, "cpu" if device == "cpu" else "cuda")
+
+
 # -- recipes, data, reports -------------------------------------------------------------------------------------------
 
 

@@ -15,14 +15,14 @@ from supra_cli.core import accounting, checkpoint, hub, ops
 from supra_cli.core import recipe as recipes
 from supra_cli.core.accounting import layers
 from supra_cli.core.accounting.meter import Meter, inside
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import stages
 from supra_cli.core.train.optimizer import adamw
 from supra_cli.core.train.prepare import prepare
-from supra_cli.core.train.step import Stepper
+from supra_cli.core.train.step import Stepper, begin
 
 
 def planned(alias, mixer="supra", keep="none", **options):
@@ -343,7 +343,7 @@ def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
     (spec,), cpu = parsed.stages, torch.device("cpu")
     stage = stages.get(spec.kind)(stages.get(spec.kind).Options())
     student = SupraForCausalLM._from_config(accounting.student_config(parsed), dtype=torch.float32).train()
-    optimizer = adamw(prepare(student, stage, spec), spec, dtype)
+    optimizer = adamw(student, prepare(student, stage, spec), spec, dtype)
     teacher = None
     if stage.teacher == "separate":
         config = checkpoint.read_config(hub.config_folder(hub.resolve(parsed.base)))
@@ -353,6 +353,7 @@ def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
     ids = torch.randint(260, (rows, 256))
     document = 256 if parsed.data.documents == "joined" else 128
     batch = Batch(ids, (torch.arange(256) % document).expand(rows, 256), ids)
+    begin(stage, student, [batch], cpu, dtype)
     for _ in range(2):
         stepper.take([batch] * (parsed.rows(spec) // rows))
 

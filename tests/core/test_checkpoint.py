@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from supra_cli.core import checkpoint
-from supra_cli.core.checkpoint import conversion, files, writing
+from supra_cli.core.checkpoint import conversion, files, record, writing
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 
 SHAPE = {
@@ -33,7 +33,7 @@ def plain(path: Path, shard_size: str = "5GB", dtype: torch.dtype = torch.float3
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**(SHAPE | changes)), dtype=dtype)
     model.save_pretrained(path, max_shard_size=shard_size)
-    (path / "tokenizer.json").write_text("{}")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
     (path / "README.md").write_text("not a companion")
     return path
 
@@ -99,7 +99,7 @@ def test_the_converted_model_has_the_bases_values_and_the_companions(base, conve
     state = model.state_dict()
     for name, tensor in original.state_dict().items():
         assert torch.equal(state[name], tensor)
-    assert (converted / "tokenizer.json").is_file()
+    assert (converted / "chat_template.jinja").is_file()
     assert not (converted / "README.md").exists()
 
 
@@ -246,7 +246,7 @@ def test_provenance_names_versions_parent_and_hashes(converted, base, tmp_path):
     checkpoint.save(model, tmp_path / "child", source=converted, provenance={"tokens": 5, "recipe": "..."})
     child = checkpoint.read_provenance(tmp_path / "child")
     assert (child["tokens"], child["recipe"]) == (5, "...")
-    assert child["parent"] == checkpoint.fingerprint(converted)
+    assert child["parent"] == checkpoint.identity(converted)
     assert {"supra", "torch", "transformers"} <= set(child["versions"])
     assert checkpoint.read_provenance(base) == {}
 
@@ -324,7 +324,7 @@ DAMAGES = {
     "renamed tensor": "mixer.E.weight",
     "truncated shard": "model-mixers.safetensors is damaged",
     "longer shard": "model-mixers.safetensors is damaged",
-    "empty shard": "model-mixers.safetensors is damaged",
+    "empty shard": "model-mixers.safetensors is empty",
     "header of garbage": "model-mixers.safetensors is damaged",
     "header length too large": "model-mixers.safetensors is damaged",
     "missing shard": "model-mixers.safetensors is missing",
@@ -375,6 +375,116 @@ def test_a_flipped_bit_is_found_by_verify(converted):
         checkpoint.verify(converted)
 
 
+# -- What supra.json speaks of
+
+
+def save_over(model: Path) -> None:
+    """Other weights of the same shapes over a model, as a training script of the user's saves them at its end."""
+    trained = AutoModelForCausalLM.from_pretrained(model)
+    for parameter in trained.parameters():
+        parameter.data.add_(1)
+    trained.save_pretrained(model)
+
+
+def test_two_saves_in_one_directory_are_refused_by_name(converted):
+    save_over(converted)
+    for read in (checkpoint.load, checkpoint.verify, checkpoint.identity, checkpoint.read_provenance):
+        with pytest.raises(SupraError, match=r"holds two models, model\.safetensors and the 2 files") as caught:
+            read(converted)
+        assert caught.value.exit_code == 1
+
+
+def test_shards_saved_over_a_model_are_loaded_and_its_old_files_are_not(converted):
+    expected = checkpoint.load(converted)(IDS).logits
+    trained = AutoModelForCausalLM.from_pretrained(converted)
+    trained.model.norm.weight.data.mul_(2)
+    trained.save_pretrained(converted, max_shard_size="20KB")
+    assert (converted / "model-base.safetensors").exists()
+    torch.testing.assert_close(checkpoint.load(converted)(IDS).logits, 2 * expected)
+    assert checkpoint.read_provenance(converted) == {}
+    with pytest.raises(SupraError, match=r"of which supra\.json has no record"):
+        checkpoint.verify(converted)
+
+
+def test_a_weight_file_without_a_record_is_vouched_for_by_nobody(converted, caplog):
+    save_over(converted)
+    (converted / "model.safetensors.index.json").unlink()
+    assert checkpoint.load(converted)(IDS).logits.isfinite().all()
+    with pytest.raises(SupraError, match=r"model\.safetensors would be loaded, of which supra\.json has no record"):
+        checkpoint.verify(converted)
+    assert checkpoint.read_provenance(converted) == {}
+    assert "of another model than the one beside it" in caplog.text
+
+
+def test_weights_of_the_same_name_and_size_are_told_from_those_of_the_record(base, tmp_path):
+    output = checkpoint.convert(base, tmp_path / "out", **(MIXER | {"keep": "all"}))
+    before = checkpoint.identity(output)
+    checkpoint.verify(output)
+    size = (output / "model.safetensors").stat().st_size
+    save_over(output)
+    assert (output / "model.safetensors").stat().st_size == size
+    assert checkpoint.identity(output) != before
+    assert not checkpoint.holds(output, before)
+    assert checkpoint.read_provenance(output) == {}
+    with pytest.raises(SupraError, match=r"model\.safetensors is not what was saved"):
+        checkpoint.verify(output)
+    checkpoint.verify(checkpoint.convert(output, tmp_path / "again", **MIXER))
+
+
+def test_a_config_of_another_model_is_told_from_that_of_the_record(converted):
+    file = converted / "config.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps(described | {"eos_token_id": 7, "transformers_version": "9"}))
+    checkpoint.verify(converted)
+    assert checkpoint.read_provenance(converted)["tokens"] == 0
+    file.write_text(json.dumps(described | {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}))
+    with pytest.raises(SupraError, match=r"config\.json describes another model"):
+        checkpoint.verify(converted)
+    assert checkpoint.read_provenance(converted) == {}
+
+
+def test_the_identity_of_weights_is_that_of_every_copy_and_of_nothing_else(converted, base, tmp_path):
+    identity = checkpoint.identity(converted)
+    shutil.copytree(converted, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert checkpoint.identity(tmp_path / "copy") == identity
+    assert checkpoint.read_provenance(tmp_path / "copy") == checkpoint.read_provenance(converted)
+    (tmp_path / "copy" / "supra.json").unlink()
+    assert checkpoint.identity(tmp_path / "copy") == identity
+    (tmp_path / "copy" / "consolidated.safetensors").write_bytes(b"junk")
+    assert checkpoint.identity(tmp_path / "copy") == identity
+    rewrite(tmp_path / "copy" / "model-mixers.safetensors", lambda tensors: next(iter(tensors.values())).add_(1))
+    assert checkpoint.identity(tmp_path / "copy") != identity
+    assert checkpoint.identity(base) != identity
+    other = checkpoint.convert(base, tmp_path / "other", **(MIXER | {"seed": 1}))
+    assert checkpoint.identity(other) != identity
+
+
+def test_files_as_old_as_recorded_are_not_hashed_again(converted, tmp_path, monkeypatch):
+    identity, model = checkpoint.identity(converted), checkpoint.load(converted)
+    hashed = []
+    sha256 = files.sha256
+    monkeypatch.setattr(record, "sha256", lambda file: hashed.append(file.name) or sha256(file))
+    assert checkpoint.identity(converted) == identity
+    assert checkpoint.read_provenance(converted)["files"]
+    assert hashed == []
+    checkpoint.save(model, tmp_path / "child", source=converted, provenance={}, unchanged=converted)
+    assert hashed == ["model-mixers.safetensors"]
+    shard = converted / "model-mixers.safetensors"
+    os.utime(shard, ns=(1, 1))
+    assert checkpoint.identity(converted) == identity
+    assert hashed == ["model-mixers.safetensors"] * 2
+
+
+def test_a_part_of_the_base_that_is_called_mixer_is_the_base_s(converted, tmp_path):
+    """As Mamba, Zamba and NemotronH call theirs."""
+    model = checkpoint.load(converted)
+    model.model.layers[0].mlp.mixer = torch.nn.Linear(3, 3)
+    checkpoint.save(model, tmp_path / "out", source=converted, provenance={})
+    placed = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert placed["model.layers.0.mlp.mixer.weight"] == "model-base.safetensors"
+    assert placed["model.layers.0.self_attn.mixer.E.weight"] == "model-mixers.safetensors"
+
+
 @pytest.mark.parametrize("files", [(), ("config.json",)], ids=["empty", "no weights"])
 def test_a_directory_that_is_no_model_is_not_found(base, tmp_path, files):
     (tmp_path / "bare").mkdir()
@@ -387,7 +497,7 @@ def test_a_directory_that_is_no_model_is_not_found(base, tmp_path, files):
 def test_pickled_weights_are_never_read(base, tmp_path):
     torch.save(safetensors.torch.load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.raises(NotFoundError, match="only safetensors"):
+    with pytest.raises(NotFoundError, match="no safetensors weights but pickled"):
         checkpoint.load(base)
 
 

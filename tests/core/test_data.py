@@ -4,8 +4,10 @@ import gzip
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -13,9 +15,10 @@ import pytest
 import torch
 
 from supra_cli.core import corpus
-from supra_cli.core.data import rows, sources, tokenizer, tokens
+from supra_cli.core.data import packing, readers, rows, sources, tokenizer, tokens
+from supra_cli.core.data import streamed as streaming
 from supra_cli.core.data.streamed import Streamed
-from supra_cli.core.errors import NotFoundError, SupraError
+from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 from supra_cli.core.recipe import Data, Source
 
 TEXTS = [f"document {number}: " + "alpha beta gamma " * (number + 1) for number in range(7)]
@@ -61,7 +64,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_a_long_text_file_comes_in_pieces_that_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "_PIECE_CHARACTERS", 100)
     text = "".join(f"line {number}\n" for number in range(100))
     (tmp_path / "long.txt").write_text(text)
     pieces = read(tmp_path / "long.txt")
@@ -76,6 +79,90 @@ def test_folders_and_globs_are_read_in_name_order(tmp_path: Path) -> None:
     assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
 
 
+def laid_out(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}), encoding="utf-8")
+    return folder
+
+
+def of_split(path: Path | str, default: str, **settings) -> list[str]:
+    return [file.name for file in sources.files(Source(path=str(path), **settings), default).paths]
+
+
+def test_a_folder_is_its_data_files_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    about = ("README.md", "README.txt", "LICENSE", "picture.png", "dataset_info.json")
+    hidden = (".git/config", ".git/objects/a.json", ".cache/huggingface/b.jsonl", "sub/.hidden/c.txt", ".DS_Store")
+    folder = laid_out(tmp_path / "corpus", "a.jsonl", "sub/b.json", "sub/c.ndjson.gz", "d.CSV", *about, *hidden)
+    found = sources.files(Source(path=str(folder)), "train")
+    assert [file.name for file in found.paths] == ["a.jsonl", "d.CSV", "b.json", "c.ndjson.gz"]
+    assert found.remarks == [f"{folder}: 4 data files; 10 others are left out, such as LICENSE"]
+    assert of_split(f"{folder}/**/*.md", "train") == ["README.md"]  # a glob means what it names
+    with pytest.raises(NotFoundError, match=r"of a folder .* are read .* among the 3 in it, such as README.md"):
+        sources.files(Source(path=str(laid_out(tmp_path / "other", "README.md", "code.py", ".git/config"))), "train")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "validation.jsonl", "test.jsonl"),
+        ("train/a.jsonl", "val/b.jsonl", "test/c.jsonl"),
+        ("my-train-00.jsonl", "my_dev_00.jsonl", "eval.jsonl"),
+    ],
+)
+def test_a_folder_named_for_splits_is_read_by_split(names: tuple[str, ...], tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "corpus", *names)
+    train, validation, test = (Path(name).name for name in names)
+    assert of_split(folder, "train") == [train]
+    assert of_split(folder, "validation") == [validation]
+    assert of_split(folder, "train", split="valid") == [validation]
+    assert of_split(folder, "train", split="test") == [test]
+    assert of_split(f"{folder}/**/*.jsonl", "validation", split="train") == [train]
+    assert len(of_split(f"{folder}/**/*.jsonl", "validation")) == 3
+    with pytest.raises(NotFoundError, match="no split 'heldout': its files are named for test, train, validation"):
+        of_split(folder, "train", split="heldout")
+
+
+def test_a_split_that_selects_nothing_is_refused_and_files_of_no_split_are_read_whole(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "corpus", "a.jsonl", "b.jsonl")
+    assert of_split(folder, "validation") == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(NotFoundError, match="no split 'train': none of its files is named for a split"):
+        of_split(folder, "train", split="train")
+    with pytest.raises(UsageError, match="is one file, which has no split 'train'"):
+        of_split(folder / "a.jsonl", "train", split="train")
+    mixed = sources.files(Source(path=str(laid_out(folder, "validation.jsonl"))), "train")
+    assert len(mixed.paths) == 3
+    assert "set split to choose" in mixed.remarks[0]
+
+
+def test_a_field_is_refused_where_text_has_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is plain text and has no field 'content'"):
+        read(write(tmp_path, "a.txt"), text="content")
+
+
+def test_a_tokenizer_cannot_be_trained_on_what_is_streamed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="trained on text of this machine, and org/set is not on it"):
+        list(sources.all_texts(Data(sources=[{"path": str(write(tmp_path, "a.jsonl"))}, {"path": "org/set"}])))
+
+
+def test_held_out_text_that_is_trained_on_is_said(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "corpus", "train.jsonl", "validation.jsonl")
+    file = folder / "train.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(file)
+
+    def said(held_out: dict, **source) -> list[str]:
+        source = {"path": str(folder)} | source
+        return sources.overlap(Data(sources=[source], validation=[held_out]))
+
+    assert said({"path": str(folder)}) == []
+    assert said({"path": "python-stdlib"}, path="python-stdlib") == []
+    assert said({"path": "org/set"}, path="org/set") == []
+    for held_out in (file, tmp_path / "link.jsonl", f"{folder}/*.jsonl"):
+        assert "both held out and trained on" in said({"path": str(held_out)})[0]
+    assert said({"path": "python-stdlib", "split": "train"}, path="python-stdlib")
+    assert said({"path": "org/set"}, path="org/set", split="validation")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "told"),
     [
@@ -86,7 +173,7 @@ def test_folders_and_globs_are_read_in_name_order(tmp_path: Path) -> None:
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', SupraError, "1 of 2 records"),
         ("numbers.jsonl", b'{"text": 3}\n', SupraError, "is int, expected text"),
         ("other.jsonl", b'{"txt": "a"}\n', SupraError, "did you mean 'txt'"),
-        ("list.jsonl", b"[1]\n", SupraError, "has no field 'text'"),
+        ("list.jsonl", b"[1]\n", SupraError, "is a JSON list, expected an object"),
         ("cut.parquet", b"PAR1", SupraError, "cannot read"),
         ("not.jsonl.gz", b"plain", SupraError, "cannot read"),
     ],
@@ -105,7 +192,7 @@ def test_a_missing_file_is_not_found_and_a_misspelt_built_in_source_has_a_near_m
     with pytest.raises(NotFoundError, match="no data at"):
         read(tmp_path / "nothing.jsonl")
     with pytest.raises(NotFoundError, match="did you mean 'python-stdlib'"):
-        sources.files("python-stdlb")
+        sources.files(Source(path="python-stdlb"), "train")
 
 
 def test_few_empty_records_are_skipped_and_many_are_an_error(tmp_path: Path) -> None:
@@ -223,6 +310,31 @@ def test_random_repeats_are_drawn_evenly_from_every_ordinary_token(words, tmp_pa
     assert counts[ordinary].min() > 0.5 * ids.numel() * 0.8 / len(ordinary)
 
 
+def test_a_moved_text_is_the_same_and_another_one_is_named(words, tmp_path: Path) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+
+    def mixture(folder: str, texts: list[str] = TEXTS) -> rows.Mixture:
+        path = str(write(tmp_path / folder, "a.jsonl", texts))
+        return rows.training(Data(seq_len=24, sources=[{"path": path}, {"path": path}]), words, 0)
+
+    whole = mixture("here")
+    whole.batch(3, 24)
+    moved = mixture("there")
+    moved.restore(json.loads(json.dumps(whole.state())))
+    assert moved.batch(2, 24).input_ids.equal(whole.batch(2, 24).input_ids)
+    with pytest.raises(SupraError, match=r"there/a.jsonl, .*there/a.jsonl#2\)"):
+        mixture("there", TEXTS[:3]).restore(whole.state())
+    one = rows.training(Data(seq_len=24, sources=[{"path": str(tmp_path / "here" / "a.jsonl")}]), words, 0)
+    with pytest.raises(SupraError, match="the number of sources"):
+        one.restore(whole.state())
+
+
+def test_rows_longer_than_the_text_are_refused_before_any_is_drawn(words, tmp_path: Path) -> None:
+    with pytest.raises(SupraError, match="fewer than one row of 100000"):
+        rows.training(data(tmp_path), words, 0, longest=100_000)
+
+
 def test_cut_rows_hold_one_piece_of_one_document_and_the_rest_carries_no_loss(words, tmp_path: Path) -> None:
     stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
     stream = rows.Documents(stored, None, "cut")
@@ -235,7 +347,7 @@ def test_cut_rows_hold_one_piece_of_one_document_and_the_rest_carries_no_loss(wo
     for piece, ids, positions, labels in zip(pieces, *batch, strict=True):
         assert ids[: len(piece)].tolist() == piece.tolist()
         assert positions.tolist() == [*range(len(piece))] + [0] * (24 - len(piece))
-        assert labels.tolist() == [*piece[1:]] + [rows.IGNORED] * (25 - len(piece))
+        assert labels.tolist() == [*piece[1:]] + [packing.IGNORED] * (25 - len(piece))
 
 
 def test_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -> None:
@@ -263,15 +375,20 @@ def test_held_out_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -
         rows.held_out(data(tmp_path, validation=[{"path": str(tmp_path / "b.txt")}]), words)
 
 
+def streamed(words, path: Path | str, **settings) -> Streamed:
+    """The records of a local file as a dataset on the hub that has one commit."""
+
+    def open_at(commit: str | None) -> tuple[datasets.IterableDataset, str]:
+        return datasets.load_dataset("json", data_files=str(path), split="train", streaming=True), commit or "c0"
+
+    return Streamed(open_at, Source(path="org/set", **settings), "train", words)
+
+
 @pytest.mark.parametrize("taken", [0, 1, 5, 31])
 def test_a_streamed_dataset_goes_on_exactly_where_it_was(taken: int, words, tmp_path: Path) -> None:
     path = str(write(tmp_path, "a.jsonl"))
 
-    def stream() -> Streamed:
-        dataset = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
-        return Streamed(dataset, "text", words, "digest")
-
-    whole, again = stream(), stream()
+    whole, again = streamed(words, path), streamed(words, path)
     for _ in range(taken):
         whole.row(24)
     again.state = json.loads(json.dumps(whole.state))
@@ -282,9 +399,117 @@ def test_a_streamed_dataset_goes_on_exactly_where_it_was(taken: int, words, tmp_
 def test_a_streamed_dataset_yields_its_documents_and_starts_over(words, tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl")
     stored = tokens.tokenised(Source(path=str(path)), words, "train", 0.0)
-    dataset = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
-    ids, _ = Streamed(dataset, "text", words, "digest").row(2 * len(stored.ids))
+    ids, _ = streamed(words, path).row(2 * len(stored.ids))
     assert (ids == np.concatenate([stored.ids, stored.ids])).all()
+
+
+class Hub:
+    """A dataset on the hub whose commits are the files of a folder, by name."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.head, self._load = folder, "", datasets.load_dataset
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(streaming.datasets, "load_dataset", self.load)
+
+    def push(self, commit: str, texts: list[str]) -> None:
+        write(self.folder, f"{commit}.jsonl", texts)
+        self.head = commit
+
+    def dataset_info(self, path: str, revision: str | None) -> SimpleNamespace:
+        commit = revision or self.head
+        if not (self.folder / f"{commit}.jsonl").exists():
+            request = SimpleNamespace(headers={}, status_code=404, request=None)
+            raise huggingface_hub.errors.RevisionNotFoundError("404", response=request)
+        return SimpleNamespace(sha=commit)
+
+    def load(self, path: str, name: str | None, split: str, revision: str, streaming: bool):
+        files = str(self.folder / f"{revision}.jsonl")
+        return type(self)._read(self._load("json", data_files=files, split="train", streaming=streaming))
+
+    @staticmethod
+    def _read(dataset):
+        return dataset
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    (tmp_path / "hub").mkdir()
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    hub.push("c1", TEXTS)
+    return hub
+
+
+@pytest.mark.parametrize("taken", [0, 5])
+def test_a_run_goes_on_with_the_commit_of_a_hub_dataset_that_it_was_started_with(taken: int, hub: Hub, words) -> None:
+    recipe = Data(seq_len=24, sources=[{"path": "org/set"}])
+    whole = rows.training(recipe, words, 0)
+    for _ in range(taken):
+        whole.batch(1, 24)
+    saved = json.loads(json.dumps(whole.state()))
+    hub.push("c2", ["other text altogether"] * 9)
+    again = rows.training(recipe, words, 0)
+    other = again.digests()
+    again.restore(saved)
+    assert again.digests() == whole.digests() != other
+    for _ in range(40):
+        assert all(a.equal(b) for a, b in zip(whole.batch(2, 24), again.batch(2, 24), strict=True))
+    assert rows.training(recipe, words, 0).digests() == other  # a new run takes what is there now
+
+
+def test_another_tokenizer_or_a_commit_that_is_gone_is_a_sentence(hub: Hub, words) -> None:
+    recipe = Data(seq_len=24, sources=[{"path": "org/set"}])
+    saved = rows.training(recipe, words, 0).state()
+    hub.push("c2", TEXTS)
+    with pytest.raises(SupraError, match=r"the data changed .*org/set"):
+        rows.training(recipe, tokenizer.train(TEXTS[:2], 290), 0).restore(saved)
+    (hub.folder / "c1.jsonl").unlink()
+    with pytest.raises(NotFoundError, match="org/set has no revision 'c1'"):
+        rows.training(recipe, words, 0).restore(saved)
+
+
+def test_held_out_rows_of_a_hub_dataset_come_once(hub: Hub, words) -> None:
+    recipe = Data(seq_len=24, sources=[{"path": "org/set"}], validation=[{"path": "org/set"}], validation_tokens=24_000)
+    held_out = rows.held_out(recipe, words).input_ids
+    assert len(held_out) == sum(len(ids) for ids in tokens.encode(TEXTS, words)) // 24
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ([{"text": 5}], "field 'text' of dataset org/set is int, expected text"),
+        ([{"text": ["a", "b"]}], "is list, expected text"),
+        ([{"txt": "a"}], "has no field 'text'; did you mean 'txt'"),
+        ([{"text": ""}, {"text": None}], "has no record with text in 'text'"),
+    ],
+)
+def test_what_a_hub_dataset_says_wrong_is_a_sentence(records: list[dict], told: str, words, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with pytest.raises(SupraError) as caught:
+        streamed(words, path).row(24)
+    assert told in str(caught.value)
+
+
+def test_records_without_text_are_passed_over_in_a_stream(words, tmp_path: Path) -> None:
+    holes = write(tmp_path, "holes.jsonl", ["", *itertools.chain(*([text, ""] for text in TEXTS))])
+    whole, holed = streamed(words, write(tmp_path, "a.jsonl")), streamed(words, holes)
+    for _ in range(60):
+        assert (whole.row(24)[0] == holed.row(24)[0]).all()
+        holed.state = json.loads(json.dumps(holed.state))
+
+
+def test_a_stream_that_breaks_off_is_a_sentence(hub: Hub, words, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(dataset):
+        def records():
+            yield {"text": TEXTS[0]}
+            raise ConnectionError("the server went away")
+
+        return datasets.IterableDataset.from_generator(records)
+
+    monkeypatch.setattr(Hub, "_read", staticmethod(torn))
+    stream = rows.training(Data(seq_len=24, sources=[{"path": "org/set"}]), words, 0)
+    with pytest.raises(SupraError, match=r"org/set cannot be read on: .*went away; go on from the last checkpoint"):
+        stream.batch(9, 24)
 
 
 def test_the_standard_library_has_two_splits_that_do_not_meet() -> None:

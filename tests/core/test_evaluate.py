@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shutil
 from dataclasses import replace
-from types import SimpleNamespace
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -14,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from supra_cli.core import corpus, evaluate
 from supra_cli.core.data import tokenizer as bpe
-from supra_cli.core.errors import NotFoundError, SupraError
+from supra_cli.core.errors import NotFoundError, SupraError, UsageError
+from supra_cli.core.evaluate import batch, keys, run, store, tasks
 from supra_cli.core.evaluate import nats as module
-from supra_cli.core.evaluate import store, tasks
 from supra_cli.core.evaluate.comparison import compare
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
@@ -104,48 +107,6 @@ def test_the_mean_is_over_tokens_not_over_rows_or_batches(rows):
     assert result.tokens == len(expected) == 4 * 40 - 1 + 5
     assert result.nats == pytest.approx(float(expected.mean()), abs=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.nats))
-
-
-def test_a_bucket_counts_the_tokens_seen_of_the_same_document(rows):
-    plain = small_llama()
-    expected = torch.stack([formula(plain, row) for row in rows])
-    got = evaluate.perplexity_by_position(plain, rows, [(1, 1), (8, 15), (32, 40)])
-    for (first, last), result in got.items():
-        assert result.tokens == 5 * (last - first + 1)
-        assert result.nats == pytest.approx(float(expected[:, first - 1 : last].mean()), abs=1e-5)
-    positions = torch.cat([torch.arange(20), torch.arange(21)]).expand(5, 41)
-    assert evaluate.perplexity_by_position(plain, rows, [(1, 19)], positions)[1, 19].tokens == 5 * 38
-
-
-class Copier(torch.nn.Module):
-    """Says the token that followed the last time, with probability 0.9 + 0.1/V; all tokens alike the first time."""
-
-    device = torch.device("cpu")
-
-    def forward(self, input_ids, position_ids=None, use_cache=False):
-        probabilities = torch.full((*input_ids.shape, VOCABULARY), 1 / VOCABULARY)
-        for n, row in enumerate(input_ids.tolist()):
-            followed = {}
-            for t, token in enumerate(row):
-                if token in followed:
-                    probabilities[n, t] = 0.1 / VOCABULARY
-                    probabilities[n, t, followed[token]] += 0.9
-                if t + 1 < len(row):
-                    followed[token] = row[t + 1]
-        return SimpleNamespace(logits=probabilities.log())
-
-
-@pytest.mark.parametrize("between", [0, 7])
-def test_a_repeated_passage_surprises_a_copier_once(between):
-    tokens = torch.stack([torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(n)) for n in range(3)])
-    before, passage, middle = tokens[:, :4], tokens[:, 4:36], tokens[:, 36 : 36 + between]
-    repeat = evaluate.surprise_of_repeats(Copier(), before, passage, middle)
-    assert repeat.first == pytest.approx((math.log(VOCABULARY), 3 * 32))
-    known = 0.9 + 0.1 / VOCABULARY
-    # Nothing tells where the second passage begins: the token before it came for the first time, whatever the gap.
-    expected = (math.log(VOCABULARY) + 31 * -math.log(known)) / 32
-    assert repeat.second.nats == pytest.approx(expected, abs=1e-5)
-    assert repeat.ratio == pytest.approx(repeat.second.nats / repeat.first.nats)
 
 
 def test_the_model_comes_back_in_the_mode_it_was_in(rows):
@@ -285,8 +246,9 @@ def test_cloze_scores_are_the_likelihoods_of_the_lines(pair, words, offline, que
     assert row["student"] == pytest.approx(right / 6)
     assert (row["chance"], row["teacher"], row["recovery"]) == (0.25, None, None)
     assert sum(document["tasks"]["stdlib_cloze"]["choices"]["picked"]) == 6
+    cut = sum(any(len(words.encode(q["context"] + choice)) > 513 for choice in q["choices"]) for q in questions[:6])
     assert document["tasks"]["stdlib_cloze"] | {"choices": None} == {
-        "samples": 6, "num_fewshot": 0, "bos": True, "choices": None,
+        "samples": 6, "num_fewshot": 0, "bos": True, "cut": cut, "outside": 0, "choices": None,
     }  # fmt: skip
 
 
@@ -410,6 +372,8 @@ def record(answers, chance):
         "samples": len(answers),
         "num_fewshot": 0,
         "bos": True,
+        "cut": 0,
+        "outside": 0,
         "metrics": {"acc,none": float(value), "acc_stderr,none": float(deviation), "sample_len": len(answers)},
         "chance": {"acc,none": chance},
         "documents": {"acc,none": [float(answer) for answer in answers]},
@@ -470,10 +434,10 @@ def test_an_evaluation_that_was_stopped_goes_on_after_its_last_task(pair, offlin
             raise KeyboardInterrupt
         return score(lm, name, *rest, **options)
 
-    monkeypatch.setattr(evaluate, "score", stopped)
+    monkeypatch.setattr(run, "score", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(student, None, offline, FEW)
-    monkeypatch.setattr(evaluate, "score", score)
+    monkeypatch.setattr(run, "score", score)
     assert evaluate.evaluate(student, None, offline, FEW)["student"]["reused"] == ["stdlib_cloze"]
 
 
@@ -499,3 +463,413 @@ def test_a_damaged_file_of_scores_is_scored_again(tmp_path):
     assert kept.find("t", {"k": 2}) is None
     (tmp_path / "t.json").write_text("{")
     assert kept.find("t", {"k": 1}) is None
+
+
+# ------------------------------------------------------------------ as lm-eval scores
+
+SUMS = [{"question": f"{n} + {n} =", "answer": str(2 * n)} for n in range(12)]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_task(folder, name, rows=SUMS, train=None, **changes):
+    """A task file in JSON, which is YAML too, with its data beside it; None leaves a field out."""
+    folder.mkdir(exist_ok=True)
+    write_rows(folder / f"{name}.jsonl", rows)
+    files = {"test": str(folder / f"{name}.jsonl")}
+    if train is not None:
+        write_rows(folder / f"{name}.train.jsonl", train)
+        files["train"] = str(folder / f"{name}.train.jsonl")
+    fields = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "test_split": "test",
+        "training_split": "train" if train is not None else None,
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {"max_gen_toks": 4, "until": ["\n"], "do_sample": False},
+        **changes,
+    }
+    text = json.dumps({key: value for key, value in fields.items() if value is not None}, indent=1)
+    (folder / f"{name}.yaml").write_text(re.sub(r'"(!function [\w.]+)"', r"\1", text))
+    return folder
+
+
+CHOSEN = {
+    "output_type": "multiple_choice",
+    "doc_to_choice": ["0", "2", "4", "6"],
+    "doc_to_target": "{{ answer|int // 2 % 4 }}",
+    "generation_kwargs": None,
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+def test_scores_are_those_of_simple_evaluate(pair, words, tmp_path):
+    """With examples in the prompt, drawn by the seed, and with sampled answers."""
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    (student, _), _ = pair
+    folder = write_task(tmp_path / "own", "sums", train=SUMS[6:], num_fewshot=2)
+    drawn = {"max_gen_toks": 4, "until": ["\n"], "do_sample": True, "temperature": 1.0}
+    write_task(folder, "drawn", doc_to_target="{{question[0]}}", generation_kwargs=drawn)
+    write_task(folder, "chosen", train=SUMS[6:], **CHOSEN)
+    found = evaluate.find(["stdlib_cloze", "stdlib_ppl", "sums", "drawn", "chosen"], folder)
+    settings = replace(FEW, num_fewshot=3)
+    lm = evaluate.language_model(*student.load(), settings)
+    ours = {name: evaluate.score(lm, name, found, settings) for name in found.leaves}
+    assert [record["num_fewshot"] for record in ours.values()] == [0, 0, 3, 3, 3]
+    assert found.leaves["sums"].config.num_fewshot == 2
+
+    plain = HFLM(student.load()[0], backend="causal", tokenizer=words, batch_size=4, max_length=512)
+    for name, task in found.leaves.items():
+        answer = evaluator.simple_evaluate(
+            plain, tasks=[task], task_manager=found.manager, num_fewshot=3, limit=6, fewshot_random_seed=1234
+        )
+        theirs = {key: value for key, value in answer["results"][name].items() if isinstance(value, float | int)}
+        assert theirs.items() <= ours[name]["metrics"].items()
+        assert answer["n-shot"][name] == ours[name]["num_fewshot"]
+
+
+def test_each_text_of_a_batch_opens_with_one_begin_token(words):
+    lm = evaluate.language_model(small_llama(0, len(words)), words, FEW)
+    own = words.bos_token + "def read"
+    for texts in ([own, "def read(self"], ["def read(self", own]):
+        ids, mask = lm.tok_batch_encode(texts)
+        for row, kept, text in zip(ids, mask, texts, strict=True):
+            tokens = row[kept.bool()].tolist()
+            assert tokens.count(words.bos_token_id) == 1
+            assert tokens == words.encode(text.removeprefix(words.bos_token))
+    ids, mask = lm.tok_batch_encode([own, "a"], left_truncate_len=2)
+    assert ids.shape == (2, 2)
+    assert lm.cut == {own}
+
+
+def test_progress_counts_every_request_to_its_end(pair, tmp_path):
+    (student, _), _ = pair
+    folder = write_task(tmp_path / "own", "sums")
+    found = evaluate.find(["stdlib_cloze", "stdlib_ppl", "sums"], folder)
+    seen = {}
+    evaluate.evaluate(
+        student,
+        None,
+        found,
+        replace(FEW, max_length=300),
+        progress=lambda model, what, done, total: seen.setdefault(what, []).append((done, total)),
+    )
+    assert "loading" in seen
+    for name, requests in (("stdlib_cloze", 6 * 4), ("sums", 6)):
+        assert seen[name][-1] == (requests, requests)
+    done, total = seen["stdlib_ppl"][-1]
+    assert done == total > 6  # windows, not documents
+    for name in found.leaves:
+        assert [done for done, _ in seen[name]] == sorted(done for done, _ in seen[name])
+
+
+def test_a_dozen_questions_are_resampled_in_one_process_and_not_a_hundred_thousand_times(pair, tmp_path, monkeypatch):
+    import lm_eval.api.metrics
+
+    (student, _), _ = pair
+    asked, iterations = lm_eval.api.metrics.bootstrap_stderr, []
+
+    def bootstrap(function, values, iters):
+        iterations.append((len(values), iters, os.environ["DISABLE_MULTIPROC"]))
+        return asked(function, values, iters)
+
+    monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    monkeypatch.setattr(lm_eval.api.metrics, "bootstrap_stderr", bootstrap)
+    changes = {"doc_to_choice": ["no", "yes"], "doc_to_target": "{{ answer|int // 2 % 2 }}"}
+    folder = write_task(tmp_path / "own", "sums", **{**CHOSEN, **changes, "metric_list": [{"metric": "f1"}]})
+    found = evaluate.find(["sums"], folder)
+    row = evaluate.evaluate(student, None, found, replace(FEW, limit=None))["results"]["sums"]["f1"]
+    assert iterations == [(12, 200, "1")]
+    assert row["stderr"] is not None
+    assert "DISABLE_MULTIPROC" not in os.environ
+
+
+def test_a_likelihood_that_is_no_number_is_an_error_not_a_score(words):
+    model = small_llama(0, len(words))
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    found = evaluate.find(["stdlib_cloze"])
+    with pytest.raises(SupraError, match=r"stdlib_cloze.*not finite.*weights and dtype"):
+        evaluate.score(evaluate.language_model(model, words, FEW), "stdlib_cloze", found, FEW)
+
+
+@pytest.mark.parametrize("name", ["stdlib_cloze", "sums"])
+def test_what_a_model_raises_is_not_told_as_the_tasks_fault(words, tmp_path, monkeypatch, name):
+    model = small_llama(0, len(words))
+
+    def broken(*args, **options):
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(model.model, "forward", broken)
+    found = evaluate.find([name], write_task(tmp_path / "own", "sums"))
+    with pytest.raises(ValueError, match=r"^a bug of ours$"):
+        evaluate.score(evaluate.language_model(model, words, FEW), name, found, FEW)
+
+
+# ------------------------------------------------------------------ what a score depends on
+
+GENERATING = (
+    "def text(doc):\n    return doc['question'] + tail()\n\nfrom pathlib import Path\ndef tail():\n    return ''\n"
+)
+
+
+@pytest.fixture
+def sums(tmp_path):
+    folder = write_task(tmp_path / "own", "base", task=None)
+    (folder / "base.yaml").rename(folder / "_base")
+    write_rows(folder / "train.jsonl", SUMS[6:])
+    (folder / "words.py").write_text(GENERATING)
+    (folder / "stop.json").write_text("[]")
+    fields = {
+        "task": "sums",
+        "include": "_base",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "base.jsonl"), "train": str(folder / "train.jsonl")},
+        },
+        "training_split": "train",
+        "num_fewshot": 1,
+        "doc_to_text": "!function words.text",
+    }
+    (folder / "sums.yaml").write_text(json.dumps(fields).replace('"!function words.text"', "!function words.text"))
+    return folder
+
+
+def key_of(path, folder, **changes):
+    """The whole key, as if by another process: modules and data are read again."""
+    settings = replace(FEW, **changes)
+    task = evaluate.find(["sums"], folder).leaves["sums"]
+    of_model = keys.model_key(path, evaluate.weights_hash(path), device="cpu", dtype="float32")
+    return json.dumps({**of_model, **keys.task_key(task, settings, run.shots(task, settings))}, sort_keys=True)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
+
+
+def replace_rows(path, rows):
+    write_rows(path, rows)
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, own: edit(model / "generation_config.json", "{", '{"repetition_penalty": 9.0,'),
+        lambda model, own: edit(model / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-02'),
+        lambda model, own: edit(model / "tokenizer_config.json", "{", '{"padding_side": "left",'),
+        lambda model, own: (model / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda model, own: (model / "added_tokens.json").write_text('{"<x>": 299}'),
+        lambda model, own: edit(own / "_base", '"max_gen_toks": 4', '"max_gen_toks": 5'),
+        lambda model, own: edit(own / "sums.yaml", '"num_fewshot": 1', '"num_fewshot": 2'),
+        lambda model, own: edit(own / "words.py", "return ''", "return '!'"),
+        lambda model, own: (own / "stop.json").write_text('["and"]'),
+        lambda model, own: replace_rows(own / "base.jsonl", [{**SUMS[0], "answer": "1"}, *SUMS[1:]]),
+        lambda model, own: replace_rows(own / "train.jsonl", [{**SUMS[6], "answer": "1"}, *SUMS[7:]]),
+    ],
+    ids=[
+        "generation config",
+        "config",
+        "tokenizer",
+        "chat template",
+        "added tokens",
+        "included file",
+        "task file",
+        "the task's python",
+        "a file beside it",
+        "data",
+        "data of the examples",
+    ],
+)
+def test_a_key_changes_with_every_file_that_is_read(pair, sums, change):
+    (student, _), _ = pair
+    before = key_of(student.path, sums)
+    assert key_of(student.path, sums) == before
+    change(student.path, sums)
+    assert key_of(student.path, sums) != before
+
+
+def test_a_key_changes_with_the_arithmetic_and_the_code(pair, sums, tmp_path, monkeypatch):
+    (student, _), _ = pair
+    seen = {key_of(student.path, sums)}
+    with monkeypatch.context() as patch:
+        patch.setenv("SUPRA_KERNEL", "naive")
+        seen.add(key_of(student.path, sums))
+    torch.set_float32_matmul_precision("high")
+    try:
+        seen.add(key_of(student.path, sums))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/their_mixer.py").write_text("class Mixer: ...\n")
+    monkeypatch.syspath_prepend(tmp_path / "theirs")
+    point = metadata.EntryPoint("theirs", "their_mixer:Mixer", "supra.mixers")
+    monkeypatch.setattr(keys, "entry_points", lambda group: [point] if group == "supra.mixers" else [])
+    for text in ("class Mixer: ...\n", "class Mixer: pass\n"):
+        (tmp_path / "theirs/their_mixer.py").write_text(text)
+        keys._code.cache_clear()
+        seen.add(key_of(student.path, sums))
+    keys._code.cache_clear()
+    monkeypatch.setattr(keys, "versions", lambda *names: {"lm_eval": "0"})
+    seen |= {key_of(student.path, sums), key_of(student.path, sums, num_fewshot=0)}
+    seen |= {key_of(student.path, sums, **{name: 5}) for name in ("batch_size", "max_length", "seed", "limit")}
+    assert len(seen) == 11
+
+
+def test_a_key_names_no_place_and_nothing_that_is_not_read(pair, sums, tmp_path):
+    (student, _), _ = pair
+    before = key_of(student.path, sums)
+    (student.path / "README.md").write_text("words")
+    (student.path / "eval").mkdir()
+    shutil.copytree(student.path, tmp_path / "elsewhere")
+    sums.rename(tmp_path / "moved")
+    edit(tmp_path / "moved/sums.yaml", str(sums), str(tmp_path / "moved"))
+    (tmp_path / "moved/other.yaml").write_text("task: other\n")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert key_of(tmp_path / "elsewhere", tmp_path / "moved") == before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_changed_generation_config_is_scored_again(pair, words, tmp_path):
+    (student, loads), _ = pair
+    found = evaluate.find(["sums"], write_task(tmp_path / "own", "sums"))
+    evaluate.evaluate(student, None, found, FEW)
+    assert evaluate.evaluate(student, None, found, FEW)["student"]["reused"] == ["sums"]
+    edit(student.path / "generation_config.json", "{", '{"repetition_penalty": 9.0,')
+    assert evaluate.evaluate(student, None, found, FEW)["student"]["reused"] == []
+    assert len(loads) == 2
+
+
+# ------------------------------------------------------------------ what a task says wrong
+
+BOOM = "def text(doc):\n    return 1 / 0\n\ndef results(doc, answers):\n    raise LookupError('late')\n"
+EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"doc_to_text": "{{questin}}"}, "doc_to_text: the documents have no 'questin'; did you mean 'question'"),
+        ({"doc_to_text": "questin"}, "doc_to_text names 'questin'.*did you mean 'question'"),
+        ({"doc_to_text": None}, "doc_to_text is missing"),
+        ({"doc_to_text": "{{question"}, "doc_to_text: unexpected end of template"),
+        ({"doc_to_text": "!function boom.text"}, r"doc_to_text: boom\.py, line 2, raised ZeroDivisionError"),
+        ({"doc_to_text": "!function boom.no"}, "no function 'no'"),
+        ({"doc_to_txt": "x"}, "no field 'doc_to_txt'; did you mean 'doc_to_text'"),
+        ({"doc_to_target": "answr"}, "doc_to_target names 'answr'.*did you mean 'answer'"),
+        ({"doc_to_target": "{{answr}}"}, "doc_to_target: the documents have no 'answr'"),
+        ({**CHOSEN, "doc_to_choice": "{{choices}}"}, "doc_to_choice: the documents have no 'choices'"),
+        ({**CHOSEN, "doc_to_choice": ["a", ""]}, "doc_to_choice: a choice has no text"),
+        ({**CHOSEN, "doc_to_target": 7}, "doc_to_target is no choice"),
+        ({**CHOSEN, "metric_list": [{"metric": "bleu"}]}, "'bleu' of metric_list is not one that.*multiple_choice"),
+        ({"metric_list": [{**EXACT, "metric": "exact_mach"}]}, "'exact_mach'.*did you mean 'exact_match'"),
+        ({"metric_list": [{**EXACT, "aggregation": "meen"}]}, "aggregation 'meen'.*did you mean 'mean'"),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "regx"}]}]}, "filter_list: Unknown filter 'regx'"),
+        ({"process_results": "!function boom.results"}, r"process_results: boom\.py, line 5, raised LookupError: late"),
+        ({"generation_kwargs": {"do_sampl": False}}, "generation_kwargs has 'do_sampl'.*did you mean 'do_sample'"),
+        ({"output_type": "generate"}, "output_type 'generate'"),
+        ({"test_split": "tset"}, "test_split: there is no 'tset'; did you mean 'test'"),
+        ({"test_split": None}, "must have valid or test docs"),
+        ({"dataset_path": None}, "no dataset_path"),
+        ({"rows": []}, "not one document"),
+        ({"rows": [*SUMS[:5], {"answer": "1"}]}, "doc_to_text asks for 'question', which document 5 does not have"),
+        ({"rows": [*SUMS[:5], {"question": "1"}]}, "doc_to_target asks for 'answer', which document 5 does not have"),
+        ({"unsafe_code": True}, "runs code that a model writes"),
+    ],
+)
+def test_a_mistake_in_a_task_names_its_file_and_its_field_before_a_model_is_read(tmp_path, changes, sentence):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "boom.py").write_text(BOOM)
+    write_task(folder, "sums", **changes)
+    with pytest.raises(SupraError, match=sentence) as raised:
+        evaluate.find(["sums"], folder)
+    assert str(folder / "sums.yaml") in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_column_that_some_documents_lack_may_be_asked_for(tmp_path):
+    rows = [{**SUMS[0], "hint": None}, *({**row, "hint": "add"} for row in SUMS[1:])]
+    text = "{% if hint %}{{hint}}: {% endif %}{{question}}"
+    found = evaluate.find(["sums"], write_task(tmp_path / "own", "sums", rows=rows, doc_to_text=text))
+    assert list(found.leaves) == ["sums"]
+
+
+def test_what_only_the_last_document_brings_out_is_told_with_the_task(pair, tmp_path):
+    (student, _), _ = pair
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "boom.py").write_text("def text(doc):\n    return str(1 / (int(doc['answer']) - 4))\n")
+    found = evaluate.find(["sums"], write_task(folder, "sums", rows=SUMS * 2, doc_to_text="!function boom.text"))
+    with pytest.raises(SupraError, match=r"'sums'.*doc_to_text: boom\.py, line 2, raised ZeroDivisionError"):
+        evaluate.evaluate(student, None, found, FEW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "sentence"),
+    [
+        ({}, {"num_fewshot": 12}, "12 documents to draw examples from, too few for 12 examples"),
+        ({"generation_kwargs": {"max_gen_toks": 600}}, {}, "up to 600 tokens.*512 tokens of context"),
+    ],
+)
+def test_settings_that_a_task_cannot_have_are_told_before_a_model_is_read(pair, tmp_path, changes, settings, sentence):
+    (student, loads), _ = pair
+    found = evaluate.find(["sums"], write_task(tmp_path / "own", "sums", **changes))
+    with pytest.raises(UsageError, match=sentence):
+        evaluate.evaluate(student, None, found, replace(FEW, **settings))
+    assert not loads
+
+
+def test_two_files_with_one_task_are_told_and_so_is_a_task_that_a_group_redefines(own):
+    (own / "again.yaml").write_text((own / "own_a.yaml").read_text())
+    with pytest.raises(SupraError, match=r"two files define 'own_a': .*again\.yaml and .*own_a\.yaml"):
+        evaluate.find(["own_a"], own)
+    (own / "again.yaml").unlink()
+    (own / "both.yaml").write_text("group: own_both\ntask: [{task: own_a, doc_to_text: 'odd? {{q}}'}, own_b]\n")
+    with pytest.raises(UsageError, match="'own_a' is asked for in two ways"):
+        evaluate.find(["own_a", "own_both"], own)
+
+
+def test_right_answers_outside_the_choices_are_counted(pair, tmp_path):
+    (student, _), _ = pair
+    folder = write_task(tmp_path / "own", "sums", **{**CHOSEN, "doc_to_target": "{{ answer|int // 2 }}"})
+    document = evaluate.evaluate(student, None, evaluate.find(["sums"], folder), replace(FEW, limit=None))
+    assert document["tasks"]["sums"]["outside"] == 8
+
+
+# ------------------------------------------------------------------ rows by the memory
+
+
+def test_rows_are_what_a_quarter_of_the_memory_holds_and_the_same_each_time(pair, monkeypatch):
+    (student, _), _ = pair
+    config = small_llama(0, len(student.load()[1])).config
+    token = 4 * (3 * config.vocab_size + 16 * config.hidden_size + 4 * config.intermediate_size)
+    numbers = sum(parameter.numel() for parameter in student.load()[0].parameters())
+
+    def rows(whole, free=None, length=100, dtype="float32"):
+        monkeypatch.setattr(batch, "_memory", lambda device: (whole, free))
+        return evaluate.rows_that_fit(student.path, length, "cpu", dtype)
+
+    weights = 4 * numbers
+    assert rows(weights + 4 * 8 * 100 * token) == 8
+    assert rows(weights + 4 * 8 * 100 * token - 4) == 4
+    assert rows(weights + 4 * 8 * 100 * token, length=400) == 2
+    assert rows(weights // 2 + 4 * 8 * 100 * token, dtype="bfloat16") == 8
+    assert rows(1 << 50) == 64
+    assert rows(10) == rows(None) == 1
+    assert rows(weights + 4 * 8 * 100 * token, free=weights + 3 * 100 * token) == 2
+    monkeypatch.undo()
+    assert evaluate.rows_that_fit(student.path, 512, "cpu", "float32") in (1, 2, 4, 8, 16, 32, 64)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config
 from tiny import of_words, tiny_model
-from transformers import LlamaForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import GPT2Tokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from supra_cli.__main__ import main
 from supra_cli.core import generate
 from supra_cli.core.data import tokenizer as bpe
+from supra_cli.core.data.tokens import encode
 from supra_cli.core.errors import SupraError, UsageError
-from supra_cli.core.generate import Sampling, Stats, Writer
+from supra_cli.core.generate import Sampling, Stats, Writer, streaming
 
 TEXT = ["the quick brown fox jumps over the lazy dog " * 20, "naïve café, 東京, 🦊 and über " * 20]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler on a CPU")
@@ -172,19 +179,162 @@ def test_generation_ends_at_the_tokenizer_s_or_the_generation_config_s_end(model
     assert texts[0] == tokenizer.decode(free[: free.index(free[3])], skip_special_tokens=True).rstrip("\ufffd")
 
 
-def test_an_empty_prompt_begins_with_the_beginning_of_text(tokenizer, monkeypatch):
+def test_beams_follow_no_setting_of_the_model_and_read_a_prompt_in_pieces(model, tokenizer, monkeypatch):
+    """Greedy text follows none either; the settings are the model's again afterwards."""
+    plain = generate.complete(model, tokenizer, PROMPTS, Sampling(8, num_beams=3))[0]
+    monkeypatch.setattr(model.generation_config, "no_repeat_ngram_size", 1)
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
+    own, widths = model.generation_config, set()
+    monkeypatch.setattr(streaming, "PIECE", 7)
+    hook = model.register_forward_pre_hook(
+        lambda _, positional, named: widths.add(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        assert generate.complete(model, tokenizer, PROMPTS, Sampling(8, num_beams=3))[0] == plain
+    finally:
+        hook.remove()
+    assert max(widths) == 7
+    assert model.generation_config is own
+
+
+def test_settings_of_the_model_that_are_not_followed_are_named(model, monkeypatch):
+    assert generate.unused_settings(model, Sampling()) == {}
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 1.0, "repetition_penalty": 1.1, "max_length": 99}
+    for name, value in settings.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    named = {name: settings[name] for name in ("do_sample", "temperature", "repetition_penalty")}
+    assert generate.unused_settings(model, Sampling()) == named
+    assert generate.unused_settings(model, Sampling(temperature=0.6, repetition_penalty=1.1)) == {}
+
+
+def test_a_repetition_penalty_is_that_of_hugging_face_and_the_same_in_a_batch(model, tokenizer):
+    batched = generate.complete(model, tokenizer, PROMPTS, Sampling(16, repetition_penalty=1.5))[0]
+    assert batched != generate.complete(model, tokenizer, PROMPTS, Sampling(16))[0]
+    for prompt, text in zip(PROMPTS, batched, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False}
+        theirs = model.generate(ids, repetition_penalty=1.5, **given)[0, ids.shape[1] :]
+        assert text == tokenizer.decode(theirs, skip_special_tokens=True).rstrip("\ufffd")
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+LONG = """
+import bisect, sys
+from pathlib import Path
+import torch
+from supra_cli.core import checkpoint, generate
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+folder = Path(sys.argv[1])
+model = checkpoint.load(folder, device="cpu", dtype=torch.float32)
+tokenizer = checkpoint.load_tokenizer(folder)
+text = Path(bisect.__file__).read_text(encoding="utf-8")
+times = 100_000 // len(tokenizer(text)["input_ids"]) + 2
+tokens, peaks = [], []
+for prompt in (text, text * times):
+    _, stats = generate.complete(model, tokenizer, [prompt], generate.Sampling(4))
+    tokens.append(stats.prompt_tokens)
+    peaks.append(peak())
+print(*tokens, peaks[1] - peaks[0], stats.cache_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_a_prompt_of_100_000_tokens_takes_the_memory_of_one_of_1_000(tmp_path):
+    """At its peak, so that nothing large is held in between, from the text on."""
+    assert main(["convert", "tiny", "-o", str(tmp_path / "student")]) == 0
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, tmp_path / "student"], capture_output=True, text=True, check=True, timeout=200
+    )
+    short, long, grown, cache = map(int, done.stdout.split())
+    assert short < 2_000
+    assert long > 100_000
+    assert grown < 64 << 20
+    assert cache < 1 << 20
+
+
+def opened(tokenizer, template, **changes):
+    """The tokenizer with another template, in which $A is the text, and other special tokens."""
+    other = deepcopy(tokenizer)
+    for name, value in changes.items():
+        setattr(other, name, value)
+    special = [(word, other.convert_tokens_to_ids(word)) for word in template.split() if word != "$A"]
+    other._tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("template", "begin"),
+    [("<s> $A", "<s>"), ("<s> $A </s>", "<s>"), ("</s> $A", "</s>"), ("<pad> <s> $A", "<pad><s>"), ("$A", "")],
+    ids=["begin", "begin and end", "begin is end", "two tokens", "nothing"],
+)
+def test_a_text_is_opened_once_and_closed_once_whatever_it_brings(tokenizer, template, begin):
+    words = opened(tokenizer, template, **({"bos_token": "</s>"} if begin == "</s>" else {}))
+    end = words.eos_token_id
+    [plain] = bpe.token_ids(words, ["the fox"])
+    assert plain == words(begin + "the fox", add_special_tokens=False)["input_ids"]
+    for text in (f"{begin}the fox", f"{begin}{begin}the fox"):
+        assert bpe.token_ids(words, [text]) == [plain]
+    assert generate.encode(words, [begin + "the fox"], "cpu")[0].tolist() == [plain]
+    for text in ("the fox", f"{begin}the fox", "the fox</s>", f"{begin}the fox</s>"):
+        assert bpe.token_ids(words, [text], close=True) == [[*plain, end]]
+        assert next(iter(encode([text, "x"], words))) == [*plain, end]
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_bos_token_opens_a_text_once_also_where_the_beginning_is_the_end(adds):
+    words = GPT2Tokenizer(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[], add_bos_token=adds)
+    assert bpe.token_ids(words, ["ab", "<|endoftext|>ab"]) == [[2, 0, 1] if adds else [0, 1], [2, 0, 1]]
+    assert bpe.token_ids(words, ["ab", "ab<|endoftext|>"], close=True) == [[2, 0, 1, 2] if adds else [0, 1, 2]] * 2
+
+
+def test_what_no_tokenizer_opens_keeps_what_it_brings(tokenizer):
+    bare = opened(tokenizer, "$A")
+    assert bpe.token_ids(bare, ["<s><s>fox"]) == [bare("<s><s>fox")["input_ids"]]
+
+
+def test_a_prompt_is_not_closed_by_a_tokenizer_that_closes_texts(model, tokenizer):
+    closing = opened(tokenizer, "<s> $A </s>")
+    assert closing("fox")["input_ids"][-1] == tokenizer.eos_token_id
+    both = [generate.complete(model, words, PROMPTS[:1], Sampling(8))[0] for words in (tokenizer, closing)]
+    assert both[0] == both[1]
+
+
+def test_an_empty_prompt_begins_with_the_beginning_of_text(tokenizer):
     ids, mask = generate.encode(tokenizer, [""], "cpu")
     assert ids.tolist() == [[tokenizer.bos_token_id]]
     assert mask is None
-
-    class Bare:
-        bos_token_id = eos_token_id = None
-
-        def __call__(self, text):
-            return {"input_ids": []}
-
+    bare = opened(tokenizer, "$A", bos_token=None, eos_token=None)
     with pytest.raises(UsageError, match="prompt is empty"):
-        generate.encode(Bare(), [""], "cpu")
+        generate.encode(bare, [""], "cpu")
+
+
+def with_special(tokenizer, *words):
+    more = deepcopy(tokenizer)
+    more.add_tokens([AddedToken(word, special=True, normalized=False) for word in words], special_tokens=True)
+    return more
+
+
+def test_a_token_beyond_the_embedding_is_refused_only_where_it_is_used(model, tokenizer, monkeypatch):
+    """As in Gemma 3, whose tokenizer has a token for images that its text models have no embedding for."""
+    more = with_special(tokenizer, "<image>")
+    bpe.check_vocabulary(more, model.config)
+    assert generate.complete(model, more, PROMPTS[:1], Sampling(2))[1].new_tokens == 2
+    monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("went on to the model"))
+    with pytest.raises(
+        SupraError, match=rf"holds token {len(tokenizer)}, '<image>'.*tokens 0 to {len(tokenizer) - 1};"
+    ):
+        generate.complete(model, more, ["the <image>"], Sampling(2))
+
+
+def test_a_tokenizer_of_another_model_is_refused(model):
+    with pytest.raises(SupraError, match=r"350 tokens.*room for 300"):
+        bpe.check_vocabulary(bpe.train([*TEXT, *map(str, range(999))], 350), model.config)
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------------
@@ -226,9 +376,12 @@ def test_temperature_0_takes_the_most_probable():
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"num_beams": 0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
         {"seed": -1},
         {"stop": ("",)},
         {"num_beams": 2, "temperature": 1.0},
+        {"num_beams": 2, "repetition_penalty": 1.5},
     ],
 )
 def test_impossible_settings_are_usage_errors(wrong):
@@ -282,3 +435,81 @@ def test_a_stop_string_ends_generation(model, tokenizer):
     texts, stats = generate.complete(model, tokenizer, PROMPTS[:1], Sampling(24, stop=(stop,)))
     assert texts == [free[: free.index(stop)]]
     assert stats.finish == ["stop"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (("<|im_end|>",), "one "),
+        (("e <|im",), "on"),
+        (("one <|im_end|>two",), ""),
+        (("<|im_end|>tw",), "one "),
+        (("<|im_end|><|im_start|>",), "one two"),
+        (("e two",), "on"),  # as it is read on the screen
+        (("nowhere", "<|im_end|>nowhere"), "one two three"),
+    ],
+)
+def test_a_stop_string_may_be_or_span_special_tokens_which_never_show(tokenizer, stop, expected):
+    words = with_special(tokenizer, "<|im_end|>", "<|im_start|>")
+    pieces = written(words, "one <|im_end|>two<|im_end|><|im_start|> three", stop)
+    assert "".join(pieces) == expected
+    shown = ""
+    for piece in pieces:
+        shown += piece
+        assert expected.startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "finish"),
+    [
+        ((), "one two", "eos"),
+        (("two</s>",), "one ", "stop"),
+        (("</s>",), "one two", "stop"),
+        (("</s>x",), "one two", "eos"),
+        (("<|im_end|>",), "one ", "stop"),
+    ],
+)
+def test_a_stop_string_with_the_end_of_text_in_it_stops(model, tokenizer, monkeypatch, stop, expected, finish):
+    """The model's choices are written for it: these tokens, whatever it says."""
+    words = with_special(tokenizer, "<|im_end|>")
+    script = iter(words("one <|im_end|>two</s>x x x", add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr(streaming, "choose", lambda *_: torch.tensor([next(script)]))
+    monkeypatch.setattr(streaming, "decode", lambda model, token, position, mask, cache: (None, cache))
+    texts, stats = generate.complete(model, words, PROMPTS[:1], Sampling(9, stop=stop))
+    assert texts == [expected]
+    assert stats.finish == [finish]
+
+
+def sentencepiece():
+    """In the manner of Llama 2: a space before a text, dropped again by the decoder, and bytes for what is unknown."""
+    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz", "\u2581a", "\u2581b", "ab", "\u2581ab"]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    merges = [("\u2581", "a"), ("\u2581", "b"), ("a", "b"), ("\u2581a", "b")]
+    words = Tokenizer(
+        models.BPE({word: id for id, word in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    words.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(("prompt", "text"), [("ab", " ab é a"), ("ab" + "</s>" * 9, " ab a"), ("", "ab a")])
+def test_the_first_space_of_a_completion_is_kept_where_decoders_drop_it(prompt, text):
+    words = sentencepiece()
+    ids = words(text.removeprefix(" "), add_special_tokens=False)["input_ids"]
+    writer = Writer(words, words(prompt)["input_ids"])
+    assert "".join([*map(writer.add, ids), writer.close()]) == text
+
+
+@pytest.mark.parametrize(("stop", "expected"), [("é", "ab "), (" 🦊 a", "ab é"), ("\n", "ab é 🦊 a")])
+def test_a_stop_string_of_bytes_stops(stop, expected):
+    words = sentencepiece()
+    writer = Writer(words, [words.bos_token_id], (stop,))
+    pieces = []
+    for token in words("ab é 🦊 a\nb")["input_ids"]:
+        if not writer.done:
+            pieces.append(writer.add(token))
+    assert "".join([*pieces, writer.close()]) == expected
+    assert writer.stopped

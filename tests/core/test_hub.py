@@ -76,9 +76,17 @@ def test_a_missing_shard_is_named(here):
     model = directory(here / "model", files=("config.json", "model-1.safetensors"))
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(SupraError, match=r"lacks model-2\.safetensors") as caught:
+    with pytest.raises(SupraError, match=r"model-2\.safetensors is missing") as caught:
         hub.fetch(hub.resolve("model"))
     assert caught.value.exit_code == 1
+
+
+def test_a_name_is_opened_as_it_is_resolved_and_fetched(here):
+    model = directory(here / "runs" / "one" / "last")
+    assert hub.open("runs/one").resolve() == model
+    assert hub.open("tiny") == hub.BUNDLED["tiny"]
+    with pytest.raises(NotFoundError, match="did you mean 'tiny'"):
+        hub.open("tiny2")
 
 
 def test_offline_is_one_sentence_at_once(monkeypatch, tmp_path):

@@ -164,8 +164,8 @@ def test_a_normalised_mixer_asks_for_normalised_targets():
         ("supar", {}, "did you mean 'supra'"),
         ("supra", {"slope": "alibi"}, "did you mean 'slopes'"),
         ("supra", {"slopes": "linear"}, "'alibi', 'retnet'"),
-        ("supra", {"qk_norm": 1}, "type bool"),
-        ("t2r", {"feature_size": True}, "type int"),
+        ("supra", {"qk_norm": 1}, "valid boolean, got 1"),
+        ("t2r", {"feature_size": True}, "valid integer, got True"),
         ("t2r", {"feature_size": 0}, "feature_size is 0"),
     ],
 )

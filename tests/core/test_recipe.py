@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import tomli_w
 from supra_cli.core import recipe as recipes
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
+from supra_cli.core.mixers import parse_options
+from supra_cli.core.recipe.keep import layer_kinds
+from supra_cli.core.recipe.options import read
 
 RAW: dict[str, Any] = {
     "base": "tiny",
@@ -35,7 +40,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     table: Any = raw
     for part in parents:
         table = table[int(part)] if isinstance(table, list) else table[part]
-    table[last] = value
+    table[int(last) if isinstance(table, list) else last] = value
     return raw
 
 
@@ -82,6 +87,30 @@ def test_steps_are_whole_rows_and_whole_steps() -> None:
         ("model", {"n_layer": 10**9}, "model: n_layer is 1000000000, expected at most 1024"),
         ("tokenizer", {"vocab_size": 300}, "belong together"),
         ("mixer", 3, "mixer: input should be a valid dictionary"),
+        ("mixer.qk_norm", 1, "mixer.qk_norm: input should be a valid boolean, got 1"),
+        ("mixer.qk_norm", "yes", "mixer.qk_norm: input should be a valid boolean, got 'yes'"),
+        ("stages.1.z_loss", "0.1", "stages.1.z_loss: input should be a valid number, got '0.1'"),
+        ("stages.1.z_loss", 2, "stages.1: z_loss is 2.0, expected a number from 0 to 1"),
+        ("data.sources.0.text", "content", "data.sources.0: text is 'content', but python-stdlib has no fields"),
+        ("data.sources.0.name", "en", "data.sources.0: name is 'en', but only a dataset on the hub has one"),
+        (
+            "data.sources.0",
+            {"path": "a.jsonl", "revision": "v1"},
+            "data.sources.0: revision is 'v1', but only",
+        ),
+        (
+            "data",
+            {"sources": [{"path": "a.txt"}], "validation": [{"path": "b.txt"}] * 2, "validation_tokens": 4095},
+            "data: validation_tokens is 4095, fewer than one row of 2048 for each of 2 sources",
+        ),
+        ("data.validation", [{"path": "a.jsonl", "weight": 2}], "data: validation.0 has a weight or repeat"),
+        ("data.validation", [{"path": "a.jsonl", "repeat": "text"}], "data: validation.0 has a weight or repeat"),
+        (
+            "model",
+            {"model_type": "llama", "hidden_sise": 64},
+            "hidden_sise: unknown key; did you mean 'hidden_size'",
+        ),
+        ("model", {"model_type": "lama"}, "model.model_type: unknown base architecture 'lama'; did you mean 'llama'"),
         ("data", "text", "data:"),
     ],
 )
@@ -106,7 +135,83 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
     assert (recipe.stages[0].lr, recipe.seed, recipe.mixer.name, recipe.checkpoint.every_steps) == (1e-4, 7, "t2r", 9)
 
 
-@pytest.mark.parametrize("override", ["seed", "=3", "stages.9.lr=1", "stages.x.lr=1", "base.deep=1"])
+def test_a_recipe_and_a_mixer_read_options_alike() -> None:
+    for options in ({"gian": "head"}, {"gain": "loud"}, {"qk_norm": 1}, {"qk_norm": "true"}, {"map": ["head"]}):
+        with pytest.raises(UsageError) as caught:
+            parse_options("supra", options)
+        told = complaint(changed("mixer", {"name": "supra", **options})).splitlines()[-1].strip()
+        assert told.partition(";")[0] in str(caught.value), options
+    assert parse_options("supra", {"gain": "head"}).gain == "head"
+
+
+@dataclass(frozen=True)
+class Widths:
+    widths: tuple[int, ...] = (8,)
+    rate: float = 1.0
+
+
+def test_an_option_takes_a_list_for_a_tuple_and_a_whole_number_for_a_float() -> None:
+    assert read(Widths, {"widths": [4, 2], "rate": 2}, "mixer") == (Widths((4, 2), 2.0), [])
+    options, problems = read(Widths, {"widths": [4, "2"], "rate": True, "rat": 1}, "mixer", ("name",))
+    assert options is None
+    assert [problem.partition(":")[0] for problem in problems] == ["mixer.rat", "mixer.widths.1", "mixer.rate"]
+
+
+def test_what_is_valid_and_without_effect_is_logged_once(tmp_path: Path, caplog, monkeypatch) -> None:
+    """1000 tokens in steps of 4096 are one step of 64 rows, 1001 in steps of 130 eight steps of 2: 80 rows."""
+    path = tmp_path / "r.toml"
+    monkeypatch.setattr(logging.getLogger("supra_cli"), "propagate", True)  # which `supra` turns off
+    for weight, told in ((1, 0), (99, 1)):
+        sources = [{"path": "python-stdlib", "weight": weight}, {"path": "other.txt", "weight": 1}]
+        path.write_text(tomli_w.dumps(changed("data.sources", sources)))
+        caplog.clear()
+        recipe = recipes.load(path, lookup=lookup)
+        assert sum(recipe.rows(stage) * recipe.steps(stage) for stage in recipe.stages) == 80
+        assert caplog.text.count("is due less than one of the run's 80 rows") == told
+        recipes.load(path)  # as on resume, when nothing is said again
+        assert caplog.text.count("is due less than one") == told
+    path.write_text(tomli_w.dumps(changed("stages.1.warmup_steps", 8)))
+    recipes.load(path, lookup=lookup)
+    assert "stages.1.warmup_steps is 8 and the stage has 8 steps: it never reaches its rate" in caplog.text
+
+
+def test_a_recipe_with_a_byte_order_mark_is_read_and_a_folder_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + tomli_w.dumps(RAW).encode())
+    assert recipes.load(path).base == "tiny"
+    with pytest.raises(UsageError, match="is a folder, expected a recipe; name the TOML file in it"):
+        recipes.load(tmp_path)
+
+
+def test_paths_of_set_are_relative_to_where_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        (folder / "corpus").mkdir(parents=True)
+    (there / "r.toml").write_text(tomli_w.dumps(changed("data.sources", [{"path": "corpus"}, {"path": "a.txt"}])))
+    monkeypatch.chdir(here)
+
+    def paths(*overrides: str) -> list[str]:
+        return [source.path for source in recipes.load(there / "r.toml", overrides).data.sources]
+
+    assert paths() == [str(there / "corpus"), str(there / "a.txt")]
+    assert paths("data.sources.0.path=corpus") == [str(here / "corpus"), str(there / "a.txt")]
+    assert paths("data.sources.1.path=b.txt") == [str(there / "corpus"), str(here / "b.txt")]
+    assert recipes.load(there / "r.toml", ["base=corpus"]).base == str(here / "corpus")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed",
+        "=3",
+        "stages.9.lr=1",
+        "stages.x.lr=1",
+        "stages.-1.lr=1",
+        "stages.lr=1",
+        "base.deep=1",
+        "stages.0.tokens.x=1",
+    ],
+)
 def test_a_wrong_override_is_a_sentence(override: str, tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text(tomli_w.dumps(RAW))
@@ -185,3 +290,38 @@ def test_a_shipped_recipe_is_read_by_its_name_unless_a_file_has_it(tmp_path: Pat
     assert recipes.load(Path("mistral")) == recipes.load(recipes.find("mistral"))
     (tmp_path / "t2r").write_text(recipes.find("demo").read_text(encoding="utf-8"), encoding="utf-8")
     assert recipes.load(Path("t2r")) == recipes.load(recipes.find("demo"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("none", ()),
+        ("all", (0, 1, 2, 3, 4, 5)),
+        ("every:2", (1, 3, 5)),
+        ("every:4", (3,)),
+        ("every:6", (5,)),
+        ("first:2", (0, 1)),
+        ("last:1", (5,)),
+        ("0,5,3", (0, 3, 5)),
+        ("2", (2,)),
+    ],
+)
+def test_keep_names_the_softmax_layers(keep: str, kept: tuple[int, ...]) -> None:
+    assert layer_kinds(6, "supra", keep) == ["softmax" if layer in kept else "supra" for layer in range(6)]
+
+
+@pytest.mark.parametrize("keep", ["every:7", "first:7", "last:7", "6", "0,9"])
+def test_a_keep_outside_the_model_names_its_layers(keep: str) -> None:
+    assert recipes.validate(changed("keep", keep)).keep == keep  # right for a model with more layers
+    with pytest.raises(UsageError, match="the model has 6 layers"):
+        layer_kinds(6, "supra", keep)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    ["", "some", "every:0", "every:", "first:-1", "last:x", "-1", "1,,2", "all:1", "every:²", "None", "9" * 5000],
+)
+def test_a_keep_that_means_nothing_is_refused_before_a_model_is_known(keep: str) -> None:
+    assert "keep: keep is" in complaint(changed("keep", keep))
+    with pytest.raises(UsageError, match="expected none, all, every:N"):
+        layer_kinds(6, "supra", keep)

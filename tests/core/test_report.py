@@ -8,20 +8,26 @@ import pytest
 
 from supra_cli.core import report
 from supra_cli.core.errors import NotFoundError
+from supra_cli.core.evaluate.store import Store, weights_hash
 
 
-def note(folder: Path, task: str, results: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{task}.json").write_text(json.dumps({"task": task, "results": {"metrics": results}, "records": {}}))
+def note(folder: Path, task: str, results: dict, model: Path, questions: str = "all") -> None:
+    Store(folder).note(task, f"sha256:{weights_hash(model)}", {"metrics": results, "questions": questions})
+
+
+def weights(model: Path, text: str) -> Path:
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_text(text)
+    return model
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    (tmp_path / "last").mkdir()
+    last, converted = weights(tmp_path / "last", "after"), weights(tmp_path / "converted", "before")
     (tmp_path / "last" / "supra.json").write_text(json.dumps({"tokens": 500, "seconds": 7.5}))
-    note(tmp_path / "eval", "cloze", {"acc": {"student": 0.5, "teacher": 0.6, "recovery": 0.7}})
-    note(tmp_path / "eval", "ppl", {"nats_per_token": {"student": 1.0, "teacher": 0.0, "recovery": None}})
-    note(tmp_path / "converted" / "eval", "cloze", {"acc": {"student": 0.25, "teacher": 0.6, "recovery": 0.0}})
+    note(tmp_path / "eval", "cloze", {"acc": {"student": 0.5, "teacher": 0.6, "recovery": 0.7}}, last)
+    note(tmp_path / "eval", "ppl", {"nats_per_token": {"student": 1.0, "teacher": 0.0, "recovery": None}}, last)
+    note(converted / "eval", "cloze", {"acc": {"student": 0.25, "teacher": 0.6, "recovery": 0.0}}, converted)
     return tmp_path
 
 
@@ -32,6 +38,25 @@ def test_before_and_after_stand_beside_the_teacher(run: Path) -> None:
     assert (nats.teacher, nats.before, nats.after, nats.recovery) == (0.0, None, 1.0, None)
     assert (perplexity.teacher, perplexity.before, perplexity.after) == (1.0, None, math.e)
     assert (found.tokens, found.seconds) == (500, 7.5)
+
+
+def test_another_step_scored_later_is_not_taken_for_the_last(run: Path) -> None:
+    step = weights(run / "step-000001", "early")
+    note(run / "eval", "cloze", {"acc": {"student": 0.1, "teacher": 0.6, "recovery": 0.1}}, step)
+    note(run / "eval", "early_only", {"acc": {"student": 0.1, "teacher": 0.6, "recovery": 0.1}}, step)
+    assert [(line.task, line.after) for line in report.read(run).lines if line.metric == "acc"] == [("cloze", 0.5)]
+    (run / "last" / "model.safetensors").write_text("trained on")
+    with pytest.raises(NotFoundError, match=r"last was not scored yet; run `supra eval .*last`"):
+        report.read(run)
+
+
+def test_figures_of_other_questions_do_not_stand_in_one_row(run: Path) -> None:
+    converted = run / "converted"
+    scores = {"acc": {"student": 0.2, "teacher": 0.6, "recovery": 0.0}}
+    note(converted / "eval", "cloze", scores, converted, questions="the first 4")
+    found = report.read(run)
+    assert (found.lines[0].before, found.lines[0].after) == (None, 0.5)
+    assert found.notes[0].startswith("cloze:")
 
 
 def test_a_run_without_a_model_or_without_scores_is_a_sentence(run: Path, tmp_path: Path) -> None:

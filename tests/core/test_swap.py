@@ -9,8 +9,7 @@ import torch
 from tiny import tiny_model
 from transformers import DynamicCache, StaticCache
 
-from supra_cli.core.errors import UsageError
-from supra_cli.core.swap import RecurrentLayer, layer_kinds
+from supra_cli.core.cache import RecurrentLayer
 
 IDS = torch.arange(3, 20)[None]
 
@@ -18,34 +17,6 @@ IDS = torch.arange(3, 20)[None]
 def model(keep="none", **changes):
     torch.manual_seed(0)
     return tiny_model("llama", "supra", keep, **changes)
-
-
-@pytest.mark.parametrize(
-    ("keep", "kept"),
-    [
-        ("none", ()),
-        ("all", (0, 1, 2, 3, 4, 5)),
-        ("every:2", (1, 3, 5)),
-        ("every:4", (3,)),
-        ("every:6", (5,)),
-        ("first:2", (0, 1)),
-        ("last:1", (5,)),
-        ("0,5,3", (0, 3, 5)),
-        ("2", (2,)),
-    ],
-)
-def test_keep_names_the_softmax_layers(keep, kept):
-    kinds = layer_kinds(6, "supra", keep)
-    assert kinds == ["softmax" if layer in kept else "supra" for layer in range(6)]
-
-
-@pytest.mark.parametrize(
-    "keep",
-    ["", "some", "every:0", "every:7", "every:", "first:-1", "last:x", "6", "0,9", "-1", "1,,2", "all:1", "every:²"],
-)
-def test_a_keep_that_means_nothing_is_a_usage_error_that_lists_what_does(keep):
-    with pytest.raises(UsageError, match="expected none, all, every:N"):
-        layer_kinds(6, "supra", keep)
 
 
 def test_mixers_are_named_below_the_attention_they_sit_in():

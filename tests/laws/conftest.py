@@ -18,7 +18,7 @@ from tiny import tiny_model
 from supra_cli.core.archs import archs
 from supra_cli.core.mixers import mixers
 from supra_cli.core.modeling import SupraForCausalLM
-from supra_cli.core.swap import SOFTMAX
+from supra_cli.core.recipe.keep import SOFTMAX
 
 # Models this small spend their time in starting threads.
 torch.set_num_threads(1)

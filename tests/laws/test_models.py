@@ -72,7 +72,6 @@ def test_a_swapped_layer_still_answers_as_the_base_did(build, base):
     x, given = layer_input(model)
     original = getattr(arch.layers(plain)[2], arch.slot)(x, **given)[0]
     layer = getattr(arch.layers(model)[2], arch.slot)
-    assert torch.equal(layer.softmax(x, **given), original)
     heads = layer.softmax_heads(x, given["position_embeddings"])
     assert_close(arch.out(layer, heads.flatten(-2)), original, **CLOSE)
 

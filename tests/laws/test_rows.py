@@ -108,20 +108,20 @@ def test_an_objective_sees_what_the_head_makes_into_the_logits(build, base):
 
 
 def test_a_batch_without_padding_or_restarts_has_no_layout():
-    assert derive(None, None, 2, 5) == (None, None)
-    assert derive(torch.ones(2, 5), None, 2, 5) == (None, None)
+    assert derive(None, None, 2, 5) == (None, None, False)
+    assert derive(torch.ones(2, 5), None, 2, 5) == (None, None, False)
     positions = torch.arange(5)[None]
-    layout, given = derive(torch.ones(2, 5), positions, 2, 5)
+    layout, given, _ = derive(torch.ones(2, 5), positions, 2, 5)
     assert layout is None
     assert given is positions
 
 
 def test_documents_are_numbered_within_the_row_and_padding_is_minus_one():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0]])
-    layout, _ = derive(mask, torch.tensor([[0, 0, 0, 1, 0, 1, 0]]), 1, 7)
+    layout, *_ = derive(mask, torch.tensor([[0, 0, 0, 1, 0, 1, 0]]), 1, 7)
     assert layout.segment.tolist() == [[-1, -1, 0, 0, 1, 1, -1]]
 
 
 def test_a_cached_document_goes_on_as_the_rows_first():
-    layout, _ = derive(None, torch.tensor([[7, 8, 0, 1, 2]]), 1, 5)
+    layout, *_ = derive(None, torch.tensor([[7, 8, 0, 1, 2]]), 1, 5)
     assert layout.segment.tolist() == [[0, 0, 1, 1, 1]]

@@ -20,11 +20,12 @@ from torch import nn
 
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
-from supra_cli.core.data import rows
+from supra_cli.core.data import packing, rows
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
 from supra_cli.core.lookup import lookup
 from supra_cli.core.stages import stages
+from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import loop
 from supra_cli.core.train.events import Finished, Note, Saved, Step, Validated
 from supra_cli.core.train.optimizer import adamw
@@ -154,8 +155,8 @@ def test_held_out_losses_are_those_of_the_models(recipe_file: Write, base: Path,
             for start, end in itertools.pairwise(starts):
                 logits = model(ids[None, start:end]).logits[0].double()
                 wanted = labels[start:end]
-                losses = nn.functional.cross_entropy(logits, wanted, ignore_index=rows.IGNORED, reduction="sum")
-                total, count = total + losses.item(), count + (wanted != rows.IGNORED).sum().item()
+                losses = nn.functional.cross_entropy(logits, wanted, ignore_index=packing.IGNORED, reduction="sum")
+                total, count = total + losses.item(), count + (wanted != packing.IGNORED).sum().item()
         assert told == pytest.approx(total / count, rel=1e-5)
 
 
@@ -305,9 +306,8 @@ def test_nan_in_a_gradient_updates_nothing(
 
     def load(path, **settings):
         model = original(path, **settings)
-        mixers = [parameter for name, parameter in model.named_parameters() if ".mixer." in name]
-        for parameter in mixers[:1]:  # the teacher has none
-            parameter.register_hook(lambda gradient: gradient * (math.nan if next(calls) == 2 else 1))
+        for name in sorted(mixer_names(model))[:1]:  # the teacher has none
+            model.get_parameter(name).register_hook(lambda gradient: gradient * (math.nan if next(calls) == 2 else 1))
         return model
 
     monkeypatch.setattr(checkpoint, "load", load)
@@ -334,17 +334,17 @@ def test_rows_with_nothing_to_predict_are_a_step_of_loss_zero(base: Path) -> Non
     student, kind = checkpoint.load(base), stages.get("finetune")
     spec = recipes.Stage(kind="finetune", tokens=1, lr=1e-3)
     stage = kind(kind.Options())
-    optimizer = adamw(prepare(student, stage, spec), spec)
+    optimizer = adamw(student, prepare(student, stage, spec), spec)
     stepper = Stepper(stage, student, None, optimizer, 1.0, torch.device("cpu"), torch.float32)
     nothing = torch.zeros(1, 8, dtype=torch.int64)
-    outcome = stepper.take([rows.Batch(nothing, nothing, torch.full_like(nothing, rows.IGNORED))])
+    outcome = stepper.take([packing.Batch(nothing, nothing, torch.full_like(nothing, packing.IGNORED))])
     assert (outcome.loss, outcome.grad_norm, outcome.finite) == (0.0, 0.0, True)
 
 
 def test_swallowed_updates_are_counted_as_the_format_loses_them() -> None:
     parameter = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
     spec = recipes.Stage(kind="finetune", tokens=1, lr=1e-3)
-    optimizer = adamw([("weight", parameter)], spec)
+    optimizer = adamw(nn.Module(), [("weight", parameter)], spec)
     stepper = Stepper(None, nn.Module(), None, optimizer, 1.0, torch.device("cpu"), torch.float32)
     for rate, share in ((1e-3, 1.0), (1e-1, 0.0)):
         for group in optimizer.param_groups:
@@ -368,7 +368,9 @@ def test_activation_checkpointing_changes_no_bit(kind: str, recipe_file: Write, 
 def test_activation_checkpointing_saves_activations(base: Path, tmp_path: Path) -> None:
     folder = checkpoint.convert(base, tmp_path / "student", mixer="supra", options={}, keep="none", seed=0)
     student = checkpoint.load(folder).train()
-    batch = rows.Batch(torch.zeros(2, 64, dtype=torch.long), torch.arange(64).expand(2, 64), torch.ones(2, 64).long())
+    batch = packing.Batch(
+        torch.zeros(2, 64, dtype=torch.long), torch.arange(64).expand(2, 64), torch.ones(2, 64).long()
+    )
     kind = stages.get("finetune")
     stage = kind(kind.Options())
     saved = {}
@@ -376,7 +378,7 @@ def test_activation_checkpointing_saves_activations(base: Path, tmp_path: Path) 
         prepare(student, stage, recipes.Stage(kind="finetune", tokens=1, activation_checkpointing=flag))
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
-            stage.loss(student, None, batch)
+            stage.loss(student, None, batch, lambda part: part)
         saved[flag] = sum(sizes)
     assert saved[True] < 0.5 * saved[False]
 
@@ -514,6 +516,57 @@ def test_an_unknown_teacher_vocabulary_is_a_sentence(recipe_file: Write, base: P
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
     with pytest.raises(UsageError, match="one vocabulary"):
         run(recipe_file(stages=one_stage("distill", teacher=str(tmp_path / "other"))), tmp_path / "run")
+
+
+def other_teacher(base: Path, folder: Path, change: Callable[[dict], None]) -> Path:
+    """The base under another tokenizer: its file, changed."""
+    shutil.copytree(base, folder)
+    words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(words)
+    (folder / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
+    return folder
+
+
+def swap_two(words: dict) -> None:
+    numbers = words["model"]["vocab"]
+    numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+
+
+def swap_special(words: dict) -> None:
+    """Added tokens are no part of the model's vocabulary alone."""
+    one, two = words["added_tokens"][:2]
+    one["id"], two["id"] = two["id"], one["id"]
+    numbers = words["model"]["vocab"]
+    numbers[one["content"]], numbers[two["content"]] = one["id"], two["id"]
+    words["post_processor"] = None
+
+
+@pytest.mark.parametrize("change", [swap_two, swap_special])
+def test_a_teacher_of_another_tokenizer_and_the_same_size_is_refused(
+    change: Callable[[dict], None], recipe_file: Write, base: Path, tmp_path: Path
+) -> None:
+    teacher = other_teacher(base, tmp_path / "teacher", change)
+    with pytest.raises(UsageError, match=r"another tokenizer than the student: token '.*' is number \d+ for the"):
+        run(recipe_file(stages=one_stage("distill", teacher=str(teacher))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_knows_further_tokens_is_taken_and_one_without_a_tokenizer_is_not(
+    recipe_file: Write, base: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(base, teacher)
+    words = AutoTokenizer.from_pretrained(base)
+    assert words.add_tokens(["<further>"]) == 1
+    words.save_pretrained(teacher)
+    recipe = recipe_file(stages=one_stage("distill", tokens=64, teacher=str(teacher)))
+    run(recipe, tmp_path / "run")
+    for file in teacher.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(NotFoundError, match="teacher has no tokenizer"):
+        run(recipe, tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", ["converted", "recipe.toml"])

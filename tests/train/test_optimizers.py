@@ -56,7 +56,7 @@ def train(model: nn.Module, made: torch.optim.Optimizer, steps: int, micro_batch
 
 def fitted(kind: str, steps: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.optim.Optimizer, list]:
     model = network()
-    made = optimizer.adamw(model.named_parameters(), settings(kind), dtype)
+    made = optimizer.adamw(model, model.named_parameters(), settings(kind), dtype)
     return model, made, train(model, made, steps)
 
 
@@ -89,7 +89,7 @@ def test_offloaded_weights_below_float32_are_rounded_masters() -> None:
 def test_offloaded_gradients_are_added_up_in_float32() -> None:
     """256 + 256 × 0.5 is 384; in bfloat16, 256 + 0.5 is 256 however often."""
     weight = nn.Parameter(torch.zeros(1))
-    made = optimizer.adamw([("weight", weight)], settings("adamw-offload"), torch.bfloat16)
+    made = optimizer.adamw(nn.Module(), [("weight", weight)], settings("adamw-offload"), torch.bfloat16)
     (weight * 256).sum().backward()
     for _ in range(256):
         (weight * 0.5).sum().backward()
@@ -137,17 +137,46 @@ def test_8_bit_moments_take_the_bytes_that_are_planned() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_optimizer_goes_on_from_its_saved_state_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     model, made, _ = fitted(kind, 5, torch.bfloat16)
-    state.save(tmp_path / "training", state.Counters(), made, {}, {})
+    state.save(tmp_path / "training", state.Counters(), made, {}, {}, {}, {})
     with optimizer.masters_in_place(made):
         weights = {name: value.clone() for name, value in model.state_dict().items()}
     other = network()
     other.load_state_dict(weights)
-    restored = optimizer.adamw(other.named_parameters(), settings(kind), torch.bfloat16)
+    restored = optimizer.adamw(other, other.named_parameters(), settings(kind), torch.bfloat16)
     state.restore_optimizer(tmp_path / "training", restored)
     assert train(other, restored, 5) == train(model, made, 5)
     for one, two in zip((model, made), (other, restored), strict=True):
         for key, value in flat(one.state_dict()).items():
             assert flat(two.state_dict())[key].equal(value), key
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_restored_state_lies_where_the_optimizer_itself_would_put_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights on another device than the files are read to: `meta` stands for a GPU, which fused AdamW takes it for.
+
+    On CUDA fused AdamW reads `step` on the device without asking where it is; others keep it on the CPU.
+    """
+    _, made, _ = fitted(kind, 2)
+    state.save(tmp_path / "training", state.Counters(), made, {}, {}, {}, {})
+    with torch.device("meta"):
+        elsewhere = network()
+    restored = optimizer.adamw(elsewhere, elsewhere.named_parameters(), settings(kind))
+    twin = optimizer.adamw(elsewhere, elsewhere.named_parameters(), settings(kind))
+    state.restore_optimizer(tmp_path / "training", restored)
+    twin.load_state_dict(made.state_dict())
+    fused = {group.get("fused") for group in restored.param_groups}
+    assert fused == {None if kind == "adamw8bit" else True}
+    for one, two in zip(restored.param_groups, twin.param_groups, strict=True):
+        for ours, theirs in zip(one["params"], two["params"], strict=True):
+            assert restored.state[ours].keys() == twin.state[theirs].keys() == {"step", "exp_avg", "exp_avg_sq"}
+            for key, value in restored.state[ours].items():
+                for part, tensor in lowbit.parts(value).items():
+                    wanted = lowbit.parts(twin.state[theirs][key])[part]
+                    assert (tensor.device, tensor.dtype) == (wanted.device, wanted.dtype), key
+            assert restored.state[ours]["exp_avg"].device.type == "meta"
+            assert restored.state[ours]["step"].device.type == ("cpu" if kind == "adamw8bit" else "meta")
 
 
 def flat(tree: object, place: str = "") -> dict[str, torch.Tensor]:

@@ -16,15 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tomli_w
+import torch
 from running import run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
 from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.train import loop
-from supra_cli.core.train.events import Note, Saved, Step
+from supra_cli.core.train.events import Finished, Note, Saved, Step
 from supra_cli.core.train.run import MARKER, RunDirectory
 
 STEPS = 12
@@ -205,8 +207,136 @@ def test_resuming_a_finished_run_does_nothing(recipe_file: Callable[..., Path], 
 def test_a_changed_recipe_is_refused(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     output = tmp_path / "changed"
     run(recipe_file(), output, stop_after=3)
-    with pytest.raises(UsageError, match="the recipe is not the one"):
+    with pytest.raises(UsageError, match=r"the recipe is not the one .* differs in seed"):
         run(recipe_file(seed=5), output, resume=True)
+
+
+PROJECT = {
+    "base": "./models/base",
+    "mixer": {"name": "supra"},
+    "data": {
+        "seq_len": 32,
+        "sources": [{"path": "text/own.txt"}],
+        "validation": [{"path": "text/held-out.txt"}],
+        "validation_tokens": 128,
+    },
+    "checkpoint": {"every_steps": 1, "keep_last": 2},
+}
+
+
+@pytest.fixture
+def project(base: Path, text_file: Path, tmp_path: Path) -> Path:
+    """A directory with a base, a teacher, text and a recipe that names them by where they lie beside it."""
+    folder, teacher = tmp_path / "before", {"kind": "distill", "teacher": "./models/teacher"}
+    shutil.copytree(base, folder / "models" / "base")
+    shutil.copytree(base, folder / "models" / "teacher")
+    nudge(folder / "models" / "teacher")
+    (folder / "text").mkdir()
+    text = text_file.read_text()
+    (folder / "text" / "own.txt").write_text(text[:20_000])
+    (folder / "text" / "held-out.txt").write_text(text[20_000:40_000])
+    stage = {"tokens": 128, "batch_tokens": 64, "lr": 1e-3}
+    stages = [{"kind": "transfer"}, {"kind": "distill"}, teacher, {"kind": "finetune"}]
+    raw = PROJECT | {"stages": [kind | stage for kind in stages]}
+    (folder / "recipe.toml").write_text(tomli_w.dumps(raw))
+    return folder
+
+
+def nudge(model: Path) -> None:
+    """Other weights under the same names."""
+    weights = load_file(model / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+def move(project: Path) -> Path:
+    """`mv before after`."""
+    return project.rename(project.with_name("after"))
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 7], ids=["transfer", "distill", "other teacher", "finetune"])
+@pytest.mark.parametrize("converted", [False, True], ids=["from its base", "from --model"])
+def test_a_project_that_was_moved_goes_on_to_the_same_bits(stop_after: int, converted: bool, project: Path) -> None:
+    settings = {"mixer": "supra", "options": {}, "keep": "none", "seed": 0}
+    if converted:
+        checkpoint.convert(project / "models" / "base", project / "models" / "student", **settings)
+    model = {"model": project / "models" / "student"} if converted else {}
+    run(project / "recipe.toml", project / "whole", **model)
+    run(project / "recipe.toml", project / "run", stop_after=stop_after, **model)
+    project = move(project)
+    # Where the link to it leads nowhere, a run may be told where it is, or do without.
+    model = {"model": project / "models" / "student"} if converted and stop_after > 1 else {}
+    run(project / "recipe.toml", project / "run", resume=True, **model)
+    assert weights(project / "run") == weights(project / "whole")
+    told = checkpoint.read_provenance((project / "run" / "last").resolve())
+    assert told["base"] == str(project / "models" / "base")
+    if model:
+        assert (project / "run" / "converted").resolve() == project / "models" / "student"
+
+
+CHANGES = {
+    "own.txt": (
+        "the data changed",
+        lambda project: (project / "text" / "own.txt").write_text("six seven eight " * 500),
+    ),
+    "held-out.txt": (
+        "held-out text",
+        lambda project: (project / "text" / "held-out.txt").write_text("six seven eight " * 500),
+    ),
+    "base": (r"models/base \(base\) has other weights", lambda project: nudge(project / "models" / "base")),
+    "teacher": (r"teacher \(stages.2.teacher\) has other", lambda project: nudge(project / "models" / "teacher")),
+    "no base": ("there is no directory|holds no", lambda project: shutil.rmtree(project / "models" / "base")),
+}
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["in its place", "moved"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_run_stands_on_is_known_by_its_content(change: str, moved: bool, project: Path) -> None:
+    run(project / "recipe.toml", project / "run", stop_after=1)
+    project = move(project) if moved else project
+    told, harm = CHANGES[change]
+    harm(project)
+    before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()}
+    with pytest.raises(SupraError, match=told):
+        run(project / "recipe.toml", project / "run", resume=True)
+    assert {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_models_that_no_later_stage_learns_from_may_be_gone(project: Path) -> None:
+    run(project / "recipe.toml", project / "run", stop_after=7)
+    project = move(project)
+    shutil.rmtree(project / "models")
+    assert isinstance(run(project / "recipe.toml", project / "run", resume=True)[-1], Finished)
+
+
+def test_another_model_than_the_run_began_with_is_refused(project: Path) -> None:
+    for seed in (0, 1):
+        settings = {"mixer": "supra", "options": {}, "keep": "none", "seed": seed}
+        checkpoint.convert(project / "models" / "base", project / f"student-{seed}", **settings)
+    run(project / "recipe.toml", project / "run", stop_after=1, model=project / "student-0")
+    with pytest.raises(UsageError, match="student-1 is not the converted model that this run began with"):
+        run(project / "recipe.toml", project / "run", resume=True, model=project / "student-1")
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_in(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe_file(), tmp_path / "whole", dtype=torch.bfloat16)
+    run(recipe_file(), tmp_path / "run", dtype=torch.bfloat16, stop_after=5)
+    with pytest.raises(UsageError, match="computes in bfloat16, got float32; resume with --dtype bfloat16"):
+        run(recipe_file(), tmp_path / "run", dtype=torch.float32, resume=True)
+    run(recipe_file(), tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_going_on_under_other_versions_is_told(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(recipe_file(), output, stop_after=5)
+    record = json.loads((output / "env.json").read_text())
+    (output / "env.json").write_text(json.dumps(record | {"torch": "2.10.0", "threads": 8, "command": ["other"]}))
+    notes = [event.text for event in run(recipe_file(), output, resume=True) if isinstance(event, Note)]
+    (told,) = [note for note in notes if "other conditions" in note]
+    assert f"torch 2.10.0 → {record['torch']}, threads 8 → 1" in told
+    assert "command" not in told
 
 
 def test_changed_text_is_refused(recipe_file: Callable[..., Path], raw_recipe: dict, tmp_path: Path) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
-from supra_cli.core.data.rows import IGNORED, Batch
-from supra_cli.core.errors import UsageError
-from supra_cli.core.stages import chunked, stages
-from supra_cli.core.train.optimizer import adamw, lr_factor
+from supra_cli.core.archs import archs
+from supra_cli.core.data.packing import IGNORED, Batch
+from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.mixers import mixers
+from supra_cli.core.stages import Stage, chunked, stages
+from supra_cli.core.swap import mixer_names
+from supra_cli.core.train.optimizer import adamw, lr_factor, matrices
 from supra_cli.core.train.prepare import select, untie
+from supra_cli.core.train.step import Stepper, begin
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +32,12 @@ def student(base: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
+def short(batch: Batch) -> Batch:
+    """The batch in the vocabulary of `tiny_model`, for a stage that reads no labels but where they are."""
+    return batch._replace(input_ids=batch.input_ids % VOCABULARY)
+
+
+@pytest.fixture
 def batch() -> Batch:
     torch.manual_seed(1)
     ids = torch.randint(3, 300, (2, 24))
@@ -33,6 +45,20 @@ def batch() -> Batch:
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORED)], dim=1)
     labels[1, 8] = IGNORED
     return Batch(ids, positions, labels)
+
+
+def keep(part: Tensor) -> Tensor:
+    """In the place of a backward pass: the part with its graph."""
+    return part
+
+
+def propagate(part: Tensor) -> Tensor:
+    part.backward(torch.ones_like(part))
+    return part.detach()
+
+
+def start(stage: Stage, student: nn.Module, *parts: Batch) -> None:
+    begin(stage, student, parts, torch.device("cpu"), torch.float32)
 
 
 def make(kind: str, **options):
@@ -55,7 +81,7 @@ def test_cross_entropy_is_its_formula_value_and_gradient(
     weight = torch.randn(50, 8, requires_grad=True)
     labels = torch.randint(0, 50, (2, 13))
     labels[0, 3:5] = IGNORED
-    total, nll = chunked.cross_entropy(hidden, lambda h: h @ weight.T, labels, z_loss)
+    total, nll = chunked.cross_entropy(hidden, lambda h: h @ weight.T, labels, 50, z_loss)
     total.backward()
 
     h, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
@@ -79,7 +105,7 @@ def test_divergence_is_its_formula_value_and_gradient(pieces: int, monkeypatch: 
     weight, target_weight = torch.randn(50, 8), torch.randn(50, 6)
     labels = torch.randint(0, 50, (2, 9))
     labels[1, 4] = IGNORED
-    total, nll = chunked.divergence(hidden, lambda h: h @ weight.T, target, lambda h: h @ target_weight.T, labels)
+    total, nll = chunked.divergence(hidden, lambda h: h @ weight.T, target, lambda h: h @ target_weight.T, labels, 50)
     total.backward()
 
     h = hidden.detach().double().requires_grad_()
@@ -104,19 +130,19 @@ def test_no_piece_of_logits_is_larger_than_allowed(monkeypatch: pytest.MonkeyPat
         return logits
 
     hidden = torch.randn(3, 21, 8, requires_grad=True)
-    chunked.cross_entropy(hidden, head, torch.randint(0, 50, (3, 21)))[0].backward()
-    chunked.divergence(hidden, head, hidden.detach(), head, torch.randint(0, 50, (3, 21)))[0].backward()
+    chunked.cross_entropy(hidden, head, torch.randint(0, 50, (3, 21)), 50)[0].backward()
+    chunked.divergence(hidden, head, hidden.detach(), head, torch.randint(0, 50, (3, 21)), 50)[0].backward()
     assert max(sizes) <= 300
 
 
 def test_distilling_from_oneself_costs_nothing(student, batch: Batch) -> None:
-    loss = make("distill").loss(student, student, batch)
+    loss = make("distill").loss(student, student, batch, keep)
     assert abs(loss.sum.item()) < 1e-3
     assert float(loss.metrics["nll"]) > 0
 
 
 def test_finetune_is_the_mean_surprise_of_the_model(student, batch: Batch) -> None:
-    loss = make("finetune").loss(student, None, batch)
+    loss = make("finetune").loss(student, None, batch, keep)
     logits = student(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     wanted = F.cross_entropy(logits.double().flatten(0, 1), batch.labels.flatten(), reduction="sum")
     torch.testing.assert_close(loss.sum.double(), wanted, rtol=1e-5, atol=1e-4)
@@ -128,7 +154,7 @@ def test_transfer_compares_every_layer_on_the_teachers_own_input(student, batch:
 
     layers = [layer for _, layer in student.swapped_layers()]
     teacher = LlamaForCausalLM(student.config.plain())
-    teacher.load_state_dict({k: v for k, v in student.state_dict().items() if ".mixer." not in k})
+    teacher.load_state_dict({k: v for k, v in student.state_dict().items() if k not in mixer_names(student)})
     inputs: list[Tensor] = []
     for block in teacher.model.layers:
         block.self_attn.register_forward_pre_hook(
@@ -139,15 +165,31 @@ def test_transfer_compares_every_layer_on_the_teachers_own_input(student, batch:
     tables = teacher.model.rotary_emb(inputs[0], row.position_ids)
 
     stage = make("transfer")
-    with stage.attached(student):
-        loss = stage.loss(student, None, row)
+    start(stage, student, row)
+    loss = stage.loss(student, None, row, propagate)
     for number, (layer, hidden) in enumerate(zip(layers, inputs, strict=True)):
         o, _ = layer.heads(hidden, tables)
         heads = layer.softmax_heads(hidden, tables)
-        taught = F.layer_norm(heads, heads.shape[-1:], eps=1e-5)
-        wanted = (o - taught).square().sum() / taught.square().sum()
-        torch.testing.assert_close(loss.metrics[f"layer.{number}"] / 24, wanted, rtol=1e-4, atol=1e-6)
+        o, taught = o[:, :-1], F.layer_norm(heads, heads.shape[-1:], eps=1e-5)[:, :-1]  # the last predicts nothing
+        wanted = 23 * (o - taught).square().sum() / taught.square().sum()
+        torch.testing.assert_close(loss.metrics[f"layer.{number}"], wanted.detach(), rtol=1e-4, atol=1e-5)
     assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_transfer_divides_by_what_the_first_step_had(student, batch: Batch) -> None:
+    """A later batch with a teacher twice as loud costs what it costs, not what its own mean would make of it."""
+    stage, other = make("transfer"), Batch(batch.input_ids.flip(1), batch.position_ids, batch.labels)
+    start(stage, student, batch)
+    constants = dict(stage.constants)
+    loss = stage.loss(student, None, other, propagate)
+    assert all(value.equal(constants[name]) for name, value in stage.constants.items())
+    own = make("transfer")
+    start(own, student, other)
+    for number in range(2):
+        ratio = own.constants[f"{number}.heads"] / constants[f"{number}.heads"]
+        mine = own.loss(student, None, other, propagate).metrics[f"layer.{number}"]
+        torch.testing.assert_close(loss.metrics[f"layer.{number}"], mine * ratio)
+    student.zero_grad(set_to_none=True)
 
 
 def test_transfer_begins_with_the_gains_of_least_squares(base: Path, tmp_path: Path, batch: Batch) -> None:
@@ -155,8 +197,7 @@ def test_transfer_begins_with_the_gains_of_least_squares(base: Path, tmp_path: P
     checkpoint.convert(base, tmp_path / "gained", mixer="supra", options={"gain": "head"}, keep="none", seed=0)
     student = checkpoint.load(tmp_path / "gained")
     others = {name: value.clone() for name, value in student.state_dict().items() if not name.endswith("gain")}
-    with torch.no_grad():
-        make("transfer").begin(student, batch)
+    start(make("transfer"), student, *(Batch(*(part[row : row + 1] for part in batch)) for row in (0, 1)))
     assert all(value.equal(student.state_dict()[name]) for name, value in others.items())
 
     seen: list[tuple[Tensor, Tensor]] = []
@@ -170,7 +211,9 @@ def test_transfer_begins_with_the_gains_of_least_squares(base: Path, tmp_path: P
         layer.forward = spy
     with torch.no_grad():
         student(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    scored = (batch.labels != IGNORED)[..., None, None]
     for got, taught in seen:
+        got, taught = got * scored, taught * scored
         slope = ((got - taught) * got).sum((0, 1, 3))
         assert (slope.abs() <= 1e-4 * got.square().sum((0, 1, 3))).all()
         assert not torch.allclose(got, taught)
@@ -179,19 +222,17 @@ def test_transfer_begins_with_the_gains_of_least_squares(base: Path, tmp_path: P
 def test_transfer_moves_mixers_only_and_no_gradient_crosses_layers(student, batch: Batch) -> None:
     stage = make("transfer")
     chosen = select(student, stage, spec())
-    assert all(".mixer." in name for name, _ in chosen)
+    assert {name for name, _ in chosen} == mixer_names(student)
+    start(stage, student, batch)
     student.zero_grad(set_to_none=True)
-    with stage.attached(student):
-        loss = stage.loss(student, None, batch)
-    loss.sum.backward()
+    stage.loss(student, None, batch, propagate)
     before = {name: parameter.grad.clone() for name, parameter in chosen}
     with torch.no_grad():  # another first mixer: the second layer's gradient must not notice
         for name, parameter in chosen:
             if ".layers.0." in name:
                 parameter.add_(1.0)
     student.zero_grad(set_to_none=True)
-    with stage.attached(student):
-        stage.loss(student, None, batch).sum.backward()
+    stage.loss(student, None, batch, propagate)
     for name, parameter in chosen:
         same = torch.equal(parameter.grad, before[name])
         assert same == (".layers.1." in name), name
@@ -199,6 +240,104 @@ def test_transfer_moves_mixers_only_and_no_gradient_crosses_layers(student, batc
         for name, parameter in chosen:
             if ".layers.0." in name:
                 parameter.sub_(1.0)
+    student.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("mixer", ["gated", "supra", "t2r"])
+def test_the_graph_of_a_layer_is_gone_before_the_next_ones_is_made(mixer: str, short: Batch) -> None:
+    """The most numbers that are saved for a backward pass at once, of 2 layers and of 8."""
+    most = {}
+    for layers in (2, 8):
+        model = tiny_model("llama", mixer, num_hidden_layers=layers).train()
+        stage, alive, peak = make("transfer"), 0, 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal alive, peak
+            held, size = tensor.detach().clone(), tensor.numel()
+            alive += size
+            peak = max(peak, alive)
+
+            def gone() -> None:
+                nonlocal alive
+                alive -= size
+
+            weakref.finalize(held, gone)
+            return held
+
+        select(model, stage, spec())
+        start(stage, model, short)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
+            stage.loss(model, None, short, propagate)
+        assert alive == 0
+        most[layers] = peak
+    assert most[8] == most[2] > 0
+
+
+def test_transfer_projects_once_a_layer(student, batch: Batch) -> None:
+    stage, calls = make("transfer"), []
+    start(stage, student, batch)
+    hooks = [
+        getattr(layer, name).register_forward_hook(lambda module, *_: calls.append(module))
+        for _, layer in student.swapped_layers()
+        for name in ("q_proj", "k_proj", "v_proj")
+    ]
+    stage.loss(student, None, batch, propagate)
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == len(set(calls)) == len(hooks)
+
+
+def test_transfers_teacher_drops_nothing_out_and_mixers_go_on_training(short: Batch) -> None:
+    """As where a base has dropout: its attention and its blocks drop most of what they hold."""
+    model = tiny_model("llama", "supra").train()
+    stage, modes = make("transfer"), []
+
+    class Dropping(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.inner(x), 0.9, self.training)
+
+    for block in model.model.layers:
+        block.mlp, block.self_attn.v_proj = Dropping(block.mlp), Dropping(block.self_attn.v_proj)
+        block.self_attn.mixer.register_forward_hook(lambda module, *_: modes.append(module.training))
+    start(stage, model, short)
+    losses = [stage.loss(model, None, short, propagate).sum for _ in range(2)]
+    assert losses[0].equal(losses[1])
+    assert modes == [True] * 9
+    assert all(module.training for module in model.modules())
+
+
+def test_the_head_learns_under_autocast() -> None:
+    """PyTorch once kept a cast copy of the head's weight that was made without gradient."""
+    model = tiny_model("llama", "supra").train()
+    ids = torch.randint(3, 97, (2, 12))
+    batch = Batch(ids, torch.arange(12).expand(2, 12), ids)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    grads = []
+    model.lm_head.weight.register_hook(grads.append)
+    Stepper(make("finetune"), model, None, optimizer, 1.0, torch.device("cpu"), torch.bfloat16).take([batch])
+    assert grads[0].abs().sum() > 0
+
+
+def test_a_trained_parameter_that_the_loss_does_not_reach_is_named(short: Batch) -> None:
+    model = tiny_model("llama", "supra")
+    mixer = next(model.swapped_layers())[1].mixer
+    mixer.idle = nn.Linear(3, 3)
+    stage = make("transfer")
+    optimizer = adamw(model, select(model, stage, spec()), spec())
+    start(stage, model, short)
+    stepper = Stepper(stage, model, None, optimizer, 1.0, torch.device("cpu"), torch.float32)
+    with pytest.raises(SupraError, match=r"does not depend on model.layers.0.self_attn.mixer.idle.weight"):
+        stepper.take([short])
+
+
+def test_a_transfer_whose_first_step_has_nothing_to_measure_is_a_sentence(student) -> None:
+    ones = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(SupraError, match="two tokens of one document"):
+        start(make("transfer"), student, Batch(ones, ones, torch.full_like(ones, IGNORED)))
 
 
 def test_a_stage_with_nothing_to_train_is_refused(base: Path) -> None:
@@ -210,7 +349,7 @@ def test_a_stage_with_nothing_to_train_is_refused(base: Path) -> None:
 def test_mixers_alone_can_be_trained_in_any_stage(student) -> None:
     names = [name for name, _ in select(student, make("finetune"), spec(train="mixer"))]
     assert names
-    assert all(".mixer." in name for name in names)
+    assert set(names) == mixer_names(student)
     assert len(select(student, make("finetune"), spec())) > len(names)
 
 
@@ -223,13 +362,63 @@ def test_untied_weights_start_equal_and_part(base: Path) -> None:
     assert not model.config.tie_word_embeddings
 
 
-def test_groups_have_their_own_rates_and_vectors_do_not_decay(student) -> None:
-    optimizer = adamw(select(student, make("finetune"), spec()), spec(lr=1e-4, mixer_lr=1e-2, weight_decay=0.1))
+def test_groups_have_their_own_rates(student) -> None:
+    chosen = select(student, make("finetune"), spec())
+    optimizer = adamw(student, chosen, spec(lr=1e-4, mixer_lr=1e-2, weight_decay=0.1))
     for group in optimizer.param_groups:
-        new = {".mixer." in name for name in group["names"]}
+        new = {name in mixer_names(student) for name in group["names"]}
         assert len(new) == 1
         assert group["peak_lr"] == (1e-2 if new.pop() else 1e-4)
-        assert all((parameter.ndim >= 2) == (group["weight_decay"] > 0) for parameter in group["params"])
+        decaying = {name in matrices(student) for name in group["names"]}
+        assert decaying == {group["weight_decay"] > 0}
+
+
+DECAYING = {
+    "gated": {"phi_q.weight", "phi_k.weight", "decay.weight", "gate.weight"},
+    "retention": set(),
+    "softmax": set(),
+    "supra": {"E.weight", "E_kv.weight"},
+    "t2r": {"phi.weight"},
+    "window": set(),
+}
+"""Of every mixer, with the options that give it most parameters; none of them gains, biases, norms."""
+MOST = {"gated": {"output_gate": True}, "retention": {"gain": "head"}, "supra": {"gain": "head", "qk_norm": True}}
+
+
+@pytest.mark.parametrize("mixer", list(mixers))
+def test_weight_decay_is_for_the_matrices_of_mixers(mixer: str) -> None:
+    maps = [{}, {"map": "head"}] if mixer == "supra" else [{}]
+    for more in maps:
+        model = tiny_model("llama", mixer, options=MOST.get(mixer, {}) | more)
+        new = mixer_names(model)
+        assert {name.partition(".mixer.")[2] for name in matrices(model) & new} == DECAYING[mixer]
+        assert {name.partition(".")[2] for name in new - matrices(model)} <= {
+            f"layers.{n}.self_attn.mixer.{rest}"
+            for n in range(3)
+            for rest in (
+                *("norm.gain", "q_norm.weight", "k_norm.weight", "E.bias", "E_kv.bias"),
+                *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias"),
+            )
+        }
+
+
+@pytest.mark.parametrize("base", list(archs))
+def test_weight_decay_is_for_the_matrices_of_bases(base: str) -> None:
+    """In a base every matrix has two dimensions and everything else one; a base with others must name them."""
+    model = tiny_model(base, "softmax", tie_word_embeddings=False)
+    two = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    assert matrices(model) & dict(model.named_parameters()).keys() == two
+    assert {parameter.ndim for parameter in model.parameters()} == {1, 2}
+
+
+def test_a_part_of_a_base_that_is_called_mixer_is_none_of_ours() -> None:
+    """As in Mamba and its like, whose blocks keep their own work at `.mixer`."""
+    model = tiny_model("llama", "supra", keep="0")
+    model.model.layers[0].mixer = nn.Linear(4, 4)
+    names = mixer_names(model)
+    assert "model.layers.0.mixer.weight" not in names
+    assert {name.split(".")[2] for name in names} == {"1", "2"}
+    assert names == {name for name, _ in select(model, make("transfer"), spec())}
 
 
 @pytest.mark.parametrize(
@@ -254,7 +443,9 @@ def test_the_rate_follows_its_schedule(schedule: str, step: int, wanted: float) 
 def test_one_adamw_step_is_its_formula(student) -> None:
     parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
     parameter.grad = torch.tensor([[0.5, 0.25]])
-    optimizer = adamw([("layer.weight", parameter)], spec(lr=0.1, weight_decay=0.5))
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight = parameter
+    optimizer = adamw(layer, layer.named_parameters(), spec(lr=0.1, weight_decay=0.5))
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"]
     optimizer.step()

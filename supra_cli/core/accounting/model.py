@@ -9,7 +9,8 @@ import torch
 
 from supra_cli.core.archs import archs
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.swap import SOFTMAX, SwappedAttention
+from supra_cli.core.recipe.keep import SOFTMAX
+from supra_cli.core.swap import SwappedAttention, mixer_names
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def measure(config: SupraConfig, dtype: torch.dtype | None = None) -> ModelPlan:
     kept = [spec.window for spec, kind in zip(specs, config.swap.layers, strict=True) if kind == SOFTMAX]
     states = [a.mixer.init_state(1, torch.device("meta")) for a in attentions if isinstance(a, SwappedAttention)]
     parameters = dict(model.named_parameters())
-    new = sum(parameter.numel() for name, parameter in parameters.items() if ".mixer." in name)
+    new = sum(parameters[name].numel() for name in mixer_names(model))
     total = sum(parameter.numel() for parameter in parameters.values())
     return ModelPlan(
         model_type=config.swap.base,

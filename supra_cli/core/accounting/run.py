@@ -18,12 +18,12 @@ from supra_cli.core import checkpoint, hub, ops
 from supra_cli.core.accounting.layers import extrapolated
 from supra_cli.core.accounting.meter import Lap, Meter
 from supra_cli.core.accounting.model import ModelPlan, measure
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.stages import Loss, Stage
+from supra_cli.core.stages import Backward, Loss, Stage
 from supra_cli.core.train.optimizer import moment_bytes
 from supra_cli.core.train.prepare import prepare, stage_of
-from supra_cli.core.train.step import Stepper
+from supra_cli.core.train.step import Stepper, begin
 
 if TYPE_CHECKING:
     from supra_cli.core import recipe as recipes
@@ -149,7 +149,7 @@ def _stays_mapped(recipe: recipes.Recipe, config: SupraConfig) -> bool:
 def student_config(recipe: recipes.Recipe) -> SupraConfig:
     """The configuration of the model that `recipe` trains; UsageError for an unknown mixer, option or `keep`."""
     if recipe.base is not None:
-        base = checkpoint.read_config(hub.config_folder(hub.resolve(recipe.base)))
+        base = checkpoint.outline(hub.resolve(recipe.base))
     else:
         base = checkpoint.own_shape({"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
     return base.with_mixer(recipe.mixer.name, recipe.mixer.options, recipe.keep)
@@ -210,7 +210,10 @@ def _pass(
             for parameter in trained:
                 parameter.data = parameter.data.to(dtype)
         stepper = Stepper(stage, student, teacher, optimizer, spec.clip_norm, torch.device("cpu"), dtype)
-        with Meter(student, teacher, packed=recipe.data.documents != "joined") as meter:
+        packed = recipe.data.documents != "joined"
+        with Meter(packed=packed):  # not counted: a stage begins before it has gradients and moments
+            begin(stage, student, [batch], torch.device("cpu"), dtype)
+        with Meter(student, teacher, packed=packed) as meter:
             if spec.optimizer == OFFLOAD:
                 _offload(trained, accumulating, meter)
             elif accumulating:
@@ -270,7 +273,7 @@ def _teacher_config(recipe: recipes.Recipe, spec: recipes.Stage) -> SupraConfig 
     name = spec.teacher or recipe.base
     if name is None:
         return None
-    return checkpoint.read_config(hub.config_folder(hub.resolve(name)))
+    return checkpoint.outline(hub.resolve(name))
 
 
 def _built(config: SupraConfig, dtype: torch.dtype) -> SupraForCausalLM:
@@ -293,10 +296,17 @@ def _divide(stage: Stage, student: SupraForCausalLM, meter: Meter) -> None:
     """Begin a lap with the student's pass, the backward pass and the first gradient of the first layer that moves."""
     loss, reached = stage.loss, False
 
-    def lost(*args: object) -> Loss:
-        found = loss(*args)
-        meter.lap()
-        return found
+    def lost(student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:
+        begun = False
+
+        def back(part: Tensor) -> Tensor:
+            nonlocal begun
+            if not begun:
+                meter.lap()
+            begun = True
+            return backward(part)
+
+        return loss(student, teacher, batch, back)
 
     def reach(_: Tensor) -> None:
         nonlocal reached

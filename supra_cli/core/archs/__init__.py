@@ -40,8 +40,14 @@ class Arch:
     """(attention, o [B,T,H·V]) -> [B,T,D]."""
     head: Callable[[nn.Module, Tensor], Tensor]
     """(model, hidden [...,D]) -> logits, soft-capping and multipliers included."""
-    cache: str
-    """Keyword under which a block hands the cache to its attention."""
+
+    def __reduce__(self) -> tuple:
+        """Pickled and copied by name: its functions cannot be."""
+        return _by_name, (next(name for name in archs if archs.get(name) is self),)
+
+
+def _by_name(name: str) -> Arch:
+    return archs.get(name)
 
 
 def head_spec(

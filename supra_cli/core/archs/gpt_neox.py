@@ -21,7 +21,6 @@ GPT_NEOX = Arch(
     rotation=rotary,
     out=lambda attention, o: attention.dense(o),
     head=lambda model, hidden: model.lm_head(hidden),
-    cache="layer_past",
 )
 
 archs.register("gpt_neox")(GPT_NEOX)

@@ -35,7 +35,6 @@ LLAMA = Arch(
     rotation=rotary,
     out=lambda attention, o: attention.o_proj(o),
     head=lambda model, hidden: model.lm_head(hidden),
-    cache="past_key_values",
 )
 
 archs.register("llama", "mistral", "qwen2")(LLAMA)

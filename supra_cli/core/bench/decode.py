@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from supra_cli.core.bench.models import configs, draw
 from supra_cli.core.bench.roofline import Rates, counted_flops, rate_runs, rates
 from supra_cli.core.bench.timing import Run, measured, median_ratio, medians, result, target
-from supra_cli.core.generate.steps import compiled, decode
+from supra_cli.core.cache import RecurrentLayer
+from supra_cli.core.generate.steps import compiled, decode, prefill
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.ops import linear_attention
-from supra_cli.core.swap import SOFTMAX, RecurrentLayer
+from supra_cli.core.recipe.keep import SOFTMAX
 
 KINDS = (SOFTMAX, "supra")
 POSITIONS = (100, 16000)
@@ -72,12 +73,9 @@ class Text:
     """A model that has read `position` random tokens and can be asked for the next, by a compiled step if asked."""
 
     def __init__(self, model: nn.Module, position: int, *, compile: bool = False):
-        self.model, self.cache = model, None
+        self.model = model
         ids = torch.randint(0, model.config.vocab_size, (1, position), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            for piece in ids.split(2048, dim=1):
-                out = model(input_ids=piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-                self.cache = out.past_key_values
+        _, self.cache = prefill(model, ids, None)
         self.token, self.position = ids[:, -1], torch.tensor([position])
         self.step = compiled(model, self.token, self.position, None, self.cache) if compile else decode
 
@@ -124,7 +122,7 @@ def _weight_bytes(model: nn.Module) -> int:
 
 def _layer_bytes(layer: CacheLayerMixin) -> int:
     if isinstance(layer, RecurrentLayer):
-        return 2 * sum(tensor.nbytes for tensor in layer.state)
+        return 2 * layer.nbytes()
     return layer.keys.nbytes + layer.values.nbytes
 
 
@@ -243,7 +241,7 @@ def _one_token(model: nn.Module, batch: int, context: int) -> tuple[Run, Cache]:
     layers = [
         Filled(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)))
         if kind == SOFTMAX
-        else RecurrentLayer()
+        else DynamicLayer()  # a recurrent one takes its place
         for kind in config.swap.layers
     ]
     cache = Cache(layers=layers)
@@ -251,7 +249,7 @@ def _one_token(model: nn.Module, batch: int, context: int) -> tuple[Run, Cache]:
 
     def step() -> None:
         with torch.inference_mode():
-            model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+            model(input_ids=token, position_ids=position, cache=cache, use_cache=True)
 
     step()  # the recurrent states are made by the first
     return step, cache

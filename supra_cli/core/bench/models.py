@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from supra_cli.core import checkpoint, hub
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.swap import SOFTMAX
+from supra_cli.core.recipe.keep import SOFTMAX
 
 
 def configs(model: str, mixers: tuple[str, ...]) -> dict[str, SupraConfig]:

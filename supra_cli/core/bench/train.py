@@ -10,7 +10,7 @@ from torch import nn
 from supra_cli.core.bench.models import configs, draw
 from supra_cli.core.bench.roofline import counted_flops, rate_runs, rates
 from supra_cli.core.bench.timing import Run, measured, median_ratio, medians, result
-from supra_cli.core.swap import SOFTMAX
+from supra_cli.core.recipe.keep import SOFTMAX
 
 MIXERS = (SOFTMAX, "supra", "t2r")
 SHAPES = ((8, 512), (1, 4096))

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from supra_cli.core.checkpoint.describing import skeleton
 from supra_cli.core.checkpoint.files import atomic_directory
-from supra_cli.core.checkpoint.reading import check, digest, read_config, skeleton, tensors
+from supra_cli.core.checkpoint.reading import examine, tensors
+from supra_cli.core.checkpoint.record import digest
 from supra_cli.core.checkpoint.writing import finish, link_shards, tensor_bytes, write_shards
 from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraConfig
@@ -54,10 +56,9 @@ def convert(
 
 def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) -> SupraConfig:
     """The config that converting `source` would give it; what stands in the way is a SupraError."""
-    config = read_config(source)
+    config = examine(source)
     if config.swap.any:
         raise UsageError(f"{source} is converted already, to mixer '{config.swap.mixer}'; convert its base instead")
-    check(config, tensors(source))
     return config.with_mixer(mixer, options, keep)
 
 

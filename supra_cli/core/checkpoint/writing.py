@@ -13,14 +13,22 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from supra_cli.core.checkpoint.files import atomic_directory, link, sha256, write_tensors
-from supra_cli.core.checkpoint.reading import INDEX, PROVENANCE, SINGLE, digest, read_provenance, tensors
+from supra_cli.core.checkpoint.files import atomic_directory, link, write_tensors
+from supra_cli.core.checkpoint.reading import tensors
+from supra_cli.core.checkpoint.record import (
+    PROVENANCE,
+    Hashes,
+    config_digest,
+    digest,
+    hashed,
+    read_provenance,
+    vouched,
+)
 from supra_cli.core.environment import versions
 from supra_cli.core.files import write_json
+from supra_cli.core.folder import INDEX, SINGLE
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
-Hashes = dict[str, dict[str, Any]]
-"""File → {"bytes", "sha256"}."""
 FORMAT = 1
 """Version of supra.json."""
 SHARD_BYTES = 5 * 10**9
@@ -54,10 +62,11 @@ def save(
     state = {
         name: tensor.detach() for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
     }
-    mixers = {name: tensor for name, tensor in state.items() if ".mixer." in name}
+    of_mixers = _mixer_names(model)
+    mixers = {name: tensor for name, tensor in state.items() if name in of_mixers}
     with atomic_directory(path, overwrite=overwrite) as directory:
         known: Hashes = {}
-        if kept := {} if unchanged is None else _without_mixers(Path(unchanged)):
+        if kept := {} if unchanged is None else _without(of_mixers, Path(unchanged)):
             placed, known = link_shards(Path(unchanged), directory, kept)
         else:
             base = revert_weight_conversion(model, {name: value for name, value in state.items() if name not in mixers})
@@ -68,11 +77,16 @@ def save(
     return Path(path)
 
 
-def _without_mixers(path: Path) -> dict[str, str]:
+def _mixer_names(model: SupraForCausalLM) -> set[str]:
+    """The names of what mixers hold: asked of the modules, as bases may call parts of their own `mixer`."""
+    return {f"{name}.mixer.{own}" for name, layer in model.swapped_layers() for own in layer.mixer.state_dict()}
+
+
+def _without(mixers: set[str], path: Path) -> dict[str, str]:
     """Tensor → file of a model's shards that hold no mixer; nothing where one holds both."""
     files = {name: entry.file for name, entry in tensors(path).items()}
-    mixed = {file for name, file in files.items() if ".mixer." in name}
-    kept = {name: file for name, file in files.items() if ".mixer." not in name}
+    mixed = {file for name, file in files.items() if name in mixers}
+    kept = {name: file for name, file in files.items() if name not in mixers}
     return {} if mixed & set(kept.values()) else kept
 
 
@@ -122,7 +136,8 @@ def link_shards(source: Path, directory: Path, placed: Mapping[str, str]) -> tup
     hashes: Hashes = {}
     for old, new in renamed.items():
         link(source / old, directory / new)
-        hashes[new] = known.get(old) or _hashed(directory / new)
+        entry = vouched(source / old, known.get(old)) or hashed(directory / new)
+        hashes[new] = entry | {"mtime_ns": (directory / new).stat().st_mtime_ns}  # a copy has its own
     return {name: renamed[file] for name, file in placed.items()}, hashes
 
 
@@ -151,7 +166,8 @@ def finish(
         "format": FORMAT,
         "versions": versions(),
         **provenance,
-        "files": {file: known.get(written) or _hashed(directory / file) for file, written in files.items()},
+        "config": config_digest(directory),
+        "files": {file: known.get(written) or hashed(directory / file) for file, written in files.items()},
     }
     write_json(directory / PROVENANCE, record)
 
@@ -163,7 +179,3 @@ def companions(path: Path) -> list[str]:
 
 def tensor_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _hashed(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}

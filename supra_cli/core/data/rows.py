@@ -6,66 +6,28 @@ have come. A row is filled from one source; a document is cut where the row ends
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import itertools
+import logging
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from supra_cli.core.data import sources
+from supra_cli.core.data.packing import Batch, collate, pack
 from supra_cli.core.data.tokens import Tokens, tokenised
 from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.recipe import Data, Packing, Source
 
-IGNORED = -100
-
-
-class Batch(NamedTuple):
-    """Rows for one forward pass, on one device."""
-
-    input_ids: Tensor
-    """[B,T] int64."""
-    position_ids: Tensor
-    """[B,T] int64, restarting at 0 with each document."""
-    labels: Tensor
-    """[B,T] int64: the next token of the same document, or -100 where there is none."""
-
-    @property
-    def targets(self) -> int:
-        """How many positions have a next token to predict."""
-        return int((self.labels != IGNORED).sum())
-
-    def to(self, device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+_log = logging.getLogger(__name__)
 
 
 class Stream(Protocol):
     """One source of rows; `state` is what `restore` needs to go on from here."""
 
     digest: str
-    state: dict[str, int]
+    state: dict[str, Any]
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-def pack(take: Callable[[int], np.ndarray], length: int, packing: Packing) -> tuple[np.ndarray, np.ndarray]:
-    """One row as (ids [length], positions [length]); `take(most)` gives the next at most `most` tokens of a document.
-
-    `separate` fills the row with pieces whose positions each start at 0, `joined` with pieces under one run of
-    positions, and `cut` takes one piece. What a piece leaves empty is token 0 at position 0: every such token is a
-    document by itself, so that no other sees it and it has nothing to predict.
-    """
-    ids, positions = np.zeros(length, np.int64), np.zeros(length, np.int64)
-    filled = 0
-    while filled < length:
-        piece = take(length - filled)
-        ids[filled : filled + len(piece)] = piece
-        positions[filled : filled + len(piece)] = np.arange(len(piece))
-        filled += len(piece)
-        if packing == "cut":
-            break
-    return ids, np.arange(length, dtype=np.int64) if packing == "joined" else positions
 
 
 class Documents:
@@ -179,34 +141,29 @@ class Mixture:
             "rows": list(self._rows),
             "tokens": list(self._tokens),
             "streams": [dict(stream.state) for stream in self._streams],
-            "digests": self.digests(),
+            # In the sources' order and without their paths: text that was moved is the same text.
+            "digests": [stream.digest for stream in self._streams],
         }
 
     def restore(self, state: dict) -> None:
         """Go on from `state`. SupraError when the text or the tokenizer is no longer what it was saved with."""
-        if state["digests"] != self.digests():
-            changed = [name for name, digest in self.digests().items() if state["digests"].get(name) != digest]
+        changed = ["the number of sources"] if len(state["streams"]) != len(self._streams) else []
+        for name, stream, saved, digest in zip(
+            self.names, self._streams, state["streams"], state["digests"], strict=False
+        ):
+            stream.state = dict(saved)  # before its digest is read: a dataset on the hub goes back to its commit
+            changed += [name] if stream.digest != digest else []
+        if changed:
             raise SupraError(
-                f"the data changed since the checkpoint was written ({', '.join(changed) or 'other sources'}); "
-                "put back the same files and tokenizer, or start a new run"
+                f"the data changed since the checkpoint was written ({', '.join(changed)}), or how supra reads it; "
+                "put back the same files, tokenizer and version of supra, or start a new run"
             )
         self._rows, self._tokens = list(state["rows"]), list(state["tokens"])
-        for stream, saved in zip(self._streams, state["streams"], strict=True):
-            stream.state = dict(saved)
 
 
-def collate(ids: list[np.ndarray], positions: list[np.ndarray]) -> Batch:
-    """Rows as tensors, with the next token of the same document as label."""
-    input_ids = torch.from_numpy(np.stack(ids))
-    position_ids = torch.from_numpy(np.stack(positions))
-    labels = torch.full_like(input_ids, IGNORED)
-    same = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    labels[:, :-1] = torch.where(same, input_ids[:, 1:], IGNORED)
-    return Batch(input_ids, position_ids, labels)
-
-
-def training(data: Data, tokenizer, seed: int) -> Mixture:
-    """The training rows of a recipe."""
+def training(data: Data, tokenizer, seed: int, longest: int = 0) -> Mixture:
+    """The training rows of a recipe, `longest` being the most tokens that will be asked of one, if not its seq_len."""
+    longest = max(longest, data.seq_len)
     streams: list[Stream] = []
     for number, source in enumerate(data.sources):
         if sources.is_on_hub(source):
@@ -215,10 +172,10 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
             streams.append(_open_hub(source, "train", tokenizer, data.documents))
             continue
         tokens = tokenised(source, tokenizer, "train", data.skip_share)
-        if len(tokens.ids) < data.seq_len:
+        if len(tokens.ids) < longest:
             raise SupraError(
-                f"{source.path} has only {len(tokens.ids)} tokens, fewer than one row of {data.seq_len}; "
-                "add text or lower data.seq_len"
+                f"{source.path} has only {len(tokens.ids)} tokens, fewer than one row of {longest}; "
+                "add text or lower seq_len"
             )
         if source.repeat == "no":
             streams.append(Documents(tokens, (seed, number), data.documents))
@@ -231,6 +188,8 @@ def training(data: Data, tokenizer, seed: int) -> Mixture:
 def held_out(data: Data, tokenizer) -> Batch | None:
     """The validation rows of a recipe, the same ones at every call: spread evenly over a local source's text."""
     pairs = []
+    for sentence in sources.overlap(data):
+        _log.warning(sentence)
     for source in data.validation:
         wanted = data.validation_tokens // len(data.validation) // data.seq_len
         pairs += _spread_rows(source, tokenizer, data, wanted)
@@ -239,17 +198,21 @@ def held_out(data: Data, tokenizer) -> Batch | None:
 
 def _spread_rows(source: Source, tokenizer, data: Data, wanted: int) -> list[tuple[np.ndarray, np.ndarray]]:
     if sources.is_on_hub(source):
-        stream, there = _open_hub(source, "validation", tokenizer, data.documents), wanted
+        stream = _open_hub(source, "validation", tokenizer, data.documents)
+        drawn = (stream.row(data.seq_len) for _ in range(wanted))
+        # A row in which the dataset has started over is left out, and what would follow.
+        rows = list(itertools.takewhile(lambda _: stream.state["epoch"] == 0, drawn))
+        there = len(rows)
     else:
         stream = Documents(tokenised(source, tokenizer, "validation", data.skip_share), None, data.documents)
         there = stream.rows_in_an_epoch(data.seq_len)
+        rows = (stream.row(data.seq_len) for _ in range(there))
     if min(wanted, there) == 0:
         raise SupraError(
             f"{source.path} gives {there} rows of {data.seq_len} tokens for validation and data.validation_tokens asks "
             f"for {wanted}; at least one is needed"
         )
     chosen = set(np.linspace(0, there - 1, min(wanted, there)).round().astype(int).tolist())
-    rows = (stream.row(data.seq_len) for _ in range(there))
     return [row for number, row in enumerate(rows) if number in chosen]
 
 

@@ -4,55 +4,54 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
-import pyarrow
-import pyarrow.parquet
+from typing import Any, NamedTuple
 
 from supra_cli.core import corpus
-from supra_cli.core.errors import NotFoundError, SupraError, first_line, near_miss
+from supra_cli.core.data import readers
+from supra_cli.core.errors import NotFoundError, SupraError, UsageError, near_miss
 from supra_cli.core.recipe import Data, Source
+from supra_cli.core.recipe.paths import COMPRESSED, FORMATS, STDLIB, looks_local
 
-STDLIB = "python-stdlib"
+_SPLITS = {  # the words by which `datasets` knows a split in the name of a file or folder
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+# About the data, though with a data file's suffix.
+_ABOUT = {"readme", "license", "licence", "copying", "notice", "dataset_info", "dataset_infos", "dataset_dict"}
 
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-_FORMATS = {".jsonl": "records", ".json": "records", ".ndjson": "records", ".parquet": "table"}
-_LOCAL_SUFFIXES = {*_COMPRESSED, *_FORMATS, ".txt", ".md", ".py", ".csv"}
-_PIECE_CHARACTERS = 1 << 20
 
+class Files(NamedTuple):
+    """The files of a local source in name order, and sentences on what is there and left out, or read unasked."""
 
-@dataclass
-class Count:
-    """Records seen in one reading of a source, and those that had to be left out, by reason."""
-
-    records: int = 0
-    skipped: int = 0
-    reason: str = ""
-
-    def skip(self, reason: str) -> None:
-        self.skipped += 1
-        self.reason = self.reason or reason
+    paths: list[Path]
+    remarks: list[str]
 
 
 def is_on_hub(source: Source) -> bool:
     """Whether a source can only be a hub dataset: `name` or `org/name`, that is neither built in nor a file here."""
     named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source.path) is not None
-    local = Path(source.path).suffix in _LOCAL_SUFFIXES or bool(_pattern_matches(source.path))
-    return named and not local and source.path != STDLIB
+    return named and source.path != STDLIB and not looks_local(source.path) and not Path(source.path).exists()
 
 
-def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
-    """The documents of a local source. SupraError when more than `skip_share` of its records have no usable text."""
-    count = Count()
+def texts(source: Source, split: str, skip_share: float, count: readers.Count | None = None) -> Iterator[str]:
+    """The documents of a local source, `count` counting them. SupraError when more than `skip_share` of its records
+    have no usable text.
+    """
+    count = readers.Count() if count is None else count
     if source.path == STDLIB:
-        yield from (document.text for document in corpus.documents(_stdlib_split(source.split or split)))
+        for document in corpus.documents(_stdlib_split(source.split or split)):
+            count.records += 1
+            yield document.text
         return
-    for path in files(source.path):
-        for text in _read(path, source.text, count):
+    paths = files(source, split).paths
+    if source.text != "text" and all(readers.form(path)[0] == "text" for path in paths):
+        raise UsageError(f"{source.path} is plain text and has no field '{source.text}'; leave `text` out")
+    for path in paths:
+        for text in readers.read(path, source.text, count):
             count.records += 1
             if fault := _fault(text):
                 count.skip(f"record {count.records} {fault}")
@@ -70,19 +69,65 @@ def texts(source: Source, split: str, skip_share: float) -> Iterator[str]:
 def all_texts(data: Data) -> Iterator[str]:
     """Every document of the local training sources, to train a tokenizer on."""
     for source in data.sources:
+        if is_on_hub(source):
+            raise UsageError(f"a [tokenizer] is trained on text of this machine, and {source.path} is not on it")
         if source.repeat == "no":
             yield from texts(source, "train", data.skip_share)
 
 
-def files(path: str) -> list[Path]:
-    """The files that a path, folder or glob names, in name order. NotFoundError when there are none."""
-    found = _pattern_matches(path)
-    if not found:
+def files(source: Source, split: str) -> Files:
+    """The files that a source's path, folder or glob names.
+
+    Of a folder they are the data files outside hidden folders; and if all of them are named for splits, by their names
+    or their sub-folders', those of the source's split, or of `split` where it says none. Of a folder or glob with a
+    `split`, they are those named for it. NotFoundError when there are none, UsageError for a split of one file.
+    """
+    path = Path(source.path)
+    if path.is_file():
+        if source.split is not None:
+            raise UsageError(f"{path} is one file, which has no split '{source.split}'; leave split out")
+        return Files([path], [])
+    if path.is_dir():
+        paths, remarks = _data_files(path)
+    else:
+        path = Path(re.split(r"[*?[]", source.path)[0] + "_").parent  # what no file's name is part of
+        paths = sorted(Path(match) for match in glob.glob(source.path, recursive=True) if Path(match).is_file())
+        remarks = []
+    if not paths:
         raise NotFoundError(
-            f"no data at '{path}': expected a file, a folder, a glob, '{STDLIB}' or a dataset on the hub"
-            + (near_miss(path, [STDLIB]) if "/" not in path and "." not in path else "")
+            f"no data at '{source.path}': expected a file, a folder, a glob, '{STDLIB}' or a dataset on the hub"
+            + (near_miss(source.path, [STDLIB]) if "/" not in source.path and "." not in source.path else "")
         )
-    return found
+    names = [_split_name(file.relative_to(path)) for file in paths]
+    known = sorted({name for name in names if name})
+    if source.split is None and (None in names or not Path(source.path).is_dir()):
+        if known and Path(source.path).is_dir() and known != ["train"]:
+            remarks.append(
+                f"{path}: files named for a split ({', '.join(known)}) and others are read; set split to choose"
+            )
+        return Files(paths, remarks)
+    wanted = source.split or split
+    chosen = [file for file, name in zip(paths, names, strict=True) if name == (_split_name(Path(wanted)) or wanted)]
+    if not chosen:
+        what = f"its files are named for {', '.join(known)}" if known else "none of its files is named for a split"
+        raise NotFoundError(
+            f"{source.path} has no split '{wanted}': {what}, in their own or a sub-folder's name; "
+            "name one of them as split, or other files as path"
+        )
+    if len(chosen) < len(paths):
+        remarks.append(f"{path}: split '{wanted}' is {len(chosen)} of its {len(paths)} files")
+    return Files(chosen, remarks)
+
+
+def overlap(data: Data) -> list[str]:
+    """A sentence for each held-out source that is also trained on; what is not on this machine is passed over."""
+    trained = {item for source in data.sources for item in _items(source, "train")}
+    return [
+        f"{source.path} is both held out and trained on, so the held-out loss does not show what was learned; "
+        "name other text, or a split, as data.validation"
+        for source in data.validation
+        if not trained.isdisjoint(_items(source, "validation"))
+    ]
 
 
 def fingerprint(source: Source, split: str) -> str:
@@ -92,11 +137,20 @@ def fingerprint(source: Source, split: str) -> str:
         for name, text in corpus.documents(_stdlib_split(source.split or split)):
             digest.update(f"{name}\0{text}\0".encode())
         return digest.hexdigest()
-    for path in files(source.path):
+    for path in files(source, split).paths:
         digest.update(path.name.encode() + b"\0")
-        with _open(path) as stream:
+        with readers.opened(path) as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _items(source: Source, split: str) -> set[Any]:
+    """What a source draws from, such that two sources share text if they share an item."""
+    if source.path == STDLIB or is_on_hub(source):
+        return {(source.path, source.name, source.revision, source.split or split)}
+    if not Path(source.path).exists() and not glob.glob(source.path):
+        return set()
+    return {path.resolve() for path in files(source, split).paths}
 
 
 def _stdlib_split(split: str) -> corpus.Split:
@@ -105,34 +159,33 @@ def _stdlib_split(split: str) -> corpus.Split:
     return split
 
 
-def _pattern_matches(path: str) -> list[Path]:
-    here = Path(path)
-    if here.is_file():
-        return [here]
-    if here.is_dir():
-        return sorted(file for file in here.rglob("*") if file.is_file() and not file.name.startswith("."))
-    return sorted(Path(match) for match in glob.glob(path, recursive=True) if Path(match).is_file())
+def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The data files below a folder, and a sentence on the rest. NotFoundError when there is a rest alone."""
+    present = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = [path for path in present if _is_data(path.relative_to(folder))]
+    rest = [path.relative_to(folder) for path in present if path not in set(paths)]
+    if any(path.suffix == ".arrow" and not str(path).startswith(".") for path in rest):
+        raise SupraError(f"{folder} holds .arrow files, as `save_to_disk` of datasets writes them; use `to_parquet`")
+    shown = next((path for path in rest if not str(path).startswith(".")), rest[0] if rest else None)
+    if rest and not paths:
+        raise NotFoundError(
+            f"no data in {folder}: of a folder {', '.join(FORMATS)} files are read (also {', '.join(COMPRESSED)}), "
+            f"none of which is among the {len(rest)} in it, such as {shown}; name other files by a glob"
+        )
+    left = f"{folder}: {len(paths)} data files; {len(rest)} others are left out, such as {shown}"
+    return paths, [left] if rest else []
 
 
-def _open(path: Path):
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise SupraError(f"cannot read {path}: {error.strerror or error}") from None
+def _is_data(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and readers.form(path)[1] in FORMATS and path.name.partition(".")[0].lower() not in _ABOUT
 
 
-def _read(path: Path, field: str, count: Count) -> Iterator[str]:
-    suffixes = path.suffixes
-    compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
-    inner = suffixes[-2] if compression and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
-    try:
-        if _FORMATS.get(inner) == "table":
-            yield from _read_table(path, field)
-            return
-        with pyarrow.input_stream(str(path), compression=compression) as stream:
-            yield from _read_records(stream, path, field, count) if inner in _FORMATS else _read_text(stream, path)
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise SupraError(f"cannot read {path}: {first_line(error)}") from None
+def _split_name(path: Path) -> str | None:
+    """The split that a relative path is named for, its last word deciding."""
+    words = re.findall("[a-z]+", path.as_posix().lower())
+    named = [split for word in words for split, spellings in _SPLITS.items() if word in spellings]
+    return named[-1] if named else None
 
 
 def _fault(text: str) -> str:
@@ -141,66 +194,3 @@ def _fault(text: str) -> str:
         return "" if text.encode() else "is empty"
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         return "is no Unicode text"
-
-
-def _read_table(path: Path, field: str) -> Iterator[str]:
-    table = pyarrow.parquet.ParquetFile(path)
-    if field not in table.schema_arrow.names:
-        raise SupraError(f"{path} has no column '{field}'{near_miss(field, table.schema_arrow.names)}")
-    for batch in table.iter_batches(columns=[field]):
-        for value in batch.column(0).to_pylist():
-            if value is not None and not isinstance(value, str):
-                raise SupraError(f"column '{field}' of {path} holds {type(value).__name__}, expected text")
-            yield value or ""
-
-
-def _read_records(stream, path: Path, field: str, count: Count) -> Iterator[str]:
-    for number, line in enumerate(_lines(stream), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            count.skip(f"line {number} of {path} is not JSON")
-            count.records += 1
-            continue
-        if not isinstance(record, dict) or field not in record:
-            known = record if isinstance(record, dict) else ()
-            raise SupraError(f"line {number} of {path} has no field '{field}'{near_miss(field, known)}")
-        text = record[field]
-        if text is not None and not isinstance(text, str):
-            raise SupraError(f"field '{field}' in line {number} of {path} is {type(text).__name__}, expected text")
-        yield text or ""
-
-
-def _read_text(stream, path: Path) -> Iterator[str]:
-    """A text file is one document; one too long for memory comes in pieces of about a million characters."""
-    piece: list[str] = []
-    length = 0
-    for number, line in enumerate(_lines(stream), start=1):
-        if b"\0" in line:
-            raise SupraError(f"{path} looks binary (a zero byte in line {number}); expected text in UTF-8")
-        try:
-            text = line.decode()
-        except UnicodeDecodeError:
-            raise SupraError(
-                f"line {number} of {path} is not UTF-8; convert the file, for example with iconv"
-            ) from None
-        piece.append(text)
-        length += len(text)
-        if length >= _PIECE_CHARACTERS:
-            yield "".join(piece)
-            piece, length = [], 0
-    if length:
-        yield "".join(piece)
-
-
-def _lines(stream) -> Iterator[bytes]:
-    rest = b""
-    while block := stream.read(1 << 20):
-        *lines, rest = (rest + block).splitlines(keepends=True)
-        if rest.endswith((b"\n", b"\r")):
-            lines, rest = [*lines, rest], b""
-        yield from lines
-    if rest:
-        yield rest

@@ -1,11 +1,19 @@
-"""A byte-level BPE tokenizer trained on one's own text, for a base that is itself trained from scratch."""
+"""From a text to token ids, and whether a model has room for them; a byte-level BPE tokenizer trained on one's own
+text, for a base that is itself trained from scratch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from supra_cli.core.errors import SupraError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 BEGIN, END, PAD = "<s>", "</s>", "<pad>"
 
@@ -37,3 +45,57 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, close: bool = False) -> list[list[int]]:
+    """The ids of each text, opened once by what the tokenizer puts before a text, if anything, and with `close` ended
+    once by what it puts after one and by its end of text.
+
+    A text that brings its beginning or its end is given no second one. What spells a special token is that token.
+    """
+    before, after = _template(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    for row, ids in enumerate(rows):
+        start = 0
+        while before and ids[start : start + len(before)] == before:
+            start += len(before)
+        ids = before + ids[start:]
+        for tail in (after, end) if close else ():
+            if ids[len(ids) - len(tail) :] != tail:
+                ids = ids + tail
+        rows[row] = ids
+    return rows
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text: whatever `add_bos_token` or a template makes of it."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """SupraError unless the model has an embedding for every ordinary token of its tokenizer.
+
+    Tokens that were added to a tokenizer, as padding or for images, often have none and are seldom met: `check_ids`
+    refuses them where they are. That a model has more embeddings than tokens is usual.
+    """
+    highest = max(set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder), default=0)
+    if highest >= config.vocab_size:
+        raise SupraError(
+            f"the tokenizer {tokenizer.name_or_path} has {highest + 1:,} tokens, the model {config.name_or_path} "
+            f"room for {config.vocab_size:,}: they do not belong together; restore the model's own tokenizer files"
+        )
+
+
+def check_ids(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """SupraError, naming the token, where one of `ids` is beyond the model's embedding."""
+    highest = max(ids, default=0)
+    if highest >= config.vocab_size:
+        raise SupraError(
+            f"the text holds token {highest}, {tokenizer.decode([highest])!r}, of the tokenizer "
+            f"{tokenizer.name_or_path}, but the model {config.name_or_path} has tokens 0 to {config.vocab_size - 1}; "
+            "leave it out of the text, or restore the tokenizer files that the model was trained with"
+        )

@@ -9,20 +9,27 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from supra_cli.core.data import sources
+from supra_cli.core.data.readers import Count
+from supra_cli.core.data.tokenizer import token_ids
 from supra_cli.core.errors import SupraError
+from supra_cli.core.files import write_json
 from supra_cli.core.recipe import Source
 
-_FORMAT = 1
+_log = logging.getLogger(__name__)
+
+_FORMAT = 2  # in every digest: raise it whenever the same text comes to other tokens than before
 _TEXTS_AT_ONCE = 256
 
 
@@ -42,6 +49,9 @@ def cache_folder() -> Path:
 
 def tokenised(source: Source, tokenizer, split: str, skip_share: float) -> Tokens:
     """The tokens of a local source, from the cache or into it. SupraError when there is no token at all."""
+    if source.path != sources.STDLIB:
+        for remark in sources.files(source, split).remarks:
+            _log.info(remark)
     settings = {
         "format": _FORMAT,
         "tokenizer": tokenizer_digest(tokenizer),
@@ -53,20 +63,24 @@ def tokenised(source: Source, tokenizer, split: str, skip_share: float) -> Token
     folder = cache_folder() / "tokens" / digest[:32]
     stored = _read(folder)
     if stored is None:
-        _write(folder, encode(sources.texts(source, split, skip_share), tokenizer), len(tokenizer))
+        count = Count()
+        texts = sources.texts(source, split, skip_share, count)
+        _write(folder, encode(texts, tokenizer), len(tokenizer), count)
         stored = _read(folder)
     if stored is None:
         raise SupraError(f"no text in {source.path}: not one token came out of it")
-    return Tokens(*stored, digest)
+    ids, ends, count = stored
+    if count.skipped:
+        share = f"{count.skipped:,} of {count.records:,} records"
+        _log.warning(f"{source.path}: {share} were skipped for having no usable text (the first: {count.reason})")
+    return Tokens(ids, ends, digest)
 
 
 def encode(texts: Iterable[str], tokenizer) -> Iterable[list[int]]:
-    """Each text as the tokenizer opens it (with the base's own begin token, if any), closed by the end token."""
-    end = tokenizer.eos_token_id
+    """Each text opened as the tokenizer opens it (with the base's own begin token, if any), closed by the end token."""
     texts = iter(texts)
     while batch := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
-            yield ids if end is None or ids[-1:] == [end] else [*ids, end]
+        yield from token_ids(tokenizer, batch, close=True)
 
 
 def tokenizer_digest(tokenizer) -> str:
@@ -75,16 +89,17 @@ def tokenizer_digest(tokenizer) -> str:
     return hashlib.sha256(f"{state}\0{tokenizer.eos_token_id}".encode()).hexdigest()
 
 
-def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """(ids, ends) of a cache folder; None where it is absent, damaged or without a token."""
+def _read(folder: Path) -> tuple[np.ndarray, np.ndarray, Count] | None:
+    """(ids, ends, what was skipped) of a cache folder; None where it is absent, damaged or without a token."""
     try:
         ids, ends = np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "ends.npy")
-    except (OSError, ValueError, EOFError):
+        count = Count(**json.loads((folder / "count.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, EOFError, TypeError):
         return None
-    return (ids, ends) if len(ends) and len(ids) == ends[-1] > 0 else None
+    return (ids, ends, count) if len(ends) and len(ids) == ends[-1] > 0 else None
 
 
-def _write(folder: Path, documents: Iterable[list[int]], vocabulary: int) -> None:
+def _write(folder: Path, documents: Iterable[list[int]], vocabulary: int, count: Count) -> None:
     """Write beside and rename into place: a cache folder is whole or absent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     kind = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
@@ -97,6 +112,7 @@ def _write(folder: Path, documents: Iterable[list[int]], vocabulary: int) -> Non
                 ends.append(ends[-1] + len(ids))
         _as_npy(beside / "ids.bin", beside / "ids.npy", kind, ends[-1])
         np.save(beside / "ends.npy", np.asarray(ends[1:], dtype=np.int64))
+        write_json(beside / "count.json", asdict(count))  # complete only now that the documents have been read
         if _read(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
         try:

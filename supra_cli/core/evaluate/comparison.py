@@ -28,7 +28,7 @@ def compare(tasks: Tasks, student: Records, teacher: Records | None) -> dict[str
             metric, comma, _ = key.partition(",")
             if comma and not metric.endswith("_stderr"):
                 row = _row(key, record, teacher.get(task))
-                rows[metric if metric not in rows else key] = {name: _finite(value) for name, value in row.items()}
+                rows[metric if metric not in rows else key] = row
     return results
 
 
@@ -45,6 +45,8 @@ def with_groups(tasks: Tasks, records: Records) -> Records:
             "samples": sum(record["samples"] for record in leaves),
             "num_fewshot": _common([record["num_fewshot"] for record in leaves]),
             "bos": _common([record["bos"] for record in leaves]),
+            "cut": sum(record["cut"] for record in leaves),
+            "outside": sum(record["outside"] for record in leaves),
             "metrics": {key: value for key, value in metrics.items() if isinstance(value, int | float)},
             **_pooled(group, leaves),
             "choices": None,
@@ -116,8 +118,3 @@ def _difference(student: dict, teacher: dict) -> dict[str, float | None]:
 def _common(values: list) -> Any:
     """The one value of all, or None where they differ."""
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity; a perplexity beyond all numbers is None."""
-    return value if value is None or math.isfinite(value) else None

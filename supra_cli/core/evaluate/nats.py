@@ -1,4 +1,4 @@
-"""Surprise of a causal language model, in nats: over a text, by position, and of a passage met for the second time.
+"""Surprise of a causal language model, in nats per token.
 
 Works on any model that supra loads (the vocabulary projection runs in chunks, inside the model's own forward) and on
 a plain transformers model (whole logits).
@@ -7,15 +7,14 @@ a plain transformers model (whole logits).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from supra_cli.core.data.rows import IGNORED
 from supra_cli.core.errors import SupraError
-
-IGNORED = -100
 
 # Logits that live at once: 64 MiB of them in fp32.
 _LOGITS_AT_ONCE = 1 << 24
@@ -30,16 +29,6 @@ class Perplexity(NamedTuple):
     @property
     def perplexity(self) -> float:
         return math.exp(self.nats)
-
-
-class Repeat(NamedTuple):
-    first: Perplexity
-    second: Perplexity
-
-    @property
-    def ratio(self) -> float:
-        """Surprise at the second meeting over that at the first."""
-        return self.second.nats / self.first.nats
 
 
 def token_nats(
@@ -74,35 +63,6 @@ def perplexity(
 ) -> Perplexity:
     """The mean over all predicted tokens, each counted once whatever its row. Arguments as `token_nats`."""
     return mean(token_nats(model, tokens, positions, labels, batch_size=batch_size))
-
-
-def perplexity_by_position(
-    model,
-    tokens: Tensor,
-    buckets: Sequence[tuple[int, int]],
-    positions: Tensor | None = None,
-    labels: Tensor | None = None,
-    *,
-    batch_size: int = 8,
-) -> dict[tuple[int, int], Perplexity]:
-    """One mean for each bucket (first, last), both included: the number of tokens of its own document that the model
-    has seen in this row before the predicted one. A bucket that no token falls into is an error of the caller."""
-    nats = token_nats(model, tokens, positions, labels, batch_size=batch_size)
-    seen = (torch.arange(tokens.shape[1]).expand_as(tokens) if positions is None else positions.cpu()) + 1
-    return {(first, last): mean(nats[(seen >= first) & (seen <= last)]) for first, last in buckets}
-
-
-def surprise_of_repeats(model, before: Tensor, passage: Tensor, between: Tensor, *, batch_size: int = 8) -> Repeat:
-    """Surprise of `passage` [N,P] the first and the second time in rows `before, passage, between, passage`.
-
-    before [N,A] with A ≥ 1, between [N,C] with C ≥ 0. All P tokens of the passage count, the first included, which
-    nothing announces.
-    """
-    rows = torch.cat([before, passage, between, passage], dim=1)
-    nats = token_nats(model, rows, batch_size=batch_size)
-    length, start = passage.shape[1], before.shape[1] - 1
-    again = start + length + between.shape[1]
-    return Repeat(mean(nats[:, start : start + length]), mean(nats[:, again : again + length]))
 
 
 def mean(nats: Tensor) -> Perplexity:

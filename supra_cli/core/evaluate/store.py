@@ -1,4 +1,4 @@
-"""Scores that were paid for once: `<run>/eval/<task>.json`, each under a key of all that it depends on."""
+"""Scores that were paid for once: `<run>/eval/<task>.json`, each under a key of all that it depends on (`keys`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_cli.core.data.tokens import cache_folder
+from supra_cli.core.files import dumps
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +38,12 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def model_key(path: Path, weights: str, *, device: str, dtype: str) -> dict[str, str]:
-    """What must be equal for two scores to be of the same model, as far as a score can tell."""
-    return {
-        "weights": weights,
-        "config": _files_hash(path, "config.json"),
-        "tokenizer": _files_hash(path, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"),
-        "device": device,
-        "dtype": dtype,
-    }
-
-
 class Store:
-    """The records in one folder, one file a task: {"task", "results", "records": {hash of the key: record}}."""
+    """The records in one folder, one file a task: {"task", "results", "records": {hash of the key: record}}.
+
+    The steps of a run share a file, so `results`, the newest comparison for people and for `supra report`, is kept
+    for each model by the hash of its weights.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -62,9 +56,10 @@ class Store:
         content["records"][_hash(key)] = {"key": key, **record}
         self._write(task, content)
 
-    def note(self, task: str, results: dict[str, Any]) -> None:
-        """Put the newest comparison on top of the task's file, for people."""
-        self._write(task, {**self._read(task), "results": results})
+    def note(self, task: str, weights: str, results: dict[str, Any]) -> None:
+        """Put the newest comparison of the model with these weights on top of the task's file."""
+        content = self._read(task)
+        self._write(task, {**content, "results": {**content["results"], weights: results}})
 
     def _path(self, task: str) -> Path:
         return self.folder / f"{task.replace('/', '_')}.json"
@@ -78,7 +73,11 @@ class Store:
         except ValueError:
             log.warning("%s is damaged; its scores are taken again", self._path(task))
             return empty
-        return content if isinstance(content.get("records"), dict) else empty
+        if not isinstance(content, dict) or not isinstance(content.get("records"), dict):
+            return empty
+        results = content.get("results")
+        by_weights = isinstance(results, dict) and "metrics" not in results  # of an earlier format: one for all models
+        return {**content, "results": results if by_weights else {}}
 
     def _write(self, task: str, content: dict[str, Any]) -> None:
         """A score that cannot be kept is still a score: said, not raised."""
@@ -86,16 +85,11 @@ class Store:
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(content), encoding="utf-8")
+            beside.write_text(dumps(content), encoding="utf-8")
             beside.replace(path)
         except OSError as error:
             log.warning("the scores of %s could not be kept in %s (%s)", task, self.folder, error.strerror)
 
 
-def _files_hash(path: Path, *patterns: str) -> str:
-    files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
-    return hashlib.sha256(b"\0".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
-
-
 def _hash(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(dumps(key, sort_keys=True).encode()).hexdigest()[:32]

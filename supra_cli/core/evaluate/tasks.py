@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import yaml
 
 from supra_cli.core import hub
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError, first_line, near_miss
+from supra_cli.core.errors import NotFoundError, SupraError, UsageError, near_miss
+from supra_cli.core.evaluate import checks
+from supra_cli.core.evaluate.keys import definition
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Tasks:
     leaves: dict[str, object]
     groups: dict[str, object]
     manager: object
+
+    def file(self, name: str) -> Path | None:
+        """The task file that defines `name`."""
+        return _file(self.manager, name) if self.manager is not None else None
 
     @property
     def headline(self) -> list[str]:
@@ -40,10 +45,10 @@ def bundled() -> Path:
 
 
 def find(names: Sequence[str], include: Path | None = None) -> Tasks:
-    """The tasks, groups and tags called `names`, their data sets loaded.
+    """The tasks, groups and tags called `names`, their data sets loaded, and each checked (`checks.check`).
 
     NotFoundError: an unknown name, an `include` folder that is not there, data that is neither cached nor reachable.
-    NotAuthorisedError: a gated data set. SupraError: a task definition that lm-eval cannot use.
+    NotAuthorisedError: a gated data set. SupraError: a task that cannot be asked or would be asked something else.
     """
     if not names:
         raise UsageError(
@@ -53,12 +58,21 @@ def find(names: Sequence[str], include: Path | None = None) -> Tasks:
         raise NotFoundError(
             f"no folder '{include}' for --include-path; expected a folder of lm-eval task files (.yaml)"
         )
+    if include is not None:
+        _check_files(include, names)
     manager = _manager(names, include)
     leaves, groups = {}, {}
     for name in dict.fromkeys(names):
         loaded = _load(manager, name, names)
+        for leaf, task in loaded["tasks"].items():
+            if leaf in leaves and definition(leaves[leaf]) != definition(task):
+                raise UsageError(
+                    f"task '{leaf}' is asked for in two ways, alone and as a group redefines it; score them in two runs"
+                )
         leaves |= loaded["tasks"]
         groups |= loaded.get("groups", {})
+    for name, task in leaves.items():
+        checks.check(name, task, _file(manager, name))
     return Tasks(tuple(dict.fromkeys(names)), leaves, groups, manager)
 
 
@@ -75,8 +89,6 @@ def _manager(names: Sequence[str], include: Path | None):
     missing = {name for name in names if name not in manager.task_index}
     if not missing:
         return manager
-    if include is not None:
-        _check_files(include)
     shipped = _look_through(missing)
     known = [*manager.all_tasks, *shipped.names]
     for name in names:
@@ -139,57 +151,88 @@ def _unknown(name: str, known: Iterable[str]) -> NotFoundError:
     return NotFoundError(f"unknown task '{name}'{hint}")
 
 
-def _check_files(folder: Path) -> None:
-    """lm-eval skips a task file that it cannot read without a word; a user who wrote one wants the word."""
+def _check_files(folder: Path, names: Sequence[str]) -> None:
+    """lm-eval leaves out without a word a task file that it cannot read, and all but one with the same name.
+
+    A file that cannot be read is told if it mentions a name that is asked for, or no name can be found in any other.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    defined: dict[str, Path] = {}
+    broken: dict[Path, Exception] = {}
     for path in sorted(folder.rglob("*.yaml")):
         try:
-            load_yaml(path, resolve_func=False)
+            config = load_yaml(path, resolve_func=False)
         except (yaml.YAMLError, ValueError, OSError) as error:
+            broken[path] = error
+            continue
+        name = config.get("group", config.get("task")) if isinstance(config, dict) else None
+        if isinstance(name, str) and name in names and name in defined:
+            raise SupraError(f"two files define '{name}': {defined[name]} and {path}; rename one of them")
+        if isinstance(name, str):
+            defined[name] = path
+    for path, error in broken.items():
+        if set(names) - defined.keys() - set(_bundled_names()):
             raise SupraError(f"the task file {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _load(manager, name: str, asked: Iterable[str]) -> dict:
-    import datasets.exceptions
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
-    try:
-        with nullcontext() if _is_bundled(manager.task_index[name]) else _without_waiting():
-            return manager.load([name])
-    except GatedRepoError as error:
-        raise _gated(name) from error
-    except (ConnectionError, TimeoutError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError) as error:
-        if "gated" in str(error):
-            raise _gated(name) from error
-        raise NotFoundError(
-            f"the data of task '{name}' is neither on this machine nor reachable ({first_line(error)}); "
-            f"run `supra prefetch --tasks {','.join(asked)}` on a connected machine with the same Hugging Face cache"
-        ) from error
-    except ImportError as error:
-        raise SupraError(f"task '{name}' needs a package that is not installed: {first_line(error)}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise SupraError(f"lm-eval cannot load task '{name}': {type(error).__name__}: {first_line(error)}") from error
+def _bundled_names() -> list[str]:
+    return [path.stem for path in bundled().glob("*.yaml")]
 
 
-def _is_bundled(entry) -> bool:
-    return entry.yaml_path is not None and entry.yaml_path.parent == bundled()
+def _load(manager, name: str, asked: Sequence[str]) -> dict:
+    entry = manager.task_index[name]
+    if entry.kind.name == "TASK":
+        _check_data(name, entry)
+    local = entry.yaml_path is not None and entry.yaml_path.parent == bundled()
+    with checks.told(name, entry.yaml_path, tuple(asked)), nullcontext() if local else _without_waiting():
+        return manager.load([name])
+
+
+def _check_data(name: str, entry) -> None:
+    """Where the data lie is looked at first: lm-eval answers a file that is not there with a search of the hub."""
+    config = entry.cfg or {}
+    where = f"task '{name}' ({entry.yaml_path})"
+    if not config.get("dataset_path") and not config.get("custom_dataset"):
+        raise SupraError(f"{where} has no dataset_path; expected a data set of the hub, or json with data_files")
+    if config.get("dataset_path") in ("json", "csv", "parquet", "text", "arrow"):
+        files = (config.get("dataset_kwargs") or {}).get("data_files")
+        for path in _flat(files):
+            if "://" not in path and not any(mark in path for mark in "*?[") and not Path(path).exists():
+                raise NotFoundError(f"{where}: dataset_kwargs names the file {path}, which is not there")
+
+
+def _flat(value) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [path for item in value for path in _flat(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _file(manager, name: str) -> Path | None:
+    entry = manager.task_index.get(name)
+    return entry.yaml_path if entry is not None else None
 
 
 @contextmanager
 def _without_waiting() -> Iterator[None]:
-    """Where the hub takes no connection, its libraries are told so, instead of trying five times for half a minute."""
+    """Where the hub takes no connection, its libraries are told so, instead of trying five times for half a minute.
+
+    They read the environment once, when they are imported; what they ask afterwards is these two.
+    """
     import datasets
-    import huggingface_hub
+    import huggingface_hub.constants
 
-    with ExitStack() as stack:
-        if hub.reach() != "reachable":
-            stack.enter_context(mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-            stack.enter_context(mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True))
+    if hub.reach() == "reachable":
         yield
-
-
-def _gated(name: str) -> NotAuthorisedError:
-    return NotAuthorisedError(
-        f"the data of task '{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN"
-    )
+        return
+    places = (huggingface_hub.constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value

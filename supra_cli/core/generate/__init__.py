@@ -1,8 +1,8 @@
-"""Text from a model: `prefill` reads the prompts in one pass, `decode` goes on by one token, in memory that stays."""
+"""Text from a model: `prefill` reads the prompts in pieces, `decode` goes on by one token, in memory that stays."""
 
 from supra_cli.core.generate.sampling import Sampling, choose
 from supra_cli.core.generate.steps import compiled, decode, prefill
-from supra_cli.core.generate.streaming import Piece, Stats, complete, encode, eos_ids, stream
+from supra_cli.core.generate.streaming import Piece, Stats, complete, encode, eos_ids, stream, unused_settings
 from supra_cli.core.generate.writer import Writer
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "eos_ids",
     "prefill",
     "stream",
+    "unused_settings",
 ]

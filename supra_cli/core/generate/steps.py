@@ -1,4 +1,4 @@
-"""One pass of a model: over the prompts, then over one token after another, also compiled.
+"""Passes of a model: over the prompts piece by piece, then over one token after another, also compiled.
 
 Works on every model that `checkpoint.load` returns. Where softmax layers are left, their keys and values grow as ever.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from supra_cli.core import cache as caches
 from supra_cli.core.errors import SupraError, first_line
 
 if TYPE_CHECKING:
@@ -22,16 +23,32 @@ if TYPE_CHECKING:
 
     Step = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None, Cache], tuple[Tensor, Cache]]
 
+PIECE = 2048
+"""Tokens of each prompt that one pass reads: enough to fill a device, few enough for the memory of a laptop."""
+
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Cache]:
+def prefill(
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, *, piece: int = PIECE
+) -> tuple[Tensor, Cache]:
     """Logits [B,vocab] after each prompt's last token, and the cache that `decode` goes on from.
 
-    input_ids [B,T] and mask [B,T] (1 on real tokens, None if all are) are padded on the left.
+    input_ids [B,T] and mask [B,T] (1 on real tokens, None if all are) are padded on the left. The model reads `piece`
+    columns at a time, each from the cache that the one before left, so what a pass holds does not grow with T.
     """
-    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp_(min=0)
-    output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1], output.past_key_values
+    cache = None
+    for start in range(0, input_ids.shape[1], piece):
+        end = start + piece
+        output = model(
+            input_ids=input_ids[:, start:end],
+            # Of all columns so far: where a row's text began, and so its positions, shows in them alone.
+            attention_mask=None if mask is None else mask[:, :end],
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = caches.of(output)
+    return output.logits[:, -1], cache
 
 
 @torch.no_grad()
@@ -43,11 +60,11 @@ def decode(
         input_ids=token[:, None],
         attention_mask=mask,
         position_ids=position[:, None],
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1], caches.of(output)
 
 
 def compiled(model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tensor | None, cache: Cache) -> Step:
@@ -66,7 +83,8 @@ def compiled(model: PreTrainedModel, token: Tensor, position: Tensor, mask: Tens
         with _quiet("torch._dynamo"):
             for ahead in range(2):
                 mask = grown(mask)
-                _, trial = step(model, token, position + ahead, mask, trial)
+                logits, trial = step(model, token, position + ahead, mask, trial)
+        logits[0, 0].item()  # waits for the device, so that the first token after it is not timed with these two
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = first_line(error)
         raise SupraError(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from supra_cli.core import cache as caches
+from supra_cli.core.data.tokenizer import check_ids, token_ids
 from supra_cli.core.errors import UsageError
 from supra_cli.core.generate.sampling import Sampling, choose
-from supra_cli.core.generate.steps import cache_bytes, compiled, decode, grown, prefill
+from supra_cli.core.generate.steps import PIECE, cache_bytes, compiled, decode, grown, prefill
 from supra_cli.core.generate.writer import Writer
-from supra_cli.core.swap import SOFTMAX
+from supra_cli.core.recipe.keep import SOFTMAX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -71,12 +77,16 @@ def stream(
     """The completions of `prompts`, piece by piece as they come, never half a character.
 
     A batch gives what each prompt alone would. `stats` is filled on the way. With `compile` the decode step is compiled
-    first, which a beam search takes none of. UsageError for a prompt without any token.
+    first, which a beam search takes none of. UsageError for a prompt without any token, SupraError for one with a token
+    that the model does not have.
     """
     stats = stats if stats is not None else Stats()
     input_ids, mask = encode(tokenizer, prompts, model.device)
+    check_ids([int(input_ids.max())], tokenizer, model.config)  # an embedding would read past its end, on CUDA unseen
     stats.prompt_tokens = int(mask.sum()) if mask is not None else input_ids.numel()
-    writers = [Writer(tokenizer, ids, sampling.stop) for ids in _unpadded(input_ids, mask)]
+    if input_ids.shape[1] > 8 * PIECE:
+        log.info(f"reading {stats.prompt_tokens:,} prompt tokens")
+    writers = [Writer(tokenizer, ids, sampling.stop) for ids in _endings(input_ids, mask)]
     ends = eos_ids(model, tokenizer)
     stats.finish = ["length"] * len(prompts)
     if sampling.num_beams > 1:
@@ -88,17 +98,18 @@ def stream(
             if writer.done:
                 continue
             stats.new_tokens += 1
-            if token in ends:
-                stats.finish[row] = "eos"
-                text = writer.close()
-            else:
-                text = writer.add(token)
-                if writer.done:
-                    stats.finish[row] = "stop"
+            text = writer.end(token) if token in ends else writer.add(token)
+            if writer.done:
+                stats.finish[row] = "stop" if writer.stopped else "eos"
             if text:
                 yield Piece(row, text)
     for row, writer in enumerate(writers):
-        if text := writer.close():
+        if writer.done:
+            continue
+        text = writer.close()
+        if writer.stopped:
+            stats.finish[row] = "stop"
+        if text:
             yield Piece(row, text)
 
 
@@ -123,9 +134,10 @@ def encode(
 ) -> tuple[Tensor, Tensor | None]:
     """(input_ids [B,T], mask [B,T] or None without padding): the prompts, padded on the left.
 
-    An empty prompt is the tokenizer's beginning of text, if it has one.
+    An empty prompt is the tokenizer's beginning of text, if it has one. No prompt is closed by an end of text, whatever
+    the tokenizer would put there.
     """
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows = token_ids(tokenizer, prompts)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows = [row or ([start] if start is not None else []) for row in rows]
     if not rows or not all(rows):
@@ -145,6 +157,25 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     return {int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
+def unused_settings(model: PreTrainedModel, sampling: Sampling) -> dict[str, Any]:
+    """What the model's generation config says of the choice of tokens and `sampling` does not do.
+
+    The tokens that end a text are used, see `eos_ids`; how long it may grow is asked of the user alone.
+    """
+    own = model.generation_config.to_diff_dict()
+    used = asdict(sampling) | {"do_sample": sampling.temperature > 0}
+    return {
+        name: value
+        for name, value in own.items()
+        if not name.startswith("_")
+        and not name.endswith("token_id")
+        and name not in ("transformers_version", "use_cache", "max_length")
+        and name not in ("transformers_version", "use_cache", "max_length")
+        and (value is True or value not in (None, False, 0, 1, "", [], {}))
+        and used.get(name) != value
+    }
+
+
 def _tokens(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -158,7 +189,8 @@ def _tokens(
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(input_ids))]
     began = time.perf_counter()
     logits, cache = prefill(model, input_ids, mask)
-    token = choose(logits, sampling, generators)
+    seen = _seen(input_ids, mask, logits.shape[-1]) if sampling.repetition_penalty != 1 else None
+    token = choose(logits, sampling, generators, seen)
     chosen = token.tolist()
     stats.prefill_seconds = time.perf_counter() - began
     position = torch.full_like(token, input_ids.shape[1]) if mask is None else mask.sum(-1)
@@ -178,7 +210,7 @@ def _tokens(
         mask = grown(mask)
         logits, cache = step(model, token, position, mask, cache)
         position = position + 1
-        token = choose(logits, sampling, generators)
+        token = choose(logits, sampling, generators, seen)
         chosen = token.tolist()
         stats.decode_seconds += time.perf_counter() - began
     stats.cache_bytes = cache_bytes(cache)
@@ -195,24 +227,41 @@ def _beams(
 ) -> Iterator[list[int]]:
     """The best beam of each row in steps of one token a row, once the search has ended."""
     began = time.perf_counter()
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids) if mask is None else mask,
+    settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         num_beams=sampling.num_beams,
         do_sample=False,
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
         return_dict_in_generate=True,
+        prefill_chunk_size=PIECE if input_ids.shape[1] > PIECE else None,
     )
+    # transformers fills what a call leaves open from the model's own settings, which no other route here follows.
+    own, model.generation_config = model.generation_config, settings
+    try:
+        output = model.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids) if mask is None else mask
+        )
+    finally:
+        model.generation_config = own
     new = output.sequences[:, input_ids.shape[1] :]
     stats.decode_seconds = time.perf_counter() - began
-    if output.past_key_values is not None:
-        stats.cache_bytes = cache_bytes(output.past_key_values)
+    if (cache := caches.of(output)) is not None:
+        stats.cache_bytes = cache_bytes(cache)
     yield from new.T.tolist()
 
 
-def _unpadded(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+def _seen(input_ids: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
+    """[B,vocab] bool: the tokens of each prompt, without its padding."""
+    seen = torch.zeros((len(input_ids), vocabulary), dtype=torch.bool, device=input_ids.device)
+    for row, ids in enumerate(input_ids):
+        seen[row, ids if mask is None else ids[mask[row].bool()]] = True
+    return seen
+
+
+def _endings(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The last tokens of each prompt, for its Writer."""
+    ids = input_ids[:, -32:]
     if mask is None:
-        return input_ids.tolist()
-    return [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
+        return ids.tolist()
+    return [row[real].tolist() for row, real in zip(ids, mask[:, -32:].bool(), strict=True)]

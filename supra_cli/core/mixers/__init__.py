@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.errors import UsageError, near_miss
+from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
+from supra_cli.core.recipe.options import read
 from supra_cli.core.registry import Registry
 
 
@@ -54,9 +55,15 @@ class Mixer(nn.Module):
         """What the heads can be asked to equal, given the teacher's o [B,T,H,V]: o, or o normalised as they are."""
         return o
 
-    def fit(self, o: Tensor, taught: Tensor) -> None:
-        """Set the parameters that have a closed form so that the mixer's own o comes near the teacher's, both
-        [B,T,H,V]; called without gradient at the start of attention transfer.
+    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
+        """What `fit` learns from the mixer's own o and the teacher's, both [B,T,H,V] and zero at tokens that do not
+        count: sums over batch and tokens, in any shape, which are added up over the first step of attention transfer.
+        """
+        return o.new_zeros(0)
+
+    def fit(self, moments: Tensor) -> None:
+        """Set the parameters that have a closed form so that the mixer's o comes near the teacher's; called without
+        gradient, once, before the first step of attention transfer.
         """
 
 
@@ -65,26 +72,7 @@ mixers: Registry[type[Mixer]] = Registry("mixer", package="supra_cli.core.mixers
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Mixer.Options:
     """The options of the mixer `name` from plain values; an unknown key or a wrong value is a UsageError."""
-    kind = mixers.get(name).Options
-    hints = get_type_hints(kind)
-    known = [field.name for field in fields(kind)]
-    for key, value in given.items():
-        if key not in known:
-            raise UsageError(f"mixer '{name}' has no option '{key}'{near_miss(key, known)}")
-        if not _fits(value, hints[key]):
-            raise UsageError(f"mixer.{key} of '{name}' is {value!r}, expected {_describe(hints[key])}")
-    return kind(**given)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
-    return f"a value of type {hint.__name__}"
+    options, problems = read(mixers.get(name).Options, given, "mixer")
+    if problems:
+        raise UsageError(f"wrong options of mixer '{name}': {', '.join(problems)}")
+    return options

@@ -65,8 +65,11 @@ class Retaining(MatrixMixer):
     def target(self, o: Tensor) -> Tensor:
         return self.norm.target(o)
 
-    def fit(self, o: Tensor, taught: Tensor) -> None:
-        self.norm.fit(o, taught)
+    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
+        return self.norm.moments(o, taught)
+
+    def fit(self, moments: Tensor) -> None:
+        self.norm.fit(moments)
 
 
 _decays: dict[tuple[SlopeRule, int, torch.device], Tensor] = {}
@@ -140,12 +143,16 @@ class HeadNorm(nn.Module):
         """What normed heads can be asked to equal: o, or without a gain, whose scale they cannot reach, o normed."""
         return self(o) if self.gain is None else o
 
-    def fit(self, o: Tensor, taught: Tensor) -> None:
+    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
+        """[2, H]: Σ o_h·o_h and Σ o_h·taught_h of every head, over batch and tokens."""
+        return torch.stack((dots(o, o), dots(o, taught)))
+
+    def fit(self, moments: Tensor) -> None:
         """Least squares for the gain: gain_h ← gain_h · Σ o_h·taught_h / Σ o_h·o_h; a head that answers 0 keeps its
         own."""
         if self.gain is not None:
-            square = dots(o, o)
-            self.gain *= torch.where(square > 0, dots(o, taught) / square, 1)[:, None]
+            square, product = moments
+            self.gain *= torch.where(square > 0, product / square, 1)[:, None]
 
     def reset_parameters(self) -> None:
         if self.gain is not None:
@@ -153,8 +160,13 @@ class HeadNorm(nn.Module):
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a·b of every head, [H] fp32, over batch, tokens and width of [B,T,H,V]."""
-    return (a.float() * b.float()).sum((0, 1, 3))
+    """Σ a·b of every head, [H] in fp32 or finer, over batch, tokens and width of [B,T,H,V]."""
+    return (wide(a) * wide(b)).sum((0, 1, 3))
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or as it is where it is finer."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class DenseMap(nn.Linear):
@@ -169,6 +181,9 @@ class DenseMap(nn.Linear):
 
 class HeadMap(nn.Module):
     """W_h x_h + b_h for every head h of x [B,T,heads,K] -> [B,T,heads,features]."""
+
+    matrices = ("weight",)
+    """The parameters that weight decay is for, as of every module with matrices of its own (docs/adding-a-mixer.md)."""
 
     def __init__(self, heads: int, head_dim: int, features: int | None = None):
         super().__init__()

@@ -25,6 +25,10 @@ class Softmax(Mixer):
         mask = softmax_mask(layout, x.shape[1], window=self.spec.window, dtype=q.dtype, device=q.device)
         q, k, v = (heads.transpose(1, 2) for heads in (rope(q), rope(k), v))
         grouped = q.shape[1] != k.shape[1]
+        if grouped and mask is not None:
+            # With a mask and enable_gqa, CUDA has the math kernel alone, which keeps [B,H,T,T] scores in fp32.
+            k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for heads in (k, v))
+            grouped = False
         o = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.spec.scale, enable_gqa=grouped
         )

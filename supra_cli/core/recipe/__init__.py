@@ -5,7 +5,7 @@ path. No torch here: the options of a mixer or a stage are checked against their
 caller provides.
 """
 
-from supra_cli.core.recipe.reading import dumps, find, load, shipped, validate
+from supra_cli.core.recipe.reading import dumps, find, load, override, shipped, validate
 from supra_cli.core.recipe.schema import (
     Checkpoint,
     Data,
@@ -31,6 +31,7 @@ __all__ = [
     "dumps",
     "find",
     "load",
+    "override",
     "shipped",
     "validate",
 ]

@@ -8,10 +8,14 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from supra_cli.core.errors import UsageError, near_miss
+from supra_cli.core.recipe.options import message, read
 from supra_cli.core.recipe.schema import Lookup, Mixer, OpenTable, Recipe, Stage
+
+# No fields of any config since transformers 5, which still reads them.
+_OLD_ROPE = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
 
 
 def of_tables(error: ValidationError) -> list[str]:
@@ -31,16 +35,41 @@ def of_options(raw: dict[str, Any], lookup: Lookup) -> list[str]:
             problems.append(f"{where}: {error}")
             continue
         values = {key: value for key, value in table.items() if key not in model.model_fields}
-        fields = {field.name for field in dataclasses.fields(options)}
-        known = fields | set(model.model_fields)
-        problems += [f"{where}.{key}: unknown key{near_miss(key, known)}" for key in values if key not in fields]
-        try:
-            TypeAdapter(options).validate_python({key: value for key, value in values.items() if key in fields})
-        except UsageError as error:
-            problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
-        except ValidationError as error:
-            problems += [f"{where}.{'.'.join(map(str, item['loc']))}: {_message(item)}" for item in error.errors()]
+        problems += read(options, values, where, model.model_fields)[1]
     return problems
+
+
+def of_model(raw: dict[str, Any], lookup: Lookup) -> list[str]:
+    """The keys of [model] that its `model_type` does not have, which transformers would keep and never read."""
+    model = raw.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("model_type"), str):
+        return []
+    try:
+        config = lookup("model", model["model_type"])
+    except UsageError as error:
+        return [f"model.model_type: {error}"]
+    known = (
+        {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | _OLD_ROPE | {"model_type"}
+    )
+    return [f"model.{key}: unknown key{near_miss(key, known)}" for key in model if key not in known]
+
+
+def without_effect(recipe: Recipe) -> list[str]:
+    """A sentence for each thing that a valid recipe says in vain."""
+    rows = sum(recipe.rows(stage) * recipe.steps(stage) for stage in recipe.stages)
+    total = sum(source.weight for source in recipe.data.sources)
+    drawn = [
+        f"data.sources.{number}: with a weight of {source.weight:g} of {total:g}, {source.path} is due less than one "
+        f"of the run's {rows:,} rows"
+        for number, source in enumerate(recipe.data.sources)
+        if source.weight * rows < total
+    ]
+    return drawn + [
+        f"stages.{number}.warmup_steps is {stage.warmup_steps} and the stage has {recipe.steps(stage)} steps: it never "
+        "reaches its rate"
+        for number, stage in enumerate(recipe.stages)
+        if stage.warmup_steps >= recipe.steps(stage)
+    ]
 
 
 def _open_tables(raw: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], type[OpenTable], str]]:
@@ -59,14 +88,7 @@ def _describe(item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
         return f"{where}: unknown key{near_miss(str(key), _keys_at(parents))}"
-    return f"{where}: {_message(item)}" if where else _message(item)
-
-
-def _message(item: dict[str, Any]) -> str:
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    got = item.get("input")
-    return f"{message}, got {got!r}" if isinstance(got, str | int | float) and item["type"] != "missing" else message
+    return f"{where}: {message(item)}" if where else message(item)
 
 
 def _keys_at(location: list[str | int]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,36 +11,44 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from supra_cli.core.errors import UsageError, near_miss
+from supra_cli.core.errors import UsageError, first_line, near_miss
 from supra_cli.core.recipe import problems
-from supra_cli.core.recipe.schema import Lookup, Recipe, Source
+from supra_cli.core.recipe.paths import anchor
+from supra_cli.core.recipe.schema import Lookup, Recipe
 
+_log = logging.getLogger(__name__)
 _SHIPPED = Path(__file__).resolve().parent.parent.parent / "assets" / "recipes"
 
 
 def load(path: Path, overrides: Iterable[str] = (), *, lookup: Lookup | None = None) -> Recipe:
-    """Read, override and validate the recipe at `path`, a file or the name of a shipped one; its relative data paths
-    come back absolute.
+    """Read, override and validate the recipe at `path`, a file or the name of a shipped one.
 
-    `overrides` are `key.path=value` strings (values in TOML, bare words taken as text), as given to `--set`.
-    Raises UsageError listing every problem with its key path.
+    `overrides` are `key.path=value` strings (values in TOML, bare words taken as text), as given to `--set`. Local
+    paths come back absolute: those of the file are relative to its folder, those of `overrides` to the working
+    directory. With `lookup`, for a recipe that is about to be run, the options of mixer and stages are checked, and
+    what is valid and yet without effect is logged. Raises UsageError listing every problem with its key path.
     """
     path = Path(path)
     if not path.is_file():
         path = shipped().get(str(path), path)
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a byte-order mark
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; `supra recipe list` names the shipped ones") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder, expected a recipe; name the TOML file in it") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid TOML: {first_line(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}") from None
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        _override(raw, override)
-    return _anchor(validate(raw, str(path), lookup=lookup), path.resolve().parent)
+    anchor(raw, path.resolve().parent)
+    for assignment in overrides:
+        override(raw, assignment)
+    anchor(raw, Path.cwd())
+    recipe = validate(raw, str(path), lookup=lookup)
+    for remark in problems.without_effect(recipe) if lookup is not None else ():
+        _log.warning(remark)
+    return recipe
 
 
 def shipped() -> dict[str, Path]:
@@ -64,7 +73,7 @@ def validate(raw: dict[str, Any], where: str = "recipe", *, lookup: Lookup | Non
     except ValidationError as error:
         found += problems.of_tables(error)
     if lookup is not None:
-        found += problems.of_options(raw, lookup)
+        found += problems.of_options(raw, lookup) + problems.of_model(raw, lookup)
     if found:
         raise UsageError(f"{where} is not a valid recipe:\n" + "\n".join(f"  {problem}" for problem in found))
     return recipe
@@ -75,17 +84,18 @@ def dumps(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
+def override(raw: dict[str, Any], assignment: str) -> None:
+    """Put one `key.path=value` of `--set` into `raw`: the value as in TOML, a bare word taken as text."""
+    key, separator, value = assignment.partition("=")
     if not separator or not key.strip():
-        raise UsageError(f"--set takes key=value, as in stages.0.lr=1e-4; got '{override}'")
+        raise UsageError(f"--set takes key=value, as in stages.0.lr=1e-4; got '{assignment}'")
     *path, last = key.strip().split(".")
     table: Any = raw
     for part in path:
         table = _descend(table, part, key)
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         parsed = value
     if isinstance(table, list):
         table[_index(table, last, key)] = parsed
@@ -106,31 +116,3 @@ def _index(table: list, part: str, key: str) -> int:
     if not part.isdecimal() or int(part) >= len(table):
         raise UsageError(f"--set {key}: '{part}' is not one of the {len(table)} entries there, counted from 0")
     return int(part)
-
-
-def _anchor(recipe: Recipe, folder: Path) -> Recipe:
-    """Local paths made absolute: those that exist relative to the recipe's folder."""
-
-    def anchor(name: str) -> str:
-        path = folder / name
-        is_pattern = any(mark in name for mark in "*?[")
-        looks_local = name.startswith((".", "/", "~")) or is_pattern or Path(name).suffix in _TEXT_SUFFIXES
-        return str(Path(name).expanduser() if name.startswith("~") else path) if looks_local or path.exists() else name
-
-    def sources(group: tuple[Source, ...]) -> tuple[Source, ...]:
-        return tuple(source.model_copy(update={"path": anchor(source.path)}) for source in group)
-
-    data = recipe.data.model_copy(
-        update={"sources": sources(recipe.data.sources), "validation": sources(recipe.data.validation)}
-    )
-    update: dict[str, Any] = {"data": data}
-    if recipe.base is not None:
-        update["base"] = anchor(recipe.base)
-    update["stages"] = tuple(
-        stage.model_copy(update={"teacher": anchor(stage.teacher)}) if stage.teacher else stage
-        for stage in recipe.stages
-    )
-    return recipe.model_copy(update=update)
-
-
-_TEXT_SUFFIXES = {".txt", ".jsonl", ".json", ".parquet", ".gz", ".zst", ".md", ".py"}

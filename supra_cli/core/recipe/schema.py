@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Lookup = Callable[[Literal["mixer", "stage"], str], type]
-"""(kind, name) → the options dataclass of that mixer or stage; raises UsageError for an unknown name."""
+from supra_cli.core.errors import UsageError
+from supra_cli.core.recipe.keep import parse
+from supra_cli.core.recipe.paths import STDLIB, looks_local
+
+Lookup = Callable[[Literal["mixer", "stage", "model"], str], type]
+"""(kind, name) → the options dataclass of that mixer or stage, or the Hugging Face config of that `model_type`; raises
+UsageError for an unknown name."""
 
 Packing = Literal["separate", "joined", "cut"]
 Positive = Annotated[int, Field(gt=0)]
@@ -41,21 +47,31 @@ class Mixer(OpenTable):
 class Source(Table):
     path: str
     """A file, folder or glob (relative to the recipe), the built-in source `python-stdlib`, or a dataset on the
-    hub."""
+    hub. A folder stands for its data files (.txt, .jsonl, .ndjson, .json, .parquet, .csv, .tsv; also .gz, .zst, .bz2),
+    hidden ones left out; a glob for every file that it names."""
     text: str = "text"
     """Field or column that holds the text, where records have fields."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Share of the rows drawn from this source, relative to the other sources' weights."""
+    """Share of the training rows drawn from this source, relative to the other sources' weights."""
     repeat: Literal["no", "text", "random"] = "no"
     """For learning to recall, rows in which passages come twice instead of this source's documents: `text` repeats
     passages of the source, `random` passages of random tokens between which its text stands."""
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str | None = None
-    """Split of a hub dataset or of a built-in source; `train` for sources and `validation` for validation when left
-    out."""
+    """Split of a hub dataset, of a built-in source, or of a folder whose files or sub-folders are named for splits
+    (train, validation, test); `train` for sources and `validation` for validation when left out."""
     revision: str | None = None
     """Commit or tag of a hub dataset."""
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Source:
+        if self.path == STDLIB and self.text != "text":
+            raise ValueError(f"text is '{self.text}', but {STDLIB} has no fields; leave it out")
+        for key in ("name", "revision") if self.path == STDLIB or looks_local(self.path) else ():
+            if (value := getattr(self, key)) is not None:
+                raise ValueError(f"{key} is '{value}', but only a dataset on the hub has one, not {self.path}")
+        return self
 
 
 class Data(Table):
@@ -71,8 +87,23 @@ class Data(Table):
     """`separate`: a row is packed with documents, and state and positions restart at each; `joined`: a row is one run
     of text; `cut`: a row holds one document or a piece of one, and what that leaves empty carries no loss."""
     skip_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Largest share of a source's records that may be skipped as empty, undecodable or without text before that is an
-    error."""
+    """Largest share of a local source's records that may be skipped as empty, undecodable or without text before that
+    is an error."""
+
+    @model_validator(mode="after")
+    def _validation_can_be_drawn(self) -> Data:
+        for number, source in enumerate(self.validation):
+            if source.repeat != "no" or source.weight != 1:
+                raise ValueError(
+                    f"validation.{number} has a weight or repeat, which only training sources have; held-out tokens "
+                    "are shared out evenly"
+                )
+        if self.validation and self.validation_tokens < self.seq_len * len(self.validation):
+            raise ValueError(
+                f"validation_tokens is {self.validation_tokens}, fewer than one row of {self.seq_len} for each of "
+                f"{len(self.validation)} sources"
+            )
+        return self
 
 
 class Tokenizer(Table):
@@ -166,6 +197,15 @@ class Recipe(Table):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     """Training stages, run in order."""
 
+    @field_validator("keep")
+    @classmethod
+    def _keep_means_something(cls, keep: str) -> str:
+        try:
+            parse(keep)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return keep
+
     @field_validator("model")
     @classmethod
     def _layers_are_countable(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -189,9 +229,20 @@ class Recipe(Table):
         return self
 
     def trajectory(self) -> dict[str, Any]:
-        """What decides the bits of the result: everything but how often is saved and validated, and where is logged."""
+        """What decides the bits of the result: everything but how often is saved and validated, and where is logged.
+
+        Where on this machine models and text lie decides nothing, so absolute paths are left out: whoever compares two
+        trajectories compares what lies there by its content.
+        """
         free = {"checkpoint", "validate_every_steps", "non_finite", "track"}
-        return self.model_dump(mode="json", exclude=free)
+        kept = self.model_dump(mode="json", exclude=free)
+        data = kept["data"]
+        for table, key in [(kept, "base"), *((stage, "teacher") for stage in kept["stages"])] + [
+            (source, "path") for source in data["sources"] + data["validation"]
+        ]:
+            if table[key] is not None and Path(table[key]).is_absolute():
+                table[key] = "here"
+        return kept
 
     def seq_len(self, stage: Stage) -> int:
         return stage.seq_len or self.data.seq_len

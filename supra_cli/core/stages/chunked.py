@@ -13,50 +13,52 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from supra_cli.core.data.rows import IGNORED
+from supra_cli.core.data.packing import IGNORED
+from supra_cli.core.mixers.parts import wide
 
 PIECE_NUMBERS = 1 << 25
 
 Head = Callable[[Tensor], Tensor]
 
 
-def cross_entropy(hidden: Tensor, head: Head, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    hidden: Tensor, head: Head, labels: Tensor, vocabulary: int, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(Σ_t −log p(label_t) + z·(log Z_t)², Σ_t −log p(label_t) detached), over the labelled positions.
 
-    hidden [B,T,D], labels [B,T]; log Z_t is the logsumexp of the logits at t. Arithmetic in fp32.
+    hidden [B,T,D], labels [B,T], `vocabulary` logits a token; log Z_t is the logsumexp of the logits at t. Arithmetic
+    in fp32 or finer.
     """
 
     def piece(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()
+        logits = wide(head(hidden))
         nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         if not z_loss:
             return nll, nll.detach()
         log_z = torch.logsumexp(logits, dim=-1).masked_fill(labels == IGNORED, 0)
         return nll + z_loss * log_z.square().sum(), nll.detach()
 
-    return _summed(piece, _vocabulary(hidden, head), hidden, labels)
+    return _summed(piece, vocabulary, hidden, labels)
 
 
-def divergence(hidden: Tensor, head: Head, target: Tensor, target_head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
+def divergence(
+    hidden: Tensor, head: Head, target: Tensor, target_head: Head, labels: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor]:
     """(Σ_t KL(p_teacher,t ‖ p_student,t) over the whole vocabulary, Σ_t −log p_student(label_t) detached).
 
-    hidden and target [B,T,·] are the last hidden states of student and teacher. Only labelled positions count. fp32.
+    hidden and target [B,T,·] are the last hidden states of student and teacher. Only labelled positions count.
+    Arithmetic in fp32 or finer.
     """
 
     def piece(hidden: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = F.log_softmax(head(hidden).float(), dim=-1)
+        log_p = F.log_softmax(wide(head(hidden)), dim=-1)
         with torch.no_grad():
-            log_q = F.log_softmax(target_head(target).float(), dim=-1)
+            log_q = F.log_softmax(wide(target_head(target)), dim=-1)
         each = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
         nll = F.nll_loss(log_p.detach(), labels, ignore_index=IGNORED, reduction="sum")
         return each.masked_fill(labels == IGNORED, 0).sum(), nll
 
-    return _summed(piece, _vocabulary(hidden, head), hidden, target, labels)
-
-
-def _vocabulary(hidden: Tensor, head: Head) -> int:
-    with torch.no_grad():
-        return head(hidden[:1, :1]).shape[-1]
+    return _summed(piece, vocabulary, hidden, target, labels)
 
 
 def _summed(piece: Callable[..., tuple[Tensor, Tensor]], vocabulary: int, *batch: Tensor) -> tuple[Tensor, Tensor]:

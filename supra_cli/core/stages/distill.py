@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.stages import chunked, stages
-from supra_cli.core.stages.base import Loss, Stage
+from supra_cli.core.stages.base import Backward, Loss, Stage
 
 
 @stages.register("distill")
@@ -19,12 +19,13 @@ class Distill(Stage):
 
     teacher = "separate"
 
-    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Loss:
+    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:
+        vocabulary, labels = student.config.vocab_size, batch.labels
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         with torch.no_grad():
             target, target_head = teacher(**inputs, objective=lambda hidden, head: (hidden, head))
         total, nll = student(
             **inputs,
-            objective=lambda hidden, head: chunked.divergence(hidden, head, target, target_head, batch.labels),
+            objective=lambda hidden, head: chunked.divergence(hidden, head, target, target_head, labels, vocabulary),
         )
-        return Loss(total, {"nll": nll})
+        return Loss(backward(total), {"nll": nll})

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.stages import chunked, stages
-from supra_cli.core.stages.base import Loss, Stage
+from supra_cli.core.stages.base import Backward, Loss, Stage
 
 
 @stages.register("finetune")
@@ -24,11 +24,12 @@ class Finetune(Stage):
             if not 0 <= self.z_loss <= 1:
                 raise UsageError(f"z_loss is {self.z_loss}, expected a number from 0 to 1")
 
-    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Loss:
+    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:
+        vocabulary, z_loss = student.config.vocab_size, self.options.z_loss
         total, nll = student(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            objective=lambda hidden, head: chunked.cross_entropy(hidden, head, batch.labels, self.options.z_loss),
+            objective=lambda hidden, head: chunked.cross_entropy(hidden, head, batch.labels, vocabulary, z_loss),
         )
-        return Loss(total, {"nll": nll})
+        return Loss(backward(total), {"nll": nll})

@@ -2,84 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import IGNORED, Batch
+from supra_cli.core.errors import SupraError
 from supra_cli.core.layout import Layout
+from supra_cli.core.mixers.parts import wide
+from supra_cli.core.mixers.softmax import Softmax
 from supra_cli.core.stages import stages
-from supra_cli.core.stages.base import Loss, Stage
+from supra_cli.core.stages.base import Backward, Loss, Stage
 from supra_cli.core.swap import SwappedAttention
 
-Heads = Callable[[], tuple[Tensor, NamedTuple]]
-"""The mixer's heads [B,T,H,V] and its state."""
+Look = Callable[[SwappedAttention, Callable[[], Tensor], Tensor, Tensor], None]
+"""(layer, its mixer's heads [B,T,H,V] when called, the softmax heads [B,T,H,V], the softmax's output [B,T,D])."""
 
 
 @stages.register("transfer")
 class Transfer(Stage):
-    """Σ_layers Σ_t ‖o_t − ô_t‖² / mean_t ‖ô_t‖², with o the mixer's heads and ô what they can be asked to equal.
+    """Σ_layers Σ_t ‖o_t − ô_t‖² / n,  n = mean_t ‖ô_t‖² over the scored tokens of the stage's first step
 
-    Both run on the teacher's own layer input, and the teacher's output is what goes on to the next layer, so the layers
-    learn independently and no gradient crosses them. ô is `Mixer.target` of the softmax heads: a mixer that normalises
-    its heads is compared with the teacher's normalised in the same way, before the output projection (its scale is out
-    of its reach); one with a gain is compared with ô itself, and first given its scale in closed form (`Mixer.fit`).
-    Logged beside the loss: `layer.N`, its parts, and `output`, the mean over layers of the relative squared error after
-    the output projection. Only mixers move: the projections are shared with the teacher, which must not.
+    o are the mixer's heads, ô what they can be asked to equal. Both run on the teacher's own layer input, and the
+    teacher's output is what goes on to the next layer, so the layers learn independently, no gradient crosses them, and
+    each layer's backward pass is over before the next layer's heads are made. ô is `Mixer.target` of the softmax heads:
+    a mixer that normalises its heads is compared with the teacher's normalised in the same way, before the output
+    projection (its scale is out of its reach); one with a gain is compared with ô itself, and first given its scale in
+    closed form (`Mixer.fit`). n is one number a layer for the whole stage: a mean over each pass would make the loss
+    depend on how a step is cut into passes.
+    Logged beside the loss, 0 for perfect and about 1 for answering zero: `layer.N`, its parts by the layer's number in
+    the model, and `output`, the mean over layers of the same error after the output projection. Only mixers move: the
+    projections are shared with the teacher, which must not. Errors in fp32 or finer.
 
     Source: as in LoLCATs, arXiv:2410.10254, and RADLADS, arXiv:2505.03005, step 1; the fit is ours.
     """
 
     teacher = "shared"
 
-    def trains(self, name: str) -> bool:
-        return ".mixer." in name
+    def trains(self, name: str, in_mixer: bool) -> bool:
+        return in_mixer
 
-    def scored(self, batch: Batch) -> int:
-        return batch.input_ids.numel()
+    def measure(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Σ_t ‖ô_t‖², the same of the softmax's output, and what `Mixer.fit` learns from, of every layer."""
+        sums: dict[str, Tensor] = {}
+        only = partial(scored_alone, batch)
 
-    def begin(self, student: nn.Module, batch: Batch) -> None:
-        """`Mixer.fit` every mixer to the teacher's heads."""
-        with answering(student, self._fit):
-            run(student, batch)
+        def look(layer: SwappedAttention, heads: Callable[[], Tensor], taught: Tensor, answer: Tensor) -> None:
+            number = layer.mixer.spec.layer
+            sums[f"{number}.heads"] = squares(only(layer.mixer.target(taught)))
+            sums[f"{number}.output"] = squares(only(answer))
+            sums[f"{number}.fit"] = layer.mixer.moments(only(heads()), only(taught))
 
-    @contextmanager
-    def attached(self, student: nn.Module) -> Iterator[None]:
-        """Every swapped layer answers with the teacher's output and puts its own error aside."""
-        self._errors: list[tuple[Tensor, Tensor]] = []
-        with answering(student, self._compare):
-            yield
+        visit(student, batch, look)
+        return sums
 
-    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Loss:
-        self._errors.clear()
-        with torch.no_grad():
-            run(student, batch)
-        tokens = self.scored(batch)
-        heads = [error for error, _ in self._errors]
-        metrics = {f"layer.{number}": error.detach() * tokens for number, error in enumerate(heads)}
-        metrics["output"] = torch.stack([error for _, error in self._errors]).mean() * tokens
-        return Loss(torch.stack(heads).sum() * tokens, metrics)
+    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> None:
+        if not tokens:
+            raise SupraError(
+                "no row of the transfer's first step has two tokens of one document, so there is nothing to measure; "
+                "raise data.seq_len or batch_tokens, or give longer text"
+            )
+        for _, layer in student.swapped_layers():
+            number = layer.mixer.spec.layer
+            layer.mixer.fit(sums[f"{number}.fit"])
+            for part in (f"{number}.heads", f"{number}.output"):
+                # A layer that answers zero to everything is compared as it is.
+                self.constants[part] = torch.where(sums[part] > 0, sums[part] / tokens, 1)
 
-    @staticmethod
-    def _fit(layer: SwappedAttention, heads: Heads, taught: Tensor, answer: Tensor) -> None:
-        layer.mixer.fit(heads()[0], taught)
+    def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:
+        errors: dict[str, Tensor] = {}
+        outputs: list[Tensor] = []
+        only = partial(scored_alone, batch)
 
-    def _compare(self, layer: SwappedAttention, heads: Heads, taught: Tensor, answer: Tensor) -> None:
-        with torch.enable_grad():
-            o, _ = heads()
-            error = relative_error(o, layer.mixer.target(taught))
-        self._errors.append((error, relative_error(layer.arch.out(layer, o.flatten(-2)), answer)))
+        def compare(layer: SwappedAttention, heads: Callable[[], Tensor], taught: Tensor, answer: Tensor) -> None:
+            number = layer.mixer.spec.layer
+            with torch.enable_grad():
+                o = heads()
+                error = squares(only(wide(o) - wide(layer.mixer.target(taught)))) / self.constants[f"{number}.heads"]
+            errors[f"layer.{number}"] = backward(error)
+            off = wide(layer.arch.out(layer, o.detach().flatten(-2))) - wide(answer)
+            outputs.append(squares(only(off)) / self.constants[f"{number}.output"])
+
+        visit(student, batch, compare)
+        total = torch.stack(list(errors.values())).sum()
+        return Loss(total, {**errors, "output": torch.stack(outputs).mean()})
 
 
-@contextmanager
-def answering(student: nn.Module, look: Callable[[SwappedAttention, Heads, Tensor, Tensor], None]) -> Iterator[None]:
-    """Every swapped layer answers as its softmax does; `look` sees the layer, its mixer's heads on the same input, the
-    softmax heads and the answer.
-    """
+@torch.no_grad()
+def visit(student: nn.Module, batch: Batch, look: Look) -> None:
+    """Run the student's layers, without head and cache, as the base that it was; `look` sees each swapped layer."""
 
     def forward(
         layer: SwappedAttention,
@@ -88,32 +102,48 @@ def answering(student: nn.Module, look: Callable[[SwappedAttention, Heads, Tenso
         layout: Layout | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        taught = layer.softmax_heads(hidden_states, position_embeddings, layout)
+        rope = layer.arch.rotation(layer, position_embeddings)
+        inputs = (*layer.arch.qkv(layer, hidden_states), hidden_states, rope, None, layout)
+        taught, _ = Softmax(layer.mixer.spec, Softmax.Options())(*inputs)
         answer = layer.arch.out(layer, taught.flatten(-2))
-        look(layer, partial(layer.heads, hidden_states, position_embeddings, layout), taught, answer)
+        look(layer, lambda: layer.mixer(*inputs)[0], taught, answer)
         return answer, None
 
     layers = [layer for _, layer in student.swapped_layers()]
-    for layer in layers:
-        layer.forward = partial(forward, layer)
+    with _as_a_teacher(student, layers):
+        for layer in layers:
+            layer.forward = partial(forward, layer)
+        try:
+            student(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                objective=lambda hidden, head: None,
+            )
+        finally:
+            for layer in layers:
+                del layer.forward
+
+
+@contextmanager
+def _as_a_teacher(student: nn.Module, layers: list[SwappedAttention]) -> Iterator[None]:
+    """All but the mixers in evaluation mode: a teacher that drops out numbers, or whole layers, teaches noise."""
+    mixing = {part for layer in layers for part in layer.mixer.modules()}
+    training = [module for module in student.modules() if module.training and module not in mixing]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module in training:
+            module.training = True
 
 
-def run(student: nn.Module, batch: Batch) -> None:
-    """Through the layers alone: neither logits nor a cache."""
-    student(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        objective=lambda hidden, head: None,
-    )
+def scored_alone(batch: Batch, x: Tensor) -> Tensor:
+    """x [B,T,...] with zeros at the tokens that are not scored, so that neither they nor their gradients count."""
+    return x.flatten(2).masked_fill((batch.labels == IGNORED)[..., None], 0).view_as(x)
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
-    """Σ (got − wanted)² / Σ wanted², in fp32: 0 is perfect, 1 is what answering zero gives."""
-    got, wanted = got.float(), wanted.float()
-    return (got - wanted).square().sum() / wanted.square().sum()
+def squares(x: Tensor) -> Tensor:
+    """Σ x², in fp32 or finer."""
+    return wide(x).square().sum()

@@ -7,36 +7,41 @@ all the state there is, so a run that was killed and resumed ends with the same 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from supra_cli.core import checkpoint, hub
+from supra_cli.core import device as devices
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.environment import environment
 from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
-from supra_cli.core.files import write_json
+from supra_cli.core.files import read_json, write_json
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.stages import Stage
+from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import origin, state
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
 from supra_cli.core.train.nonfinite import leave_out
-from supra_cli.core.train.optimizer import adamw, is_mixer, lr_factor, masters_in_place, release, set_lr
+from supra_cli.core.train.optimizer import adamw, lr_factor, masters_in_place, release, set_lr
 from supra_cli.core.train.prepare import moves_base, prepare, rehearse, stage_of, teacher_of
 from supra_cli.core.train.run import RunDirectory
 from supra_cli.core.train.state import Counters
-from supra_cli.core.train.step import Stepper, computing_in
+from supra_cli.core.train.step import Stepper, begin, check_dtype, computing_in
 from supra_cli.core.train.trackers import library, open_trackers
 
 
@@ -54,9 +59,9 @@ def uptrain(
     """Run `recipe` into the directory `output`, yielding what happens.
 
     `model` starts from a converted model instead of converting the base; `dtype` is what the passes compute in (masters
-    stay fp32), by default bf16 on CUDA and fp32 elsewhere. When `stop` is set, the step in progress is finished,
-    everything is saved and Stopped is raised. Raises UsageError for an occupied directory or a recipe that changed,
-    SupraError for a loss that is not finite.
+    stay fp32), by default what the run began with, and for a new one bf16 on CUDA and fp32 elsewhere. When `stop` is
+    set, the step in progress is finished, everything is saved and Stopped is raised. Raises UsageError for an occupied
+    directory or a recipe, model or dtype that changed, SupraError for a loss that is not finite.
     """
     run = RunDirectory(output)
     run.check_free(replace=resume or overwrite)
@@ -83,9 +88,11 @@ class Trainer:
         self.recipe = recipe
         self.run = run
         self.device = torch.device(device)
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.dtype = None if dtype is None else check_dtype(dtype)
         self.stop = stop
         self.counters = Counters()
+        self._same: dict[str, Any] = {}
+        self._constants: dict[str, Tensor] = {}
         self._last_loss: float | None = None
         self._validated_step: int | None = None
         self._checkpoint: Path | None = None
@@ -101,10 +108,15 @@ class Trainer:
             yield from self._newest_sound()
         if self.counters.finished:
             return
+        self.dtype = self.dtype or self._dtype_so_far() or devices.dtype("auto", self.device.type)
         if self._checkpoint is not None:
+            self.origin = origin.same_models(self.recipe, self.origin, self._same["models"], self.counters.stage)
             tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
             self._ready(tokenizer, self.student.config, self.origin.base)
             self.mixture.restore(self._data_state)
+            self._same_sums()
+            origin.same_start(self.run, self.origin, model)
+            yield from self._same_machine()
             self._describe(self.run)
             self.run.trim_metrics(self.counters.step)
             self.student.to(self.device)
@@ -118,6 +130,8 @@ class Trainer:
                 (beside.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
                 self.student, self.origin = origin.begin(start, self.recipe, beside, model)
                 self.student.to(self.device)
+                models = {role: weights for role, (_, weights) in origin.identities(self.recipe, start.base).items()}
+                self._same = {"dtype": _word(self.dtype), "held_out": _digest(self.held_out), "models": models}
                 self.counters.teacher_loss = self._teacher_loss()
         self.student.train()
 
@@ -131,22 +145,49 @@ class Trainer:
                 f"the tokenizer has {len(tokenizer)} tokens, the model room for {config.vocab_size}; "
                 "they do not belong together"
             )
-        rehearse(self.recipe.stages[self.counters.stage :], config, base)
+        rehearse(self.recipe.stages[self.counters.stage :], config, tokenizer, base)
         for name in self.recipe.track:
             library(name)
-        self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed)
+        longest = max(map(self.recipe.seq_len, self.recipe.stages))
+        self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed, longest)
         self.held_out = rows.held_out(self.recipe.data, tokenizer)
         if base is not None and self.held_out is not None and self._checkpoint is None:
             hub.fetch(hub.resolve(base))
         self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))
 
     def _same_recipe(self) -> None:
-        stored = self.run.path / "recipe.toml"
-        if stored.exists() and recipes.load(stored).trajectory() != self.recipe.trajectory():
+        stored, now = self.run.path / "recipe.toml", self.recipe.trajectory()
+        before = recipes.load(stored).trajectory() if stored.exists() else now
+        if changed := [key for key in now if before[key] != now[key]]:
             raise UsageError(
-                f"the recipe is not the one that {self.run.path} was started with (see its recipe.toml); "
-                "resume with the same recipe and --set, or start a new run"
+                f"the recipe is not the one that {self.run.path} was started with: it differs in {', '.join(changed)} "
+                "(see the run's recipe.toml); resume with the same recipe and --set, or start a new run"
             )
+
+    def _dtype_so_far(self) -> torch.dtype | None:
+        return getattr(torch, self._same["dtype"]) if self._checkpoint is not None else None
+
+    def _same_sums(self) -> None:
+        """UsageError where the losses so far and those to come would not be of one computation or one text."""
+        if self._same["dtype"] != _word(self.dtype):
+            raise UsageError(
+                f"this run computes in {self._same['dtype']}, got {_word(self.dtype)}; "
+                f"resume with --dtype {self._same['dtype']}, or start a new run"
+            )
+        if self._same["held_out"] != _digest(self.held_out):
+            raise UsageError(
+                "the held-out text changed since the run began, so its losses could not be compared; "
+                "put back the same data.validation, or start a new run"
+            )
+
+    def _same_machine(self) -> Iterator[Event]:
+        """Say where versions, processors or threads differ from the run's so far: then its last bits may, too."""
+        with suppress(SupraError, OSError):
+            before, now = read_json(self.run.path / "env.json"), environment(str(self.device))
+            keys = [key for key in now if key not in ("command", "cpus") and before.get(key, now[key]) != now[key]]
+            if keys:
+                changed = ", ".join(f"{key} {before[key]} → {now[key]}" for key in keys)
+                yield Note(f"going on under other conditions ({changed}): the last bits need not be those of one run")
 
     def _newest_sound(self) -> Iterator[Event]:
         """Load the newest complete checkpoint; a damaged one is named and the one before is taken."""
@@ -154,7 +195,7 @@ class Trainer:
         for path in reversed(found):
             try:
                 checkpoint.verify(path)
-                self.counters, self._data_state = state.read(path / "training")
+                self.counters, self._data_state, self._same = state.read(path / "training")
                 self.student, self.origin = origin.resume(path)
                 state.restore_masters(path / "training", self.student)
             except (SupraError, OSError) as error:
@@ -183,11 +224,13 @@ class Trainer:
     def _stage(self, spec: recipes.Stage) -> Iterator[Event]:
         stage = stage_of(spec)
         trained = prepare(self.student, stage, spec)
-        drawn = self._drawn(stage, spec)
-        optimizer = adamw(trained, spec, self.dtype)
+        drawn = self._drawn(stage, spec)  # which may fit parameters, so before an optimizer copies them
+        optimizer = adamw(self.student, trained, spec, self.dtype)
         if self._checkpoint is not None and self.counters.stage_step:
             state.restore_optimizer(self._checkpoint / "training", optimizer)
             state.restore_random(self._checkpoint / "training")
+            stage.constants = state.constants(self._checkpoint / "training", self.device)
+        self._constants = stage.constants
         self._checkpoint = None
         teacher = self._teacher(stage, spec)
         stepper = Stepper(stage, self.student, teacher, optimizer, spec.clip_norm, self.device, self.dtype)
@@ -209,8 +252,7 @@ class Trainer:
         if self.counters.stage_step:
             return drawn
         first = next(drawn)
-        with torch.no_grad(), computing_in(self.dtype, self.device):
-            stage.begin(self.student, first[0].to(self.device))
+        begin(stage, self.student, first, self.device, self.dtype)
         return itertools.chain([first], drawn)
 
     def _between_steps(self, optimizer: torch.optim.Optimizer, steps: int, spec: recipes.Stage) -> Iterator[Event]:
@@ -277,7 +319,7 @@ class Trainer:
 
     def _lap(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         return seconds
@@ -321,7 +363,7 @@ class Trainer:
         with self.run.writing(counters.step) as folder, masters_in_place(optimizer):
             masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
             if unchanged is not None:
-                masters = {name: value for name, value in masters.items() if is_mixer(name)}
+                masters = {name: masters[name] for name in masters.keys() & mixer_names(self.student)}
             checkpoint.save(
                 self.student,
                 folder,
@@ -330,7 +372,8 @@ class Trainer:
                 provenance=self._provenance(),
                 dtype=dtype,
             )
-            state.save(folder / "training", counters, optimizer, masters, self.mixture.state())
+            data, training = self.mixture.state(), folder / "training"
+            state.save(training, counters, optimizer, masters, self._constants, data, self._same)
         path = self.run.step_path(counters.step)
         self.run.link("last", path)
         if best:
@@ -357,3 +400,12 @@ class Trainer:
             "tokens_by_source": self.mixture.tokens_by_source(),
             "data": self.mixture.digests(),
         }
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _digest(batch: Batch | None) -> str | None:
+    """Of what held-out rows say, wherever their text lies."""
+    return None if batch is None else hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in batch)).hexdigest()

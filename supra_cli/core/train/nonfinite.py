@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from supra_cli.core.checkpoint.files import write_tensors
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import SupraError
 from supra_cli.core.train.state import Counters
 from supra_cli.core.train.step import Outcome

@@ -8,29 +8,46 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from supra_cli.core import recipe
+from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import lowbit
 from supra_cli.core.train.offload import OffloadedAdamW
 
+_OF_MATRICES = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D)
 
-def is_mixer(name: str) -> bool:
-    """Whether a parameter is new: it belongs to a mixer, not to the base."""
-    return ".mixer." in name
+
+def matrices(model: nn.Module) -> set[str]:
+    """The names of the parameters that weight decay is for, by what their modules are: the weights of linear maps,
+    convolutions and embeddings, and what a module of another kind names in its `matrices`.
+
+    Neither the number of dimensions nor the name tells: a gain for each head is [H,1], its biases are [H,F].
+    """
+    named = set()
+    for path, module in model.named_modules():
+        own = ("weight",) if isinstance(module, _OF_MATRICES) else getattr(module, "matrices", ())
+        named.update(f"{path}.{name}" if path else name for name in own)
+    return named
 
 
 def adamw(
-    parameters: Iterable[tuple[str, nn.Parameter]], stage: recipe.Stage, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    stage: recipe.Stage,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
-    """AdamW on (name, parameter) pairs: base and mixer parameters at their own peak rates, decay on matrices only.
+    """AdamW on (name, parameter) pairs of `model`: base and mixer parameters at their own peak rates, decay on
+    `matrices` only.
 
     With `adamw-offload` the parameters are in `dtype` from here to `release`, and what the optimizer holds are their
     fp32 masters. Raises UsageError for `adamw8bit` without torchao.
     """
     mixer_lr = stage.lr if stage.mixer_lr is None else stage.mixer_lr
+    of_mixers, decaying = mixer_names(model), matrices(model)
     groups: dict[tuple[bool, bool], dict] = {}
     for name, parameter in parameters:
-        new, matrix = is_mixer(name), parameter.ndim >= 2
+        new, matrix = name in of_mixers, name in decaying
         group = groups.setdefault(
             (new, matrix),
             {

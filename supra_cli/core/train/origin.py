@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,10 @@ from supra_cli.core.checkpoint.writing import companions
 from supra_cli.core.data import sources
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import ResourceError, UsageError
+from supra_cli.core.evaluate.store import weights_hash
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe import Recipe
+from supra_cli.core.train.prepare import stage_of
 from supra_cli.core.train.run import RunDirectory
 
 
@@ -63,8 +65,6 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
         weights, base = folder, checkpoint.read_provenance(folder).get("base")
     elif recipe.init == "scratch":
         config, weights, base = _swapped(config, recipe), None, None
-        with checkpoint.describing_a_model(folder / "config.json"):
-            checkpoint.skeleton(config)
         _has_room(config)
     else:
         config = checkpoint.planned(folder, mixer=recipe.mixer.name, options=recipe.mixer.options, keep=recipe.keep)
@@ -103,13 +103,64 @@ def begin(start: Start, recipe: Recipe, run: RunDirectory, model: Path | None) -
             seed=recipe.seed,
             base=start.base,
         )
-    return checkpoint.load(converted, dtype=torch.float32), Origin(start.base, checkpoint.fingerprint(converted))
+    return checkpoint.load(converted, dtype=torch.float32), Origin(start.base, checkpoint.identity(converted))
 
 
 def resume(folder: Path) -> tuple[SupraForCausalLM, Origin]:
     """The student as it was saved in the checkpoint `folder`."""
     known = checkpoint.read_provenance(folder)
     return checkpoint.load(folder, dtype=torch.float32), Origin(known.get("base"), known.get("parent"))
+
+
+def identities(recipe: Recipe, base: str | None, stage: int = 0) -> dict[str, tuple[str, str]]:
+    """Role → (name, hash of its weights) of the models that the run stands on from `stage` on: `base`, what the recipe
+    calls so, where it lies in a directory here; `stages.N.teacher`; and `origin`, the student's own base.
+    """
+    learning = {n: spec for n, spec in enumerate(recipe.stages) if stage_of(spec).teacher == "separate" and n >= stage}
+    names = {f"stages.{n}.teacher": spec.teacher for n, spec in learning.items() if spec.teacher}
+    if recipe.init == "pretrained" and _lies_here(recipe.base):
+        names["base"] = recipe.base
+    if base is not None and (_lies_here(base) or any(spec.teacher is None for spec in learning.values())):
+        names["origin"] = base
+    folders = {role: hub.fetch(hub.resolve(name)).resolve() for role, name in names.items()}
+    hashes = {folder: weights_hash(folder) for folder in set(folders.values())}
+    return {role: (name, hashes[folders[role]]) for role, name in names.items()}
+
+
+def same_models(recipe: Recipe, origin: Origin, known: Mapping[str, str], stage: int) -> Origin:
+    """`origin`, with its base under the name that it has now, for a run that goes on in `stage`.
+
+    Models are compared by `known`, the hashes of their weights by role when the run began, so they may have been moved.
+    UsageError for one that has other weights, NotFoundError for one that is needed and gone.
+    """
+    moved = origin.base is not None and Path(origin.base).is_absolute() and not Path(origin.base).exists()
+    if moved and _lies_here(recipe.base) and "base" in known and known["base"] == known.get("origin"):
+        origin = replace(origin, base=str(Path(recipe.base).resolve()))
+    for role, (name, weights) in identities(recipe, origin.base, stage).items():
+        if known.get(role, weights) != weights:
+            raise UsageError(
+                f"{name} ({role}) has other weights than when this run began; "
+                "resume with the model that was there, or start a new run"
+            )
+    return origin
+
+
+def same_start(run: RunDirectory, origin: Origin, model: Path | None) -> None:
+    """UsageError when `model`, given to a run that goes on, is not the one that it began with; the run's link to it is
+    made anew, as it may have been moved.
+    """
+    if model is None:
+        return
+    if checkpoint.fingerprint(model) != origin.parent:
+        raise UsageError(f"{model} is not the converted model that this run began with; resume without --model")
+    converted = run.path / "converted"
+    if converted.is_symlink():
+        converted.unlink()
+        converted.symlink_to(model.resolve(), target_is_directory=True)
+
+
+def _lies_here(name: str | None) -> bool:
+    return name is not None and Path(name).is_absolute() and Path(name).is_dir()
 
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:

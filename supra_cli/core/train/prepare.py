@@ -6,22 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from supra_cli.core import checkpoint, hub, recipe
 from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.stages import Stage, stages
+from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import lowbit
-from supra_cli.core.train.optimizer import is_mixer
 
 
-def rehearse(specs: Sequence[recipe.Stage], config: SupraConfig, base: str | None) -> None:
-    """Raise whatever would keep a stage from starting, tried on a student of `config` without weights."""
+def rehearse(
+    specs: Sequence[recipe.Stage], config: SupraConfig, tokenizer: PreTrainedTokenizerBase, base: str | None
+) -> None:
+    """Raise whatever would keep a stage from starting, tried on a student of `config` without weights; `tokenizer` is
+    the student's.
+    """
     student = checkpoint.skeleton(config)
     for spec in specs:
         stage = stage_of(spec)
         prepare(student, stage, spec)
-        teacher_of(stage, spec, config, base)
+        if (teacher := teacher_of(stage, spec, config, base)) is not None:
+            check_tokens(tokenizer, teacher)
         if spec.optimizer == "adamw8bit":
             lowbit.library()
 
@@ -37,6 +43,8 @@ def teacher_of(stage: Stage, spec: recipe.Stage, config: SupraConfig, base: str 
     UsageError when there is no teacher or its vocabulary is not the student's.
     """
     if stage.teacher != "separate":
+        if spec.teacher is not None:
+            raise UsageError(f"stage '{spec.kind}' takes no teacher of its own; leave out teacher = '{spec.teacher}'")
         return None
     name = spec.teacher or base
     if name is None:
@@ -51,6 +59,22 @@ def teacher_of(stage: Stage, spec: recipe.Stage, config: SupraConfig, base: str 
     return folder
 
 
+def check_tokens(tokenizer: PreTrainedTokenizerBase, teacher: Path) -> None:
+    """UsageError unless every token of the student, added ones too, is the same number for the model in `teacher`.
+
+    The teacher reads the student's numbers. What splits text into tokens may differ; that the teacher has further
+    tokens is no harm. One without a tokenizer is refused, as nothing says what its numbers mean.
+    """
+    numbers = checkpoint.load_tokenizer(teacher).get_vocab()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        if numbers.get(token) != number:
+            other = f"number {numbers[token]}" if token in numbers else "unknown"
+            raise UsageError(
+                f"teacher {teacher} has another tokenizer than the student: token {token!r} is number {number} for the "
+                f"student and {other} for the teacher; logits can only be compared token by token"
+            )
+
+
 def prepare(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[str, nn.Parameter]]:
     """Make `student` ready for the stage; the parameters that move, by name. Doing it twice is doing it once."""
     if spec.untie:
@@ -63,9 +87,9 @@ def prepare(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[
 
 def select(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[str, nn.Parameter]]:
     """The parameters that move in this stage, by name; all others are frozen. UsageError when there is none."""
-    chosen = []
+    chosen, of_mixers = [], mixer_names(student)
     for name, parameter in student.named_parameters():
-        moves = stage.trains(name) and (spec.train == "all" or is_mixer(name))
+        moves = stage.trains(name, name in of_mixers) and (spec.train == "all" or name in of_mixers)
         parameter.requires_grad_(moves)
         if moves:
             chosen.append((name, parameter))
@@ -76,9 +100,9 @@ def select(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[s
 
 def moves_base(student: nn.Module, spec: recipe.Stage) -> bool:
     """Whether the stage changes any weight but the mixers'."""
-    stage = stage_of(spec)
-    base = (name for name, _ in student.named_parameters() if not is_mixer(name))
-    return spec.untie or (spec.train == "all" and any(stage.trains(name) for name in base))
+    stage, of_mixers = stage_of(spec), mixer_names(student)
+    base = (name for name, _ in student.named_parameters() if name not in of_mixers)
+    return spec.untie or (spec.train == "all" and any(stage.trains(name, False) for name in base))
 
 
 def checkpoint_activations(student: nn.Module, on: bool) -> None:

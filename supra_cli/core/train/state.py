@@ -1,4 +1,5 @@
-"""The part of a checkpoint that only training needs: optimizer moments, fp32 masters, random state and counters.
+"""The part of a checkpoint that only training needs: optimizer moments, fp32 masters, the stage's constants, random
+state, counters, and what has to be the same for the run to go on.
 
 Tensors are stored as safetensors and counters as JSON; nothing is pickled, so nothing foreign is ever executed on
 resume.
@@ -40,9 +41,19 @@ class Counters:
 
 
 def save(
-    folder: Path, counters: Counters, optimizer: torch.optim.Optimizer, masters: dict[str, Tensor], data: dict
+    folder: Path,
+    counters: Counters,
+    optimizer: torch.optim.Optimizer,
+    masters: dict[str, Tensor],
+    constants: dict[str, Tensor],
+    data: dict[str, Any],
+    same: dict[str, Any],
 ) -> None:
-    """Write the training state into `folder`; `masters` holds fp32 weights that the model's own files do not."""
+    """Write the training state into `folder`.
+
+    `masters` are fp32 weights that the model's own files do not hold, `constants` what the stage began with, `data` the
+    position in the data, `same` what a run that goes on from here must share with this one.
+    """
     folder.mkdir(parents=True)
     moments = {
         f"{key}{_IN}{part}.{name}" if part else f"{key}.{name}": plain.detach().cpu().contiguous()
@@ -54,26 +65,37 @@ def save(
     if masters:
         masters = {name: value.detach().cpu().contiguous() for name, value in masters.items()}
         write_tensors(masters, folder / "masters.safetensors")
+    if constants:
+        constants = {name: value.detach().cpu().contiguous() for name, value in constants.items()}
+        write_tensors(constants, folder / "stage.safetensors")
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     write_tensors(random, folder / "random.safetensors")
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    document = {"counters": dataclasses.asdict(counters), "data": data, "files": hashes}
+    document = {"counters": dataclasses.asdict(counters), "data": data, "same": same, "files": hashes}
     (folder / "state.json").write_text(json.dumps(document, indent=2))
 
 
-def read(folder: Path) -> tuple[Counters, dict[str, Any]]:
-    """(counters, position in the data). SupraError if any file of the training state is not what was written."""
+def read(folder: Path) -> tuple[Counters, dict[str, Any], dict[str, Any]]:
+    """(counters, position in the data, what must be the same). SupraError if any file of the training state is not what
+    was written.
+    """
     try:
         saved = json.loads((folder / "state.json").read_text())
-        counters, data, files = Counters(**saved["counters"]), saved["data"], saved["files"]
+        counters, data, same, files = Counters(**saved["counters"]), saved["data"], saved["same"], saved["files"]
         changed = [name for name, known in files.items() if sha256(folder / name) != known]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SupraError(f"the training state in {folder} cannot be read: {error}") from None
     if changed:
         raise SupraError(f"{folder / changed[0]} is not what was written")
-    return counters, data
+    return counters, data, same
+
+
+def constants(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    """What the stage began with; empty where it needs nothing."""
+    path = folder / "stage.safetensors"
+    return load_file(path, device=str(device)) if path.exists() else {}
 
 
 def restore_masters(folder: Path, model: nn.Module) -> None:
@@ -89,22 +111,21 @@ def restore_masters(folder: Path, model: nn.Module) -> None:
 
 
 def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Through the optimizer's own `load_state_dict`, which alone knows where each tensor must lie: on CUDA, fused AdamW
+    reads `step` on the device, unchecked.
+    """
     saved: dict[str, dict[str, dict[str, Tensor]]] = {}
     for label, tensor in load_file(folder / "optimizer.safetensors").items():
         place, _, name = label.partition(".")
         key, _, part = place.partition(_IN)
         saved.setdefault(name, {}).setdefault(key, {})[part] = tensor
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            if name in saved:
-                optimizer.state[parameter] = {
-                    key: plain[""] if key == "step" else lowbit.whole(_moved(plain, parameter.device))
-                    for key, plain in saved[name].items()
-                }
-
-
-def _moved(plain: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {part: tensor.to(device) for part, tensor in plain.items()}
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    state = {
+        number: {key: lowbit.whole(plain) for key, plain in saved[name].items()}
+        for number, name in enumerate(names)
+        if name in saved
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def restore_random(folder: Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.data.rows import Batch
+from supra_cli.core.data.packing import Batch
+from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.stages import Stage
 from supra_cli.core.train import lowbit
 
@@ -52,18 +53,28 @@ class Stepper:
         self._device = device
         self._dtype = dtype
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._reached = False
 
     def take(self, micro_batches: Sequence[Batch]) -> Outcome:
-        """One step on all micro-batches; none at all, and no gradient left, if loss or gradient are not finite."""
+        """One step on all micro-batches; none at all, and no gradient left, if loss or gradient are not finite.
+
+        SupraError if a parameter of the first step has no gradient.
+        """
         scored = max(1, sum(self._stage.scored(batch) for batch in micro_batches))  # rows may have nothing to predict
+        computing = computing_in(self._dtype, self._device)
+
+        def backward(part: Tensor) -> Tensor:
+            with _left(computing):
+                part.backward(torch.full_like(part, 1 / scored))  # no division: a stage may call under no_grad
+            return part.detach()
+
         sums: dict[str, Tensor] = {}
         for batch in micro_batches:
-            with self._stage.attached(self._student):
-                with computing_in(self._dtype, self._device):
-                    loss = self._stage.loss(self._student, self._teacher, batch.to(self._device))
-                (loss.sum / scored).backward()
-            for name, value in {"loss": loss.sum.detach(), **loss.metrics}.items():
-                sums[name] = sums.get(name, 0) + value
+            with computing:
+                loss = self._stage.loss(self._student, self._teacher, batch.to(self._device), backward)
+            _add(sums, {"loss": loss.sum, **loss.metrics})
+        if not self._reached:
+            self._check_gradients()
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._clip_norm))
         means = {name: float(value) / scored for name, value in sums.items()}
         outcome = Outcome(means.pop("loss"), norm, means)
@@ -71,6 +82,17 @@ class Stepper:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return outcome
+
+    def _check_gradients(self) -> None:
+        """A parameter that is said to move and that the loss does not reach would stay as it was drawn, unnoticed."""
+        for group in self.optimizer.param_groups:
+            for name, parameter in zip(group.get("names", ()), group["params"], strict=False):
+                if parameter.grad is None:
+                    raise SupraError(
+                        f"the loss does not depend on {name}, which this stage is to train; leave that parameter out "
+                        "in the stage's `trains`, or mend the mixer or the loss that does not use it"
+                    )
+        self._reached = True
 
     def watch(self) -> list[tuple[Tensor, Tensor]]:
         """(parameter, its sampled values now) for `swallowed`, about `SAMPLED_NUMBERS` values in all."""
@@ -95,6 +117,43 @@ class Stepper:
             still += int((same & meant).sum())
             moved += int(meant.sum())
         return still / moved if moved else 0.0
+
+
+def begin(
+    stage: Stage, student: nn.Module, micro_batches: Sequence[Batch], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Let the stage measure all micro-batches of its first step, and begin with the sums."""
+    sums: dict[str, Tensor] = {}
+    with torch.no_grad(), computing_in(dtype, device):
+        for batch in micro_batches:
+            _add(sums, stage.measure(student, batch.to(device)))
+        stage.begin(student, sums, sum(stage.scored(batch) for batch in micro_batches))
+
+
+def _add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0) + value
+
+
+@contextmanager
+def _left(context: AbstractContextManager) -> Iterator[None]:
+    """Outside of a context that is entered, for a while: PyTorch wants backward passes outside autocast, and what
+    autocast keeps copies of until its end would be kept through the whole backward pass.
+    """
+    context.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        context.__enter__()
+
+
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, if a run can be computed in it: UsageError for fp16, in which small gradients vanish unless the loss is
+    scaled up, which is not done here.
+    """
+    if dtype == torch.float16:
+        raise UsageError("uptraining has no loss scaling, which float16 needs; give --dtype bfloat16 or float32")
+    return dtype
 
 
 def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:

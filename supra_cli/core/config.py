@@ -1,0 +1,127 @@
+"""The config of a swapped model: the base's own, plus what was exchanged. `AutoConfig` needs no more than this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any, NamedTuple
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+from supra_cli.core.archs import archs
+from supra_cli.core.mixers import parse_options
+from supra_cli.core.recipe.keep import SOFTMAX, layer_kinds
+
+
+class Swap(NamedTuple):
+    """What was exchanged in a model: the key `supra` of its config."""
+
+    base: str
+    """The base's `model_type`."""
+    mixer: str
+    options: dict[str, Any]
+    layers: list[str]
+    """The kind of each layer: the mixer's name, or softmax."""
+
+    @property
+    def any(self) -> bool:
+        return any(kind != SOFTMAX for kind in self.layers)
+
+    def check(self, layers: int) -> None:
+        """Raise a ValueError unless every one of the model's layers has a kind, the mixer's or softmax."""
+        if len(self.layers) != layers or not set(self.layers) <= {self.mixer, SOFTMAX}:
+            raise ValueError(f"expected {layers} layers of kind '{self.mixer}' or '{SOFTMAX}', got {self.layers}")
+
+
+class SupraConfig(PreTrainedConfig):
+    """The base's config whole, plus what was exchanged.
+
+    Instances are of a subclass made for each base, `SupraLlamaConfig(LlamaConfig, SupraConfig)`, so every attribute,
+    default and check of the base's config holds. Written without any swapped layer it is the base's plain config
+    again.
+    """
+
+    model_type = "supra"
+    supra: dict | None = None
+
+    @classmethod
+    def from_base(
+        cls,
+        base: PreTrainedConfig,
+        *,
+        mixer: str = SOFTMAX,
+        options: Mapping[str, Any] | None = None,
+        layers: Sequence[str] | None = None,
+    ) -> SupraConfig:
+        """The config of `base` with `mixer` in the layers whose kind in `layers` is not softmax (all, if None)."""
+        if isinstance(base, SupraConfig):
+            base = base.plain()
+        kinds = [mixer] * base.num_hidden_layers if layers is None else list(layers)
+        record = Swap(base.model_type, mixer, asdict(parse_options(mixer, options or {})), kinds)
+        record.check(base.num_hidden_layers)
+        config = config_class(record.base)(**_fields(base), supra=record._asdict())
+        config._attn_implementation = base._attn_implementation
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SupraConfig:
+        if cls is SupraConfig:
+            return config_class(config_dict["supra"]["base"]).from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def swap(self) -> Swap:
+        return Swap(**self.supra)
+
+    def with_mixer(self, mixer: str, options: Mapping[str, Any] | None = None, keep: str = "none") -> SupraConfig:
+        """The base with `mixer` in every layer that `keep`, as `layer_kinds` reads it, does not spare."""
+        layers = layer_kinds(self.num_hidden_layers, mixer, keep)
+        return self.from_base(self, mixer=mixer, options=options, layers=layers)
+
+    def plain(self) -> PreTrainedConfig:
+        """The base's own config."""
+        config = CONFIG_MAPPING[self.swap.base](**_fields(self))
+        config._attn_implementation = self._attn_implementation
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if self.supra is None:
+            return output
+        if self.swap.any:
+            return output | {"architectures": ["SupraForCausalLM"]}
+        del output["supra"]
+        # Not at the top: `AutoConfig` alone must not load the table of models, which asks for ours while it loads.
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.swap.base]
+        return output | {"model_type": self.swap.base, "architectures": [architecture]}
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in ("model_type", "architectures", "transformers_version", "supra")
+    }
+
+
+@cache
+def config_class(base: str) -> type[SupraConfig]:
+    """The config class for a base's `model_type`; a UsageError without an arch."""
+    archs.get(base)
+    plain = CONFIG_MAPPING[base]
+    return type(f"Supra{plain.__name__}", (plain, SupraConfig), {"model_type": "supra", "__module__": __name__})
+
+
+def __getattr__(name: str) -> type[SupraConfig]:
+    """`SupraLlamaConfig` and its like by name, as pickle looks for them in another process."""
+    for base in archs if name.startswith("Supra") else ():
+        if name == f"Supra{CONFIG_MAPPING[base].__name__}":
+            return config_class(base)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+AutoConfig.register("supra", SupraConfig, exist_ok=True)

@@ -1,0 +1,82 @@
+"""What users of transformers do with a model besides calling it: read its config, pickle it, hand it to a pipeline."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import save_base, tiny_model, tokens
+
+from supra_cli.core import checkpoint
+from supra_cli.core.archs import archs
+
+
+def python(program: str, *arguments: object) -> str:
+    """What a fresh interpreter prints, which knows of supra what the program imports."""
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A converted model on disk with its tokenizer, softmax in its second layer."""
+    folder = tmp_path_factory.mktemp("models")
+    text = "def read(self, size=-1):\n    return self.buffer[:size]\n" * 50
+    base = save_base(folder / "base", [text], num_hidden_layers=3)
+    return checkpoint.convert(base, folder / "student", mixer="supra", options={}, keep="1", seed=0)
+
+
+def test_the_auto_config_alone_knows_the_model(student):
+    program = """
+import sys, supra_cli
+from transformers import AutoConfig
+config = AutoConfig.from_pretrained(sys.argv[1])
+print(type(config).__name__, config.swap.mixer)
+"""
+    assert python(program, student).split() == ["SupraLlamaConfig", "supra"]
+
+
+def test_the_auto_tokenizer_and_a_pipeline_take_the_directory(student):
+    program = """
+import sys, supra_cli
+from transformers import AutoTokenizer, pipeline
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+write = pipeline("text-generation", model=sys.argv[1])
+print(len(tokenizer), type(write.model).__name__, len(write("def read", max_new_tokens=4, do_sample=False)))
+"""
+    words = python(program, student).split()
+    assert words[1:] == ["SupraLlamaForCausalLM", "1"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", list(archs))
+def test_configs_and_models_are_pickled_and_copied(base):
+    torch.manual_seed(0)
+    model, ids = tiny_model(base, "gated", "1"), tokens(2, 9)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    config = pickle.loads(pickle.dumps(model.config))
+    assert type(config) is type(model.config)
+    assert config.to_dict() == model.config.to_dict()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", list(archs))
+def test_another_process_reads_a_pickled_model(base, tmp_path):
+    """As workers, Ray and `torch.load` do: nothing but the pickle tells it what to import."""
+    torch.manual_seed(0)
+    model, ids = tiny_model(base, "supra", "1"), tokens(2, 9)
+    torch.save({"model": model, "config": model.config, "ids": ids, "logits": model(ids).logits}, tmp_path / "all.pt")
+    program = """
+import sys, torch
+found = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    torch.testing.assert_close(found["model"](found["ids"]).logits, found["logits"])
+print(type(found["config"]).__name__)
+"""
+    assert python(program, tmp_path / "all.pt").strip() == type(model.config).__name__
