@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel for a card that need not be there: registers, spills, shared memory, and how
 many programs one multiprocessor holds. Triton brings its assembler.
 
-    python benchmarks/compiled.py [--target 80] [--json] [--output FILE] [--cases mha packed ...]
+    python benchmarks/compiled.py [--target 80] [--json] [--output FILE] [--cases mha packed ...] [--kernels states ...]
 
 The target is a compute capability: 80 (A100), 86 (A10, RTX 3090), 89 (L4, RTX 4090) or 90 (H100, H200). The launcher
 runs as on that card, with every launch compiled and none made, so the arguments, the tiles and the options are those of
@@ -93,6 +93,13 @@ class Compiled:
             return name
         flag, written = WRITES[name]
         return f"{name} {written[given[flag]]}"
+
+
+class NoKernel:
+    """Stands for a kernel that is not wanted."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: None
 
 
 WRITES = {
@@ -206,15 +213,17 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--kernels", nargs="+", default=[""], help="only those whose names begin so")
     arguments = parser.parse_args()
     target = TARGETS[arguments.target]
     driver.set_active(Driver(arguments.target))
     fit.card_of = lambda device: target.card
     rows: list[dict] = []
-    now = ""
+    now, wanted = "", tuple(arguments.kernels)
     for module in (launch, single):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Compiled(getattr(module, name), target, rows, lambda: {"case": now}))
+            kernel = Compiled(getattr(module, name), target, rows, lambda: {"case": now})
+            setattr(module, name, kernel if name.startswith(wanted) else NoKernel())
     for now in arguments.cases:
         case(**CASES[now])
     command = " ".join(["python benchmarks/compiled.py", *sys.argv[1:]])

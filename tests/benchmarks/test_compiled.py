@@ -20,7 +20,7 @@ SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 """Bytes that one program may have, from the CUDA C++ programming guide: 163, 99, 99 and 227 KiB."""
 
 
-def compiled(tmp_path, target, *cases) -> list[dict]:
+def compiled(tmp_path, target, cases, kernels=()) -> list[dict]:
     """Triton brings its assembler, so this needs no GPU; the interpreter would not see what does not compile."""
     pytest.importorskip("triton")
     command = [
@@ -32,23 +32,34 @@ def compiled(tmp_path, target, *cases) -> list[dict]:
         str(tmp_path / "out.json"),
     ]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "1"}
-    command += ["--cases", *cases] if cases else []
+    command += ["--cases", *cases, *(["--kernels", *kernels] if kernels else [])]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((tmp_path / "out.json").read_text())["rows"]
 
 
+def over_chunks(rows) -> list[dict]:
+    return [row for row in rows if row["kernel"].startswith(("states", "query_side", "key_side", "decay"))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [86, 80])
-def test_the_widest_launches_in_bf16_and_fp32_compile_and_fit(target, tmp_path):
-    """The cases that take the most; the files of the full runs hold the others. sm_89 is compiled as sm_86 is."""
-    rows = compiled(tmp_path, target, "token-packed-sums", "fp32-token-packed-sums", "fp32-wide")
+def test_the_largest_launches_compile_for_the_smallest_cards_and_fit(tmp_path):
+    """The files of the full runs hold the other cases."""
+    rows = compiled(tmp_path, 86, ["token-packed-sums", "fp32-token-packed-sums"])
     assert {row["kernel"] for row in rows} == KERNELS
-    assert all(row["shared_bytes"] <= SHARED[target] for row in rows)
-    over_chunks = [row for row in rows if row["kernel"].startswith(("states", "query_side", "key_side", "decay"))]
-    assert all(row["matrix_instructions"] for row in over_chunks)
-    bf16 = [row for row in over_chunks if row["case"] == "token-packed-sums"]
+    assert all(row["shared_bytes"] <= SHARED[86] for row in rows)
+    assert all(row["matrix_instructions"] for row in over_chunks(rows))
+    bf16 = [row for row in over_chunks(rows) if row["case"] == "token-packed-sums"]
     assert all(row["programs"] >= 2 for row in bf16), "while one waits for memory another computes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 89])
+@pytest.mark.parametrize("case", ["gqa", "fp32-token-packed-sums"])
+def test_the_kernels_that_take_most_fit_the_other_cards(target, case, tmp_path):
+    rows = compiled(tmp_path, target, [case], kernels=["states", "query_side"])
+    assert {row["kernel"] for row in rows} == {"states S", "states dS", "query_side o", "query_side dq"}
+    assert all(row["shared_bytes"] <= SHARED[target] for row in rows)
 
 
 @pytest.mark.parametrize("target", SHARED)
@@ -71,15 +82,13 @@ def compiled_cases() -> list[str]:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_hopper(tmp_path):
-    rows = compiled(
-        tmp_path, 90, "mha", "gqa", "packed", "token", "narrow", "gated", "t2r", "uneven", "fp32-token-packed-sums"
-    )
+    cases = ["mha", "gqa", "packed", "token", "narrow", "gated", "t2r", "uneven", "fp32-token-packed-sums"]
+    rows = compiled(tmp_path, 90, cases)
     assert {row["kernel"] for row in rows} == KERNELS
     assert all(row["shared_bytes"] <= SHARED[90] for row in rows)
     real = [row for row in rows if row["case"] in ("mha", "gqa", "packed", "token", "narrow", "gated", "t2r")]
     assert all(row["programs"] >= 2 for row in rows if row in real or row["case"] == "uneven")
     assert all(row["stack_bytes"] <= (256 if row["case"] == "gated" else 128) for row in real)
-    in_chunks = [row for row in real if row["kernel"].startswith(("states", "query_side", "key_side", "decay"))]
-    assert all(row["matrix_instructions"] for row in in_chunks)
-    several = [row for row in in_chunks if row["case"] != "narrow"]
+    assert all(row["matrix_instructions"] for row in over_chunks(real))
+    several = [row for row in over_chunks(real) if row["case"] != "narrow"]
     assert all(row["async_copies"] for row in several), "K = V = 64 is one tile, whose loads need no queue"

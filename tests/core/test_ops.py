@@ -281,3 +281,15 @@ def test_no_fake_traced_or_meta_decay_is_kept(decays):
     kept = parts.log_decay("alibi", 4, "cpu")
     with FakeTensorMode():
         assert parts.log_decay("alibi", 4, "cpu") is not kept
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_compiled_caller_makes_the_layout_in_the_same_graph(length):
+    segment = torch.zeros(2, length, dtype=torch.long)
+    segment[0, 0] = -1
+
+    def call(q, k, v, g):
+        return ops.linear_attention(q, k, v, g, layout=Layout.of(segment))[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert_close(compiled(*inputs(length)), call(*inputs(length)))
