@@ -65,7 +65,8 @@ class Stepper:
 
         def backward(part: Tensor) -> Tensor:
             with _left(computing):
-                part.backward(torch.full_like(part, 1 / scored))  # no division: a stage may call under no_grad
+                # Scaled by its gradient: under no_grad, where transfer calls, a quotient would have no graph.
+                part.backward(torch.full_like(part, 1 / scored))
             return part.detach()
 
         sums: dict[str, Tensor] = {}
