@@ -7,7 +7,6 @@ of two devices. `ops.planning("triton")` takes the form of the operator that a G
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
