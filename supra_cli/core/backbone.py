@@ -44,10 +44,14 @@ class SwappedBackbone(nn.Module):
         recurrent = [] if cache is None else caches.prepare(cache, kinds)
         check_mask(attention_mask, batch, tokens, recurrent)
         layout, position_ids, packed = derive(attention_mask, position_ids, batch, tokens)
-        if use_cache is None and cache is None and (self.training or packed):
-            use_cache = False  # a caller who trains, or packs documents, asks for no state
-        if packed and attends and (cache is not None or use_cache is not False):
-            packed = self.device.type != "meta" and bool((layout.segment > 0).any())
+        if use_cache is None and cache is None and self.training:
+            use_cache = False  # a caller who trains asks for no state
+        if packed and use_cache is not False and self.device.type != "meta":
+            # Whether rows are packed decides what follows, so that a GPU waits here: at most once a prompt, and never
+            # without position_ids.
+            packed = bool((layout.segment > 0).any())
+        if packed and use_cache is None and cache is None:
+            use_cache = False
         if packed and attends and (cache is not None or use_cache is not False):
             raise ValueError(
                 "packed rows cannot be cached by softmax layers, got position_ids that restart; pass one document a row"

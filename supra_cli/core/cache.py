@@ -91,8 +91,9 @@ class RecurrentLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in tree_leaves(self.state) if isinstance(tensor, Tensor))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+    def crop(self, length: int) -> None:
+        """Of every version: what is given was how much to keep up to transformers 5.18 and is how much to drop."""
+        if self.tokens:
             raise ValueError("a recurrent state cannot forget its last tokens; generate without an assistant model")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -112,13 +113,16 @@ def prepare(cache: Cache, kinds: Sequence[str]) -> list[RecurrentLayer]:
             f"a model with recurrent layers cannot use a {type(cache).__name__}, expected a DynamicCache or a "
             "StaticCache; leave out cache_implementation='quantized', assistant models and continuous batching"
         )
-    while len(cache.layers) < len(kinds):  # a cache made without a config appends its layers as they come
-        cache.layers.append(cache.layer_class_to_replicate())
+    if cache.layer_class_to_replicate is not None:  # made without a config, so that its layers come with the model's
+        while len(cache.layers) < len(kinds):
+            cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) != len(kinds):
+        raise ValueError(f"the cache has {len(cache.layers)} layers and the model {len(kinds)}; pass a new cache")
     softmax = [index for index, kind in enumerate(kinds) if kind == SOFTMAX]
     recurrent = [index for index, kind in enumerate(kinds) if kind != SOFTMAX]
     for index in recurrent:
         if not isinstance(cache.layers[index], RecurrentLayer):
-            if cache.layers[index].is_initialized:
+            if cache.layers[index].is_initialized and cache.layers[index].get_seq_length() > 0:
                 raise ValueError(f"layer {index} of the cache holds keys and values of another model; pass a new cache")
             following = next((other for other in softmax if other > index), softmax[0] if softmax else None)
             cache.layers[index] = RecurrentLayer(None if following is None else cache.layers[following])

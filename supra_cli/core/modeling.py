@@ -130,12 +130,15 @@ class SupraForCausalLM(PreTrainedModel):
         return False
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.supra.any:
+            return super()._assisted_decoding(*args, **kwargs)
         raise ValueError(
             "a recurrent state cannot forget the tokens that an assistant guessed wrong; generate without "
             "assistant_model and prompt_lookup_num_tokens"
         )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        # All-softmax models too: pages go by a mask of their own, past which our layout would not be seen.
         raise ValueError(
             "continuous batching keeps pages of keys and values, which recurrent layers do not have; use generate() on "
             "padded batches"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -558,6 +559,20 @@ def test_each_text_of_a_batch_opens_with_one_begin_token(words):
     ids, mask = lm.tok_batch_encode([own, "a"], left_truncate_len=2)
     assert ids.shape == (2, 2)
     assert lm.cut == {own}
+
+
+def test_a_padding_token_without_an_embedding_pads_nothing_and_is_refused_in_a_text(words):
+    words = copy.deepcopy(words)
+    words.add_special_tokens({"pad_token": "[PAD]"})
+    model = small_llama(0, len(words) - 1)
+    lm = evaluate.language_model(model, words, FEW)
+    ids, mask = lm.tok_batch_encode(["def read(self", "def"])
+    assert ids.max() < model.config.vocab_size
+    assert (ids[1][~mask[1].bool()] == 0).all()
+    with pytest.raises(SupraError, match=r"the text holds token \d+, '\[PAD\]'"):
+        lm.tok_batch_encode(["def [PAD]"])
+    with pytest.raises(SupraError, match="the text holds token"):
+        lm._loglikelihood_tokens([(("", "[PAD]"), [1], [len(words) - 1])])
 
 
 def test_progress_counts_every_request_to_its_end(pair, tmp_path):

@@ -254,3 +254,23 @@ def test_a_mask_that_does_not_say_which_tokens_are_real_is_refused(shape):
     cache = caches.of(model(ids, use_cache=True))
     with pytest.raises(ValueError, match=r"expected \[2, 10\]"):
         model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_made_early_or_for_another_number_of_layers_is_told_apart():
+    model, (ids, _) = model_of("llama", "supra", "first:1"), prompts(False)
+    early = StaticCache(config=model.config, max_cache_len=16)
+    early.early_initialization(batch_size=2, num_heads=2, head_dim=8, dtype=torch.float32, device="cpu")
+    assert_close(model(ids, past_key_values=early).logits, model(ids).logits)
+    short = StaticCache(config=tiny_model("llama", num_hidden_layers=2).config, max_cache_len=16)
+    with pytest.raises(ValueError, match="2 layers and the model 4"):
+        model(ids, past_key_values=short)
+
+
+@torch.no_grad()
+def test_a_state_with_tokens_in_it_cannot_be_cropped_whatever_the_version_means_by_it():
+    model, (ids, _) = model_of("llama", "supra", "none"), prompts(False)
+    cache = caches.of(model(ids, use_cache=True))
+    for length in (0, 1, PROMPT, -1):
+        with pytest.raises(ValueError, match="cannot forget"):
+            cache.crop(length)

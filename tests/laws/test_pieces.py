@@ -10,6 +10,7 @@ from test_rows import left_padded
 from tiny import tokens
 from torch.testing import assert_close
 
+from supra_cli.core import cache as caches
 from supra_cli.core.generate import decode, prefill
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -23,7 +24,7 @@ def check(model, *, padded, pieces):
     ids, mask = left_padded(rows, max(LENGTHS))
     mask = mask if padded else None
     whole = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
-    assert whole.past_key_values.get_seq_length() == ids.shape[1]
+    assert caches.of(whole).get_seq_length() == ids.shape[1]
     for piece in pieces:
         logits, cache = prefill(model, ids, mask, piece=piece)
         assert_close(logits, whole.logits[:, -1], **CLOSE)

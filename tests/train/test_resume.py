@@ -123,6 +123,19 @@ def test_a_newest_checkpoint_that_the_disk_does_not_give_back_falls_back_too(
     assert weights(output) == whole
 
 
+def test_a_state_of_an_older_version_is_told_as_that_and_not_as_damage(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    run(recipe_file(), tmp_path / "run", stop_after=2)
+    (state,) = (tmp_path / "run").glob("step-*/training/state.json")
+    kept = json.loads(state.read_text())
+    del kept["same"]
+    state.write_text(json.dumps(kept))
+    with pytest.raises(UsageError, match="older supra"):
+        run(recipe_file(), tmp_path / "run", resume=True)
+    assert state.exists()
+
+
 def test_a_damaged_checkpoint_of_a_later_step_costs_the_newest_nothing(tmp_path: Path) -> None:
     """Stopped at 150 after falling back from 200 to 100."""
     directory = RunDirectory(tmp_path)

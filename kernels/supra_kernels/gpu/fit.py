@@ -85,8 +85,8 @@ def side(card: Card, x: int, u: int, *, size: int, whole: bool, programs: int, s
 
 
 def walk(card: Card, key_dim: int, v_dim: int, *, size: int, programs: int, stages: int) -> Fit:
-    """Of states: a loop over [BK, C] of x and [C, BV] of y. But on Hopper y, and x in fp32, goes back to shared memory
-    on its way to the product."""
+    """Of states: a loop over [BK, C] of x and [C, BV] of y. Except on Hopper y, and x in fp32, goes back to shared
+    memory on its way to the product."""
 
     def held(inner: int, outer: int, stages: int) -> int:
         again = 0 if card.hopper else outer + (inner if size == 4 else 0)

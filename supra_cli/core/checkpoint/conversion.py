@@ -46,9 +46,11 @@ def convert(
     new = {f"{name}.mixer": layer.mixer for name, layer in skeleton(config).swapped_layers()}
     total = sum(tensor_bytes(parameter) for layer in new.values() for parameter in layer.parameters())
     with atomic_directory(output, overwrite=overwrite) as directory:
-        placed, known = link_shards(source, directory, {name: e.file for name, e in tensors(source).items()})
+        entries = {name: entry.file for name, entry in tensors(source).items()}
+        placed, known = link_shards(source, directory, entries)
+        # checkpoint.identity(source), of hashes that are there
+        parent = digest({file: known[placed[name]] for name, file in entries.items()})
         placed |= write_shards(_drawn(new, seed), directory, "mixers", total, MIXER_SHARD_BYTES)
-        parent = digest(known)
         provenance = {"base": base or str(source), "parent": parent, "recipe": recipe, "seed": seed, "tokens": 0}
         finish(directory, config, placed, known, source=source, provenance=provenance)
     return output

@@ -119,8 +119,9 @@ def load_tokenizer(path: Path | str, config: SupraConfig | None = None) -> PreTr
             f"the tokenizer in {path} cannot be read ({first_line(error)}); restore its files, or install the newer "
             f"tokenizers that wrote them (here is {metadata.version('tokenizers')})"
         ) from error
+    tokenizer.name_or_path = str(path)  # not that of the copies without byte-order marks
     if config is not None:
-        check_vocabulary(tokenizer, config, path)
+        check_vocabulary(tokenizer, config)
     return tokenizer
 
 

@@ -197,13 +197,17 @@ def _read_text(stream, path: Path) -> Iterator[str]:
 
 def _lines(stream) -> Iterator[bytes]:
     """The lines of a stream, each with its end, and without the byte-order mark that Windows editors put first."""
-    rest = b""
+    rest: list[bytes] = []  # of a line whose end is not read yet, in blocks: joined at each, a long one takes forever
     block = stream.read(_BLOCK).removeprefix(codecs.BOM_UTF8)
     while block:
-        *lines, rest = (rest + block).splitlines(keepends=True)
-        if rest.endswith((b"\n", b"\r")):
-            lines, rest = [*lines, rest], b""
-        yield from lines
+        first, *lines = block.splitlines(keepends=True)
+        rest.append(first)
+        for line in lines:
+            yield b"".join(rest)
+            rest = [line]
+        if rest[-1].endswith((b"\n", b"\r")):
+            yield b"".join(rest)
+            rest = []
         block = stream.read(_BLOCK)
     if rest:
-        yield rest
+        yield b"".join(rest)

@@ -4,8 +4,8 @@ text, for a base that is itself trained from scratch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -71,13 +71,21 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, close
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text: whatever `add_bos_token` or a template makes of it."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    start = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
+    special = set(tokenizer.all_special_ids)
+    # Not every vocabulary spells "a"; some token that it has it spells in any case.
+    spelled = (tokenizer.decode([token]) for token in range(len(tokenizer)) if token not in special)
+    for text in itertools.islice(itertools.chain(["a"], spelled), 1000):
+        bare, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+        for start in range(len(whole) if bare and special.isdisjoint(bare) else 0):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+    raise SupraError(
+        f"what the tokenizer {tokenizer.name_or_path} puts before and after a text cannot be told from its tokens; "
+        "restore its files"
+    )
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: Path | None = None) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """SupraError unless the model has an embedding for every ordinary token of its tokenizer.
 
     Tokens that were added to a tokenizer, as padding or for images, often have none and are seldom met: `check_ids`
@@ -86,7 +94,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
     highest = max(set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder), default=0)
     if highest >= config.vocab_size:
         raise SupraError(
-            f"the tokenizer in {path or tokenizer.name_or_path} has {highest + 1:,} tokens, the model room for "
+            f"the tokenizer in {tokenizer.name_or_path} has {highest + 1:,} tokens, the model room for "
             f"{config.vocab_size:,}; they do not belong together; restore the model's own tokenizer files"
         )
 

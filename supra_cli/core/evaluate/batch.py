@@ -6,9 +6,7 @@ live to see, and gives another number each time. This one is a formula, so that 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 from supra_cli.core import checkpoint
@@ -31,7 +29,8 @@ def rows_that_fit(path: Path, max_length: int, device: str, dtype: str) -> int:
     vocabulary, width = config.vocab_size, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
     row = 4 * (3 * vocabulary + 16 * width + 4 * inner) * max_length
-    weights = (4 if dtype == "float32" else 2) * sum(_sizes(path))
+    numbers = sum(math.prod(entry.shape) for entry in checkpoint.tensors(path).values())
+    weights = (4 if dtype == "float32" else 2) * numbers
     whole, free = _memory(device)
     if whole is None:
         return 1
@@ -40,14 +39,6 @@ def rows_that_fit(path: Path, max_length: int, device: str, dtype: str) -> int:
     while count > 1 and free is not None and count * row > free - weights:
         count //= 2
     return count
-
-
-def _sizes(path: Path) -> Iterator[int]:
-    """Elements of each tensor, from the headers of the safetensors files."""
-    for file in path.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        yield from (math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def _memory(device: str) -> tuple[int | None, int | None]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 
+from supra_cli.core.data.tokenizer import check_ids
 from supra_cli.core.errors import SupraError
 
 
@@ -54,6 +56,7 @@ class Model(HFLM):
                 )
             if texts is not None and len(context) + len(answer) > self.max_length + 1:
                 self.cut.add(texts[0])
+        self._check_ids([[*context, *answer] for _, context, answer in requests])
         answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
         if not all(math.isfinite(likelihood) for likelihood, _ in answers):
             raise SupraError(
@@ -76,8 +79,15 @@ class Model(HFLM):
         rows = [self.tok_encode(string) or [self.prefix_token_id] for string in strings]
         kept = [row[-left_truncate_len:] if left_truncate_len else row for row in rows]
         self.cut |= {text for text, short, row in zip(strings, kept, rows, strict=True) if len(short) < len(row)}
-        batch = self.tokenizer.pad({"input_ids": kept}, padding_side=padding_side, return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"]
+        self._check_ids(kept)
+        # With token 0: a padding token that was added to a tokenizer often has no embedding.
+        longest = max(map(len, kept))
+        fill = [[0] * (longest - len(row)) for row in kept]
+        pairs = list(zip(fill, kept, strict=True))
+        ids = [blank + row if padding_side == "left" else row + blank for blank, row in pairs]
+        ones = [[1] * len(row) for row in kept]
+        mask = [a + b if padding_side == "left" else b + a for a, b in zip(fill, ones, strict=True)]
+        return torch.tensor(ids), torch.tensor(mask)
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         """What a cache would be told; a long text's windows were counted one by one."""
@@ -106,6 +116,9 @@ class Model(HFLM):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _check_ids(self, rows: list[list[int]]) -> None:
+        check_ids((max(row, default=0) for row in rows), self.tokenizer, self.model.config)
 
     def _expect(self, total: int) -> None:
         self._done, self._total = 0, total

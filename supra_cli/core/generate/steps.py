@@ -9,17 +9,18 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from supra_cli.core import cache as caches
 from supra_cli.core.errors import SupraError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.cache_utils import Cache
+    from transformers.cache_utils import Cache, CacheLayerMixin
 
     Step = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None, Cache], tuple[Tensor, Cache]]
 
@@ -112,6 +113,8 @@ def grown(mask: Tensor | None) -> Tensor | None:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of every tensor that the cache's layers hold: recurrent states, keys, values."""
-    held = [value for layer in cache.layers for value in vars(layer).values()]
-    tensors = [t for value in held for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(t.nbytes for layer in cache.layers for t in tree_leaves(_held(layer)) if isinstance(t, Tensor))
+
+
+def _held(layer: CacheLayerMixin) -> Any:
+    return layer.state if isinstance(layer, caches.RecurrentLayer) else [layer.keys, layer.values]

@@ -170,7 +170,6 @@ def unused_settings(model: PreTrainedModel, sampling: Sampling) -> dict[str, Any
         if not name.startswith("_")
         and not name.endswith("token_id")
         and name not in ("transformers_version", "use_cache", "max_length")
-        and name not in ("transformers_version", "use_cache", "max_length")
         and (value is True or value not in (None, False, 0, 1, "", [], {}))
         and used.get(name) != value
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ class Writer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()):
         self._tokenizer = tokenizer
         # Special tokens of the prompt decode to nothing, so they would leave the completion at the start of a text.
-        self._ids = [token for token in prompt if not self._special(token)][-self._CONTEXT :]
+        ordinary = (token for token in reversed(prompt) if not self._special(token))
+        self._ids = [*itertools.islice(ordinary, self._CONTEXT)][::-1]
         self._shown_from, self._shown_to = 0, len(self._ids)
         self._stop = tuple(stop)
         self._held: list[tuple[str, bool]] = []  # (character, whether it is shown)

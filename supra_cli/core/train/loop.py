@@ -198,6 +198,8 @@ class Trainer:
                 self.counters, self._data_state, self._same = state.read(path / "training")
                 self.student, self.origin = origin.resume(path)
                 state.restore_masters(path / "training", self.student)
+            except state.OlderState:
+                raise  # sound, so nothing to fall back from
             except (SupraError, OSError) as error:
                 self.counters = Counters()
                 yield Note(f"checkpoint {path.name} is damaged ({error}); falling back to the one before it")

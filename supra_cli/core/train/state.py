@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from supra_cli.core.checkpoint.files import sha256, write_tensors
-from supra_cli.core.errors import SupraError
+from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.train import lowbit
 
 _IN = "/"
@@ -38,6 +38,10 @@ class Counters:
     best_step: int | None = None
     teacher_loss: float | None = None
     finished: bool = False
+
+
+class OlderState(UsageError):
+    """A training state that this version does not go on from."""
 
 
 def save(
@@ -83,6 +87,8 @@ def read(folder: Path) -> tuple[Counters, dict[str, Any], dict[str, Any]]:
     """
     try:
         saved = json.loads((folder / "state.json").read_text())
+        if "same" not in saved and "counters" in saved:
+            raise OlderState(f"{folder} was written by an older supra, with other losses; finish the run with that one")
         counters, data, same, files = Counters(**saved["counters"]), saved["data"], saved["same"], saved["files"]
         changed = [name for name, known in files.items() if sha256(folder / name) != known]
     except (OSError, ValueError, KeyError, TypeError) as error:
