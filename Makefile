@@ -50,7 +50,7 @@ test-lowest: $(LOWEST)/bin/supra
 test-versions: $(BIN)/supra
 	$(PARALLEL) $(BIN)/python tests/versions.py
 
-# Takes $(PYTHON) as it is: a borrowed GPU machine needs torch, triton, transformers and pytest, no installation.
+# Takes $(PYTHON) as it is: a borrowed GPU machine needs what benchmarks/gpu.py names, no installation.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 

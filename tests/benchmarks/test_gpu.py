@@ -1,4 +1,4 @@
-"""What `make gpu` runs, where there may be nothing but torch, triton, transformers, safetensors, pytest and numpy."""
+"""What `make gpu` runs, where there may be little more than torch, triton, transformers, pytest, pyarrow and pydantic."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from supra_cli.core.ops import linear_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = (
-    "typer", "pydantic", "rich", "lm_eval", "datasets", "accelerate", "tomli_w", "hypothesis", "pytest_timeout",
-    "supra_cli.commands", "supra_cli.core.recipe",
+    "typer", "rich", "lm_eval", "datasets", "accelerate", "hypothesis", "pytest_timeout", "torchao",
+    "supra_cli.commands",
 )  # fmt: skip
 BLOCK = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))\n"
 
@@ -42,6 +42,14 @@ def test_the_gpu_tests_are_collected_with_little_installed():
     done = alone(f"import pytest; sys.exit(pytest.main({arguments}))")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_decode_steps_in_a_cuda_graph" in done.stdout
+
+
+def test_the_end_to_end_file_runs_with_little_installed():
+    """On a CPU, as far as the teacher's own text."""
+    arguments = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "teacher_is_that", gpu.END_TO_END]
+    done = alone(f"import pytest; sys.exit(pytest.main({arguments}))")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
 
 
 def test_the_benchmarks_run_with_little_installed(tmp_path):

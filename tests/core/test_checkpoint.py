@@ -94,11 +94,12 @@ def test_a_base_of_symbolic_links_becomes_a_directory_of_files(base, tmp_path):
     assert checkpoint.load(output)(IDS).logits.isfinite().all()
 
 
-def test_the_converted_model_has_the_bases_values_and_the_companions(base, converted):
-    model, original = checkpoint.load(converted), AutoModelForCausalLM.from_pretrained(base)
+def test_the_converted_model_has_the_bases_values_and_the_companions(base, converted, device):
+    model, original = checkpoint.load(converted, device=device), AutoModelForCausalLM.from_pretrained(base)
     state = model.state_dict()
+    assert {tensor.device.type for tensor in (*state.values(), *model.buffers())} == {device}
     for name, tensor in original.state_dict().items():
-        assert torch.equal(state[name], tensor)
+        assert torch.equal(state[name].cpu(), tensor)
     assert (converted / "chat_template.jinja").is_file()
     assert not (converted / "README.md").exists()
 
@@ -151,14 +152,14 @@ def test_a_converted_model_is_not_converted_again(converted, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_embeddings_stay_tied(tmp_path, tied):
+def test_tied_embeddings_stay_tied(tmp_path, tied, device):
     base = plain(tmp_path / "base", tie_word_embeddings=tied)
-    model = checkpoint.load(checkpoint.convert(base, tmp_path / "out", **MIXER))
+    model = checkpoint.load(checkpoint.convert(base, tmp_path / "out", **MIXER), device=device)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     checkpoint.save(model, tmp_path / "saved", source=base, provenance={})
-    again = checkpoint.load(tmp_path / "saved")
+    again = checkpoint.load(tmp_path / "saved", device=device)
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert torch.equal(again(IDS.to(device)).logits, model(IDS.to(device)).logits)
 
 
 def test_an_output_that_is_not_empty_is_refused_and_kept(base, tmp_path):
@@ -515,12 +516,12 @@ def test_computed_tensors_of_old_checkpoints_are_no_surplus(base):
     assert checkpoint.load(base)(IDS).logits.isfinite().all()
 
 
-def test_a_model_loads_in_the_dtype_asked_for_with_its_rotary_table_in_fp32(converted):
-    model = checkpoint.load(converted, dtype=torch.bfloat16)
+def test_a_model_loads_in_the_dtype_asked_for_with_its_rotary_table_in_fp32(converted, device):
+    model = checkpoint.load(converted, device=device, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert not model.training
     frequencies = 10_000 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    torch.testing.assert_close(model.model.rotary_emb.inv_freq.double(), frequencies, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq.cpu().double(), frequencies, rtol=1e-6, atol=0)
 
 
 def test_tensors_that_transformers_renames_keep_their_names_on_disk(tmp_path):

@@ -57,7 +57,7 @@ def as_supra(plain, mixer="softmax"):
 def formula(model, row):
     """−ln p of row[1:], in float64, from the logits of one unpadded row."""
     with torch.no_grad():
-        logits = model(input_ids=row[None]).logits[0].double()
+        logits = model(input_ids=row[None].to(model.device)).logits[0].cpu().double()
     return -torch.log_softmax(logits, dim=-1)[:-1].gather(1, row[1:, None])[:, 0]
 
 
@@ -69,8 +69,8 @@ def rows():
 # ------------------------------------------------------------------ perplexity
 
 
-def test_token_nats_are_the_formula_and_nan_where_nothing_follows(rows):
-    plain = small_llama()
+def test_token_nats_are_the_formula_and_nan_where_nothing_follows(rows, device):
+    plain = small_llama().to(device)
     nats = evaluate.token_nats(plain, rows, batch_size=2)
     for row, got in zip(rows, nats, strict=True):
         torch.testing.assert_close(got[:-1].double(), formula(plain, row), rtol=0, atol=2e-5)  # fp32 sums of 300 terms
@@ -86,8 +86,8 @@ def test_projecting_the_vocabulary_in_chunks_changes_nothing(rows, at_once, monk
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "supra"])
-def test_documents_in_one_row_score_as_they_do_alone(mixer):
-    model = as_supra(small_llama(), mixer)
+def test_documents_in_one_row_score_as_they_do_alone(mixer, device):
+    model = as_supra(small_llama(), mixer).to(device)
     lengths = (1, 17, 22)
     documents = [torch.randint(0, VOCABULARY, (n,)) for n in lengths]
     positions = torch.cat([torch.arange(n) for n in lengths])
@@ -119,8 +119,8 @@ def test_the_model_comes_back_in_the_mode_it_was_in(rows):
     assert evaluate.perplexity(model.eval(), rows).nats == nats
 
 
-def test_a_loss_that_is_not_finite_is_an_error_that_names_the_row(rows):
-    plain = small_llama()
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_row(rows, device):
+    plain = small_llama().to(device)
     with torch.no_grad():
         plain.model.embed_tokens.weight[7] = math.nan
     rows[rows == 7] = 8
@@ -229,8 +229,18 @@ def pair(words, tmp_path, monkeypatch):
 FEW = evaluate.Settings(limit=6, max_length=512, batch_size=4)
 
 
-def test_cloze_scores_are_the_likelihoods_of_the_lines(pair, words, offline, questions):
-    (student, _), _ = pair
+def on(subject, device):
+    """The subject, loaded to a device."""
+
+    def load():
+        model, words = subject.load()
+        return model.to(device), words
+
+    return replace(subject, load=load, device=device)
+
+
+def test_cloze_scores_are_the_likelihoods_of_the_lines(pair, words, offline, questions, device):
+    student = on(pair[0][0], device)
     document = evaluate.evaluate(student, None, offline, FEW)
     model, _ = student.load()
     right = 0
@@ -253,8 +263,8 @@ def test_cloze_scores_are_the_likelihoods_of_the_lines(pair, words, offline, que
     }  # fmt: skip
 
 
-def test_perplexity_is_told_in_nats_per_token_beside_the_teacher(pair, words, offline):
-    (student, _), (teacher, _) = pair
+def test_perplexity_is_told_in_nats_per_token_beside_the_teacher(pair, words, offline, device):
+    student, teacher = (on(subject, device) for subject, _ in pair)
     settings = replace(FEW, max_length=10**6, batch_size=1, limit=2)
     rows = evaluate.evaluate(student, teacher, offline, settings)["results"]["stdlib_ppl"]
     sums = {}

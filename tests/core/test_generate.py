@@ -33,12 +33,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module", params=["softmax", "supra", "mixed"])
-def model(request, tokenizer):
-    """A small random model: plain, without any softmax layer, or with one."""
+def model(request, tokenizer, device):
+    """A small random model on each device: plain, without any softmax layer, or with one."""
     mixer = "softmax" if request.param == "softmax" else "supra"
     keep = "1" if request.param == "mixed" else "none"
     torch.manual_seed(0)
-    return tiny_model("llama", mixer, keep, **of_words(tokenizer))
+    return tiny_model("llama", mixer, keep, **of_words(tokenizer)).to(device)
 
 
 def tokens_of(model, tokenizer, prompt, sampling):
@@ -48,7 +48,7 @@ def tokens_of(model, tokenizer, prompt, sampling):
     new = []
     with torch.no_grad():
         for _ in range(sampling.max_new_tokens):
-            logits = model(torch.tensor([ids + new]), use_cache=False).logits[:, -1]
+            logits = model(torch.tensor([ids + new], device=model.device), use_cache=False).logits[:, -1]
             new.append(int(generate.choose(logits, sampling, generators)))
             if new[-1] == tokenizer.eos_token_id:
                 break
@@ -78,8 +78,8 @@ def test_a_batch_gives_what_each_prompt_alone_gives(model, tokenizer, sampling):
 def test_a_compiled_step_gives_the_same_logits_and_compiles_no_more_while_the_text_grows(model, tokenizer):
     # What PyTorch 2.11 makes of padding beside softmax layers is no valid C++ (docs/compatibility.md).
     invalid = torch.__version__.startswith("2.11") and "softmax" in model.supra.layers
-    ids, mask = generate.encode(tokenizer, PROMPTS[:1] if invalid else PROMPTS, "cpu")
-    position = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1)
+    ids, mask = generate.encode(tokenizer, PROMPTS[:1] if invalid else PROMPTS, model.device)
+    position = ids.new_full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1)
     (logits, cache), (_, plain) = (generate.prefill(model, ids, mask) for _ in range(2))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -121,7 +121,8 @@ def test_one_token_needs_no_compiling(model, tokenizer):
     assert generate.complete(model, tokenizer, PROMPTS[:1], Sampling(1), compile=True)[1].compile_seconds == 0
 
 
-def test_greedy_text_is_that_of_hugging_face_generate(tokenizer):
+def test_greedy_text_is_that_of_hugging_face_generate(tokenizer, device):
+    """On a CPU."""
     torch.manual_seed(0)
     ours = tiny_model("llama", "softmax", **of_words(tokenizer))
     plain = LlamaForCausalLM(ours.config.plain()).eval()
@@ -129,7 +130,7 @@ def test_greedy_text_is_that_of_hugging_face_generate(tokenizer):
     ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
     theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     text = tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
-    assert generate.complete(ours, tokenizer, PROMPTS[:1], Sampling(20))[0] == [text.rstrip("\ufffd")]
+    assert generate.complete(ours.to(device), tokenizer, PROMPTS[:1], Sampling(20))[0] == [text.rstrip("\ufffd")]
 
 
 def test_the_same_seed_draws_the_same_and_another_seed_another(model, tokenizer):
@@ -158,7 +159,7 @@ def test_stats_count_tokens_up_to_the_end_of_each_completion(model, tokenizer, m
     monkeypatch.setattr(model.generation_config, "eos_token_id", [1, *range(5, 300, 9)])
     lengths = []
     for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
         given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "num_beams": beams, "do_sample": False}
         lengths.append(model.generate(ids, **given).shape[1] - ids.shape[1])
     assert min(lengths) < max(lengths), "the test wants completions of different lengths"
@@ -211,7 +212,7 @@ def test_a_repetition_penalty_is_that_of_hugging_face_and_the_same_in_a_batch(mo
     batched = generate.complete(model, tokenizer, PROMPTS, Sampling(16, repetition_penalty=1.5))[0]
     assert batched != generate.complete(model, tokenizer, PROMPTS, Sampling(16))[0]
     for prompt, text in zip(PROMPTS, batched, strict=True):
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
         given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False}
         theirs = model.generate(ids, repetition_penalty=1.5, **given)[0, ids.shape[1] :]
         assert text == tokenizer.decode(theirs, skip_special_tokens=True).rstrip("\ufffd")

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from tiny import save_base, tiny_model, tokens
+from transformers import CompileConfig, LlamaForCausalLM
 
 from supra_cli.core import checkpoint
 from supra_cli.core.archs import archs
@@ -80,3 +81,22 @@ with torch.no_grad():
 print(type(found["config"]).__name__)
 """
     assert python(program, tmp_path / "all.pt").strip() == type(model.config).__name__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [None, "none", "1"], ids=["softmax", "none kept", "one kept"])
+def test_generate_compiles_no_step_that_counts_its_tokens(kept, monkeypatch):
+    """As transformers does by itself with a static cache on a GPU, and here because it is told to on all devices."""
+    if kept is None:
+        model = LlamaForCausalLM(tiny_model().config.plain()).eval()
+    else:
+        model = tiny_model("llama", "supra", kept)
+    asked = []
+    monkeypatch.setattr(model, "get_compiled_call", lambda config: asked.append(config) or model.__call__)
+    config = CompileConfig()
+    config._compile_all_devices = True
+    ids = tokens(2, 9)
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "eos_token_id": None, "do_sample": False}
+    text = model.generate(ids, cache_implementation="static", compile_config=config, **call)
+    assert bool(asked) == (kept is None)
+    assert torch.equal(text, model.generate(ids, **call))

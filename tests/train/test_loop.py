@@ -47,20 +47,20 @@ def one_stage(kind: str = "finetune", **settings) -> list[dict]:
     return [{"kind": kind, "tokens": 256, "batch_tokens": 64, "lr": 1e-3, **settings}]
 
 
-def test_micro_batches_of_any_size_are_one_step(recipe_file: Write, tmp_path: Path) -> None:
+def test_micro_batches_of_any_size_are_one_step(device: str, recipe_file: Write, tmp_path: Path) -> None:
     taken = []
     for micro in (128, 64, 32):
         recipe = recipe_file(stages=one_stage(batch_tokens=128, micro_batch_tokens=micro))
-        run(recipe, tmp_path / str(micro))
+        run(recipe, tmp_path / str(micro), device=device, dtype=torch.float32)
         taken.append(load_file(tmp_path / str(micro) / "last" / "model-mixers.safetensors"))
     for other in taken[1:]:
         for name, value in taken[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_every_stage_lowers_its_own_loss(recipe_file: Write, raw_recipe: dict, tmp_path: Path) -> None:
+def test_every_stage_lowers_its_own_loss(device: str, recipe_file: Write, raw_recipe: dict, tmp_path: Path) -> None:
     longer = [stage | {"tokens": 3200, "lr": 3e-3, "mixer_lr": 1e-2} for stage in raw_recipe["stages"]]
-    events = steps(run(recipe_file(stages=longer), tmp_path / "run"))
+    events = steps(run(recipe_file(stages=longer), tmp_path / "run", device=device))
     for number in range(3):
         losses = [event.loss for event in events if event.stage == number]
         assert sum(losses[-10:]) < sum(losses[:10]), number
@@ -140,12 +140,13 @@ def test_a_converted_model_that_is_no_longer_whole_is_not_linked(
     assert all(value.equal(wanted[name]) for name, value in ours.items())
 
 
-def test_held_out_losses_are_those_of_the_models(recipe_file: Write, base: Path, tmp_path: Path) -> None:
+def test_held_out_losses_are_those_of_the_models(device: str, recipe_file: Write, base: Path, tmp_path: Path) -> None:
     """Recomputed row by row on the saved model, and on the base through transformers alone."""
     from transformers import LlamaForCausalLM
 
     recipe = recipes.load(recipe_file(), lookup=lookup)
-    last = [event for event in loop.uptrain(recipe, tmp_path / "run") if isinstance(event, Validated)][-1]
+    events = loop.uptrain(recipe, tmp_path / "run", device=device, dtype=torch.float32)
+    last = [event for event in events if isinstance(event, Validated)][-1]
     held_out = rows.held_out(recipe.data, checkpoint.load_tokenizer(base))
     models = checkpoint.load((tmp_path / "run" / "last").resolve()), LlamaForCausalLM.from_pretrained(base)
     for model, told in zip(models, (last.loss, last.teacher), strict=True):
@@ -160,13 +161,15 @@ def test_held_out_losses_are_those_of_the_models(recipe_file: Write, base: Path,
         assert told == pytest.approx(total / count, rel=1e-5)
 
 
-def test_held_out_losses_during_a_transfer_are_the_students(recipe_file: Write, tmp_path: Path) -> None:
+def test_held_out_losses_during_a_transfer_are_the_students(device: str, recipe_file: Write, tmp_path: Path) -> None:
     """Not those of the softmax path, which answers for every layer while the loss is taken."""
     recipe = recipes.load(recipe_file(stages=one_stage("transfer")), lookup=lookup)
-    last = [event for event in loop.uptrain(recipe, tmp_path / "run") if isinstance(event, Validated)][-1]
+    events = loop.uptrain(recipe, tmp_path / "run", device=device, dtype=torch.float32)
+    last = [event for event in events if isinstance(event, Validated)][-1]
     saved = (tmp_path / "run" / "last").resolve()
     held_out = rows.held_out(recipe.data, checkpoint.load_tokenizer(saved))
-    assert last.loss == pytest.approx(perplexity(checkpoint.load(saved), *held_out).nats, rel=1e-6)
+    close = 1e-6 if device == "cpu" else 1e-5
+    assert last.loss == pytest.approx(perplexity(checkpoint.load(saved), *held_out).nats, rel=close)
     assert abs(last.loss - last.teacher) > 1e-4
 
 
@@ -299,7 +302,7 @@ def test_nan_in_a_weight_is_no_fault_of_the_batch(
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_nan_in_a_gradient_updates_nothing(
-    policy: str, recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: str, device: str, recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient of one weight in the third step; the loss itself stays finite."""
     original, calls = checkpoint.load, iter(range(10**6))
@@ -315,9 +318,9 @@ def test_nan_in_a_gradient_updates_nothing(
     told = r"loss \d.* and gradient norm nan in stage 0 \(finetune\), step 3; nothing was updated"
     if policy == "stop":
         with pytest.raises(SupraError, match=told):
-            run(recipe, tmp_path / "run")
+            run(recipe, tmp_path / "run", device=device)
         return
-    events = run(recipe, tmp_path / "run")
+    events = run(recipe, tmp_path / "run", device=device)
     assert any(re.match(told, event.text) for event in events if isinstance(event, Note))
     assert [math.isfinite(event.grad_norm) for event in steps(events)] == [True, True, False, True]
     weights = load_file(tmp_path / "run" / "last" / "model-mixers.safetensors")
@@ -329,23 +332,23 @@ def test_updates_too_small_for_the_weights_are_an_error(recipe_file: Write, tmp_
         run(recipe_file(stages=one_stage(lr=1e-12)), tmp_path / "run")
 
 
-def test_rows_with_nothing_to_predict_are_a_step_of_loss_zero(base: Path) -> None:
+def test_rows_with_nothing_to_predict_are_a_step_of_loss_zero(device: str, base: Path) -> None:
     """As where a document is one token longer than a row and rows hold one piece each."""
-    student, kind = checkpoint.load(base), stages.get("finetune")
+    student, kind = checkpoint.load(base, device=device), stages.get("finetune")
     spec = recipes.Stage(kind="finetune", tokens=1, lr=1e-3)
     stage = kind(kind.Options())
     optimizer = adamw(student, prepare(student, stage, spec), spec)
-    stepper = Stepper(stage, student, None, optimizer, 1.0, torch.device("cpu"), torch.float32)
+    stepper = Stepper(stage, student, None, optimizer, 1.0, torch.device(device), torch.float32)
     nothing = torch.zeros(1, 8, dtype=torch.int64)
     outcome = stepper.take([packing.Batch(nothing, nothing, torch.full_like(nothing, packing.IGNORED))])
     assert (outcome.loss, outcome.grad_norm, outcome.finite) == (0.0, 0.0, True)
 
 
-def test_swallowed_updates_are_counted_as_the_format_loses_them() -> None:
-    parameter = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+def test_swallowed_updates_are_counted_as_the_format_loses_them(device: str) -> None:
+    parameter = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16, device=device))
     spec = recipes.Stage(kind="finetune", tokens=1, lr=1e-3)
     optimizer = adamw(nn.Module(), [("weight", parameter)], spec)
-    stepper = Stepper(None, nn.Module(), None, optimizer, 1.0, torch.device("cpu"), torch.float32)
+    stepper = Stepper(None, nn.Module(), None, optimizer, 1.0, torch.device(device), torch.float32)
     for rate, share in ((1e-3, 1.0), (1e-1, 0.0)):
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import run
+from running import assert_same, run
 from safetensors.torch import load_file
 from torch import nn
 
@@ -36,7 +36,8 @@ def network() -> nn.Module:
 def train(model: nn.Module, made: torch.optim.Optimizer, steps: int, micro_batches: int = 2) -> list[float]:
     """Fit a fixed random map, in several passes a step and with clipping; the loss of every step."""
     torch.manual_seed(1)
-    inputs, target = torch.randn(256, 64), torch.randn(64, 128) / 8
+    device = model[0].weight.device
+    inputs, target = torch.randn(256, 64).to(device), (torch.randn(64, 128) / 8).to(device)
     held = [parameter for group in made.param_groups for parameter in group["params"]]
     losses = []
     for _ in range(steps):
@@ -54,8 +55,10 @@ def train(model: nn.Module, made: torch.optim.Optimizer, steps: int, micro_batch
     return losses
 
 
-def fitted(kind: str, steps: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.optim.Optimizer, list]:
-    model = network()
+def fitted(
+    kind: str, steps: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[nn.Module, torch.optim.Optimizer, list]:
+    model = network().to(device)
     made = optimizer.adamw(model, model.named_parameters(), settings(kind), dtype)
     return model, made, train(model, made, steps)
 
@@ -69,26 +72,27 @@ def test_offloaded_adamw_is_adamw_bit_for_bit_in_float32() -> None:
         assert offloaded.state_dict()[name].equal(value), name
 
 
-def test_offloaded_weights_below_float32_are_rounded_masters() -> None:
-    model, made, _ = fitted("adamw-offload", 20, torch.bfloat16)
+def test_offloaded_weights_below_float32_are_rounded_masters(device: str) -> None:
+    model, made, _ = fitted("adamw-offload", 20, torch.bfloat16, device)
     masters = [parameter.detach().clone() for group in made.param_groups for parameter in group["params"]]
     names = [name for group in made.param_groups for name in group["names"]]
     on_device = dict(model.named_parameters())
     for name, master in zip(names, masters, strict=True):
-        assert on_device[name].dtype == torch.bfloat16
+        assert (on_device[name].dtype, on_device[name].device.type) == (torch.bfloat16, device)
         assert on_device[name].grad is None
-        assert on_device[name].equal(master.bfloat16())
+        assert on_device[name].cpu().equal(master.bfloat16())
     assert not all(master.equal(master.bfloat16().float()) for master in masters)
     with optimizer.masters_in_place(made):
         assert all(on_device[name].equal(master) for name, master in zip(names, masters, strict=True))
     assert on_device[names[0]].dtype == torch.bfloat16
     optimizer.release(made)
-    assert all(on_device[name].equal(master) for name, master in zip(names, masters, strict=True))
+    assert all(on_device[name].cpu().equal(master) for name, master in zip(names, masters, strict=True))
+    assert {parameter.device.type for parameter in model.parameters()} == {device}
 
 
-def test_offloaded_gradients_are_added_up_in_float32() -> None:
+def test_offloaded_gradients_are_added_up_in_float32(device: str) -> None:
     """256 + 256 × 0.5 is 384; in bfloat16, 256 + 0.5 is 256 however often."""
-    weight = nn.Parameter(torch.zeros(1))
+    weight = nn.Parameter(torch.zeros(1, device=device))
     made = optimizer.adamw(nn.Module(), [("weight", weight)], settings("adamw-offload"), torch.bfloat16)
     (weight * 256).sum().backward()
     for _ in range(256):
@@ -105,16 +109,16 @@ def test_a_released_model_trains_without_its_optimizer() -> None:
 
 
 @needs_torchao
-def test_adamw_with_8_bit_moments_follows_adamw() -> None:
+def test_adamw_with_8_bit_moments_follows_adamw(device: str) -> None:
     """50 steps end within 10 % of the way that fp32 moments lead, in root mean square over each matrix.
 
     A code of the 8-bit map is off by up to 3 % of a number near its block's largest, more below, and the errors of
     single numbers and steps are independent; 5 % was measured. Vectors keep fp32 moments and differ by what the
     matrices do.
     """
-    start = network()
-    plain, _, losses = fitted("adamw", 50)
-    eight, _, others = fitted("adamw8bit", 50)
+    start = network().to(device)
+    plain, _, losses = fitted("adamw", 50, device=device)
+    eight, _, others = fitted("adamw8bit", 50, device=device)
     assert others[-1] == pytest.approx(losses[-1], rel=0.02)
     assert losses[-1] < 0.5 * losses[0]
     for layer in (0, 2):
@@ -135,19 +139,21 @@ def test_8_bit_moments_take_the_bytes_that_are_planned() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_optimizer_goes_on_from_its_saved_state_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    model, made, _ = fitted(kind, 5, torch.bfloat16)
+def test_an_optimizer_goes_on_from_its_saved_state_to_the_same_bits(kind: str, device: str, tmp_path: Path) -> None:
+    model, made, _ = fitted(kind, 5, torch.bfloat16, device)
     state.save(tmp_path / "training", state.Counters(), made, {}, {}, {}, {})
     with optimizer.masters_in_place(made):
         weights = {name: value.clone() for name, value in model.state_dict().items()}
-    other = network()
+    other = network().to(device)
     other.load_state_dict(weights)
     restored = optimizer.adamw(other, other.named_parameters(), settings(kind), torch.bfloat16)
     state.restore_optimizer(tmp_path / "training", restored)
+    # This small, matrix products have one order of sums on a GPU too.
     assert train(other, restored, 5) == train(model, made, 5)
     for one, two in zip((model, made), (other, restored), strict=True):
         for key, value in flat(one.state_dict()).items():
             assert flat(two.state_dict())[key].equal(value), key
+            assert flat(two.state_dict())[key].device == value.device, key
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
@@ -202,14 +208,14 @@ def weights(output: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_stopped_run_resumes_to_the_same_bits(
-    kind: str, dtype: torch.dtype, recipe_file: Write, raw_recipe: dict, tmp_path: Path
+    kind: str, dtype: torch.dtype, device: str, recipe_file: Write, raw_recipe: dict, tmp_path: Path
 ) -> None:
-    recipe = recipe_file(stages=stages(raw_recipe, kind))
-    run(recipe, tmp_path / "whole", dtype=dtype)
+    recipe, computing = recipe_file(stages=stages(raw_recipe, kind)), {"dtype": dtype, "device": device}
+    run(recipe, tmp_path / "whole", **computing)
     for step in (2, 4, 7):
-        run(recipe, tmp_path / "stopped", stop_after=step, dtype=dtype, resume=step > 2)
-    run(recipe, tmp_path / "stopped", dtype=dtype, resume=True)
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+        run(recipe, tmp_path / "stopped", stop_after=step, resume=step > 2, **computing)
+    run(recipe, tmp_path / "stopped", resume=True, **computing)
+    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"), device)
     moments = load_file(tmp_path / "whole" / "last" / "training" / "optimizer.safetensors")
     assert any("/codes." in name for name in moments) == (kind == "adamw8bit")
 
@@ -221,8 +227,11 @@ def test_an_offloaded_run_on_the_cpu_is_the_plain_run(recipe_file: Write, raw_re
     assert weights(tmp_path / "adamw-offload") == weights(tmp_path / "adamw")
 
 
-def test_checkpoints_of_an_offloaded_run_hold_the_masters(recipe_file: Write, raw_recipe: dict, tmp_path: Path) -> None:
-    run(recipe_file(stages=stages(raw_recipe, "adamw-offload")), tmp_path / "run", dtype=torch.bfloat16)
+def test_checkpoints_of_an_offloaded_run_hold_the_masters(
+    device: str, recipe_file: Write, raw_recipe: dict, tmp_path: Path
+) -> None:
+    recipe = recipe_file(stages=stages(raw_recipe, "adamw-offload"))
+    run(recipe, tmp_path / "run", dtype=torch.bfloat16, device=device)
     saved = {}
     for file in (tmp_path / "run" / "last").glob("*.safetensors"):
         saved |= load_file(file)

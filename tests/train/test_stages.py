@@ -73,13 +73,13 @@ def spec(**settings) -> recipes.Stage:
 @pytest.mark.parametrize("pieces", [1 << 25, 7 * 50], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_cross_entropy_is_its_formula_value_and_gradient(
-    pieces: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
+    pieces: int, z_loss: float, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunked, "PIECE_NUMBERS", pieces)
     torch.manual_seed(0)
-    hidden = torch.randn(2, 13, 8, requires_grad=True)
-    weight = torch.randn(50, 8, requires_grad=True)
-    labels = torch.randint(0, 50, (2, 13))
+    hidden = torch.randn(2, 13, 8).to(device).requires_grad_()
+    weight = torch.randn(50, 8).to(device).requires_grad_()
+    labels = torch.randint(0, 50, (2, 13)).to(device)
     labels[0, 3:5] = IGNORED
     total, nll = chunked.cross_entropy(hidden, lambda h: h @ weight.T, labels, 50, z_loss)
     total.backward()
@@ -98,12 +98,14 @@ def test_cross_entropy_is_its_formula_value_and_gradient(
 
 
 @pytest.mark.parametrize("pieces", [1 << 25, 7 * 50], ids=["whole", "in pieces"])
-def test_divergence_is_its_formula_value_and_gradient(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_is_its_formula_value_and_gradient(
+    pieces: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunked, "PIECE_NUMBERS", pieces)
     torch.manual_seed(0)
-    hidden, target = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 6)
-    weight, target_weight = torch.randn(50, 8), torch.randn(50, 6)
-    labels = torch.randint(0, 50, (2, 9))
+    hidden, target = torch.randn(2, 9, 8).to(device).requires_grad_(), torch.randn(2, 9, 6).to(device)
+    weight, target_weight = torch.randn(50, 8).to(device), torch.randn(50, 6).to(device)
+    labels = torch.randint(0, 50, (2, 9)).to(device)
     labels[1, 4] = IGNORED
     total, nll = chunked.divergence(hidden, lambda h: h @ weight.T, target, lambda h: h @ target_weight.T, labels, 50)
     total.backward()
@@ -310,15 +312,15 @@ def test_transfers_teacher_drops_nothing_out_and_mixers_go_on_training(short: Ba
     assert all(module.training for module in model.modules())
 
 
-def test_the_head_learns_under_autocast() -> None:
+def test_the_head_learns_under_autocast(device: str) -> None:
     """PyTorch once kept a cast copy of the head's weight that was made without gradient."""
-    model = tiny_model("llama", "supra").train()
+    model = tiny_model("llama", "supra").to(device).train()
     ids = torch.randint(3, 97, (2, 12))
     batch = Batch(ids, torch.arange(12).expand(2, 12), ids)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     grads = []
     model.lm_head.weight.register_hook(grads.append)
-    Stepper(make("finetune"), model, None, optimizer, 1.0, torch.device("cpu"), torch.bfloat16).take([batch])
+    Stepper(make("finetune"), model, None, optimizer, 1.0, torch.device(device), torch.bfloat16).take([batch])
     assert grads[0].abs().sum() > 0
 
 
@@ -440,9 +442,9 @@ def test_the_rate_follows_its_schedule(schedule: str, step: int, wanted: float) 
     assert lr_factor(step, 110, stage) == pytest.approx(wanted, abs=1e-6)
 
 
-def test_one_adamw_step_is_its_formula(student) -> None:
-    parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    parameter.grad = torch.tensor([[0.5, 0.25]])
+def test_one_adamw_step_is_its_formula(device: str) -> None:
+    parameter = nn.Parameter(torch.tensor([[1.0, -2.0]], device=device))
+    parameter.grad = torch.tensor([[0.5, 0.25]], device=device)
     layer = nn.Linear(2, 1, bias=False)
     layer.weight = parameter
     optimizer = adamw(layer, layer.named_parameters(), spec(lr=0.1, weight_decay=0.5))
@@ -450,4 +452,4 @@ def test_one_adamw_step_is_its_formula(student) -> None:
         group["lr"] = group["peak_lr"]
     optimizer.step()
     wanted = torch.tensor([[1.0, -2.0]]) * (1 - 0.1 * 0.5) - 0.1 * torch.tensor([[1.0, 1.0]])
-    torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parameter.detach().cpu(), wanted, rtol=1e-5, atol=1e-6)
