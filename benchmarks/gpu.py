@@ -4,10 +4,10 @@ It ends with a short table and writes JSON.
 
     python benchmarks/gpu.py [--output DIR]
 
-Needs torch, triton, transformers, safetensors, pytest, numpy, pyarrow, pydantic and tomli-w, no network, no installation
-of this package; torchao and lm-eval are tried too where they are. JSON goes to DIR, else to $OUT, else to
-benchmarks/results. Each part is a process with its own limit, so that one that fails leaves the others be; the exit code
-is 1 if any did.
+Needs torch, triton, transformers, safetensors, pytest, numpy, pyarrow, pydantic and tomli-w, no network, no
+installation of this package; torchao and lm-eval are tried too where they are. JSON goes to DIR, else to $OUT, else to
+benchmarks/results. Each part is a process with its own limit, so that one that fails leaves the others be; the exit
+code is 1 if any did.
 """
 
 import argparse

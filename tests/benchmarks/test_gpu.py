@@ -1,4 +1,4 @@
-"""What `make gpu` runs, where there may be little more than torch, triton, transformers, pytest, pyarrow and pydantic."""
+"""What `make gpu` runs, where there may be little more than torch, triton, transformers, pytest and pydantic."""
 
 from __future__ import annotations
 

@@ -95,11 +95,12 @@ def test_reading_and_writing_text_ask_nothing_of_the_device(base: str, mixer: st
 @pytest.mark.parametrize("keep", KEEPS)
 def test_positions_of_a_prompt_and_a_static_cache_are_not_read_either(keep: str, padded: bool) -> None:
     """As transformers' `generate` gives them. A GPU is asked once a prompt whether rows with kept layers hold one
-    document each; that question `SwappedBackbone.forward` leaves out on meta.
+    document each, which nothing on meta can answer: there their prompt goes without positions.
     """
     model, mask = model_of("llama", "supra", keep), meta(2, 9) if padded else None
+    prompt = {"attention_mask": mask, "position_ids": meta(2, 9) if keep == "none" else None}
     cache = StaticCache(config=model.config, max_cache_len=16)
-    output = model(meta(2, 9), attention_mask=mask, position_ids=meta(2, 9), past_key_values=cache, use_cache=True)
+    output = model(meta(2, 9), **prompt, past_key_values=cache, use_cache=True)
     mask = meta(2, 10) if padded else None
     one = {"attention_mask": mask, "position_ids": meta(2, 1)}
     assert_on_meta(output.logits, model(meta(2, 1), **one, past_key_values=cache, use_cache=True).logits, *held(cache))
