@@ -46,10 +46,10 @@ class SwappedBackbone(nn.Module):
         layout, position_ids, packed = derive(attention_mask, position_ids, batch, tokens)
         if use_cache is None and cache is None and self.training:
             use_cache = False  # a caller who trains asks for no state
-        if packed and use_cache is not False and self.device.type != "meta":
+        if packed and use_cache is not False:
             # Whether rows are packed decides what follows, so that a GPU waits here: at most once a prompt, and never
-            # without position_ids.
-            packed = bool((layout.segment > 0).any())
+            # without position_ids. On meta there is nothing to read, and such a call is a prompt's.
+            packed = self.device.type != "meta" and bool((layout.segment > 0).any())
         if packed and use_cache is None and cache is None:
             use_cache = False
         if packed and attends and (cache is not None or use_cache is not False):
