@@ -145,7 +145,7 @@ def test_quiet_leaves_stderr_empty(capsys):
         (["--tasks", "stdlib_cloz"], 3, "did you mean 'stdlib_cloze'"),
         (["--tasks", ","], 2, "no task was named"),
         (["--limit", "3", "--limit", "4"], 2, "--limit is given 2 times"),
-        (["-o", "a.json", "--output=b.json"], 2, "--output is given 2 times"),
+        (["-o", "a.json", "--output=b.json"], 2, "--output/-o is given 2 times"),
         (["--tasks", "stdlib_ppl", "--limit", "0"], 2, "--limit"),
         (["--tasks", "stdlib_ppl", "--batch-size", "0"], 2, "--batch-size"),
         (["--tasks", "stdlib_ppl", "--batch-size", "-3"], 2, "--batch-size"),

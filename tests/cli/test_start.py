@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 import tomli_w
 from safetensors.torch import load_file, save_file
+
+from supra_cli.core import corpus
+from supra_cli.core.data import tokenizer as bpe
 
 TEXT = "def read(self, size=-1):\n    return self.buffer[:size]\n"
 STAGE = {"tokens": 128, "batch_tokens": 64, "lr": 1e-3}
@@ -40,11 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     save_file(spoilt, folder / "not-finite" / "model.safetensors", metadata={"format": "pt"})
     for file in (folder / "no-tokenizer").glob("tokenizer*"):
         file.unlink()
-    from transformers import AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(base)
-    words.add_tokens([f"extra{number}" for number in range(50)])
-    words.save_pretrained(folder / "small-vocabulary")
+    more = "".join(document.text for document in islice(corpus.documents("validation"), 5))
+    bpe.train([more], 400).save_pretrained(folder / "small-vocabulary")
     return folder
 
 

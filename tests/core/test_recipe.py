@@ -161,6 +161,7 @@ def test_what_is_valid_and_without_effect_is_logged_once(tmp_path: Path, caplog,
     """1000 tokens in steps of 4096 are one step of 64 rows, 1001 in steps of 130 eight steps of 2: 80 rows."""
     path = tmp_path / "r.toml"
     monkeypatch.setattr(logging.getLogger("supra_cli"), "propagate", True)  # which `supra` turns off
+    caplog.set_level(logging.INFO, "supra_cli")  # which `supra --quiet` raises
     for weight, told in ((1, 0), (99, 1)):
         sources = [{"path": "python-stdlib", "weight": weight}, {"path": "other.txt", "weight": 1}]
         path.write_text(tomli_w.dumps(changed("data.sources", sources)))
