@@ -26,6 +26,9 @@ class SwappedBackbone(nn.Module):
     - after a pass that was asked to cache, every swapped layer has advanced by the tokens of the pass, or it raises.
     """
 
+    cache_keyword: str
+    """The name by which the base's stack takes a cache: `cache` from transformers 5.24 on."""
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -67,7 +70,7 @@ class SwappedBackbone(nn.Module):
             attention_mask=attention_mask if attends and not packed else self._mask(layout, attends),
             position_ids=position_ids,
             use_cache=use_cache,
-            **{cache_keyword(type(self)): cache},
+            **{self.cache_keyword: cache},
             **({"layout": layout} if self.config.swap.any else {}),
             **caches.without(kwargs),
         )
@@ -111,16 +114,11 @@ def check_mask(mask: Tensor | None, batch: int, tokens: int, recurrent: list[cac
 
 
 @memoised
-def cache_keyword(backbone: type[nn.Module]) -> str:
-    """The name by which this base's stack takes a cache: `cache` from transformers 5.24 on."""
-    base = next(kind for kind in backbone.__mro__ if not issubclass(kind, SwappedBackbone))
-    return "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
-
-
-@memoised
 def swapped_backbone(base: type[nn.Module]) -> type[SwappedBackbone]:
     """The subclass of a base's decoder stack that models of that base have."""
-    return type(f"Swapped{base.__name__}", (SwappedBackbone, base), {"__module__": __name__})
+    keyword = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
+    members = {"cache_keyword": keyword, "__module__": __name__}
+    return type(f"Swapped{base.__name__}", (SwappedBackbone, base), members)
 
 
 def __getattr__(name: str) -> type[SwappedBackbone]:

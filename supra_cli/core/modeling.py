@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from supra_cli.core import cache as caches
 from supra_cli.core.archs import archs
-from supra_cli.core.backbone import cache_keyword, swapped_backbone
+from supra_cli.core.backbone import swapped_backbone
 from supra_cli.core.config import SupraConfig, Swap, config_class
 from supra_cli.core.errors import SupraError
 from supra_cli.core.mixers import mixers, parse_options
@@ -110,7 +110,7 @@ class SupraForCausalLM(PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
-            **({} if cache is None else {cache_keyword(type(self.base_model)): cache}),
+            **({} if cache is None else {self.base_model.cache_keyword: cache}),
             **kwargs,
         )
         if objective is None:

@@ -21,7 +21,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from supra_cli.core import cache as caches
 from supra_cli.core.archs import archs
-from supra_cli.core.backbone import cache_keyword
 from supra_cli.core.cache import RecurrentLayer
 from supra_cli.core.mixers import mixers
 from supra_cli.core.recipe.keep import SOFTMAX
@@ -150,7 +149,7 @@ def greedy(model, ids: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tensor]
         implementation = {} if kind == "dynamic" else {"cache_implementation": kind}
         output = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, **implementation, **call)
         return output.sequences, torch.stack(output.logits)
-    call[cache_keyword(type(model.base_model))] = own(model, kind)
+    call[model.base_model.cache_keyword] = own(model, kind)
     logits: tuple[Tensor, ...] = ()
     for new in (2, NEW - 2):
         output = model.generate(ids, attention_mask=mask, max_new_tokens=new, **call)
@@ -217,7 +216,7 @@ def test_a_cache_that_cannot_carry_a_state_is_refused_by_name():
 
     for cache in (Quantised(), ((ids, ids),) * 4):
         with pytest.raises(ValueError, match=f"cannot use a {type(cache).__name__}"):
-            model(ids, **{cache_keyword(type(model.base_model)): cache})
+            model(ids, **{model.base_model.cache_keyword: cache})
     with pytest.raises(ValueError, match="two caches"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 
