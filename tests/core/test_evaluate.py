@@ -751,6 +751,18 @@ def test_a_key_changes_with_the_arithmetic_and_the_code(pair, sums, tmp_path, mo
     assert len(seen) == 11
 
 
+def test_a_key_is_made_where_a_process_named_its_precision_in_the_newer_way(pair, sums):
+    """After it PyTorch raises for whoever reads an older name."""
+    (student, _), _ = pair
+    matmul = torch.backends.cuda.matmul
+    before, plain = matmul.fp32_precision, key_of(student.path, sums)
+    try:
+        matmul.fp32_precision = "tf32"
+        assert key_of(student.path, sums) != plain
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_a_key_names_no_place_and_nothing_that_is_not_read(pair, sums, tmp_path):
     (student, _), _ = pair
     before = key_of(student.path, sums)

@@ -42,8 +42,8 @@ def model_key(path: Path, weights: str, *, device: str, dtype: str) -> dict[str,
         "dtype": dtype,
         "arithmetic": {
             **{name: os.environ.get(name) for name in _VARIABLES},
-            "float32_matmul": torch.get_float32_matmul_precision(),
-            "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+            # Setting any older name sets these; reading one raises where a process has set a newer.
+            "fp32_matmul": [getattr(torch.backends, name).matmul.fp32_precision for name in ("cuda", "mkldnn")],
         },
         "versions": versions(*_PACKAGES),
     }

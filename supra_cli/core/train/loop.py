@@ -27,7 +27,7 @@ from supra_cli.core import device as devices
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
 from supra_cli.core.data.packing import Batch
-from supra_cli.core.data.tokenizer import check_ids, check_vocabulary
+from supra_cli.core.data.tokenizer import check_ids
 from supra_cli.core.environment import environment
 from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
@@ -141,7 +141,6 @@ class Trainer:
 
     def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
         """Open the data, and raise whatever else would end the run later than it could be known."""
-        check_vocabulary(tokenizer, config)
         rehearse(self.recipe.stages[self.counters.stage :], config, tokenizer, base)
         for name in self.recipe.track:
             library(name)
