@@ -29,7 +29,7 @@ TIERS = (
     (
         "supra_cli",
         CORE,
-        *core("errors", "files", "folder", "environment", "registry", "recipe", "corpus", "device", "flops"),
+        *core("errors", "files", "folder", "environment", "registry", "recipe", "corpus", "device", "flops", "parallel"),
     ),
     ("supra_kernels",),
 )
