@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import supra_kernels.library
 import torch
+from supra_cli.core.train.prepare import prepare
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, Qwen2Config
 
@@ -21,7 +22,6 @@ from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import stages
 from supra_cli.core.train.optimizer import adamw
-from supra_cli.core.train.prepare import prepare
 from supra_cli.core.train.step import Stepper, begin
 
 
