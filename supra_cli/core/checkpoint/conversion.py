@@ -13,7 +13,8 @@ from supra_cli.core.checkpoint.describing import skeleton
 from supra_cli.core.checkpoint.files import atomic_directory
 from supra_cli.core.checkpoint.reading import examine, tensors
 from supra_cli.core.checkpoint.record import digest
-from supra_cli.core.checkpoint.writing import finish, link_shards, tensor_bytes, write_shards
+from supra_cli.core.checkpoint.slices import write_shards
+from supra_cli.core.checkpoint.writing import finish, link_shards
 from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraConfig
 
@@ -44,13 +45,14 @@ def convert(
         raise UsageError(f"{output} is, or holds, the model to convert, which would be lost; choose another output")
     config = planned(source, mixer=mixer, options=options, keep=keep)
     new = {f"{name}.mixer": layer.mixer for name, layer in skeleton(config).swapped_layers()}
-    total = sum(tensor_bytes(parameter) for layer in new.values() for parameter in layer.parameters())
+    total = sum(parameter.nbytes for layer in new.values() for parameter in layer.parameters())
     with atomic_directory(output, overwrite=overwrite) as directory:
         entries = {name: entry.file for name, entry in tensors(source).items()}
         placed, known = link_shards(source, directory, entries)
         # checkpoint.identity(source), of hashes that are there
         parent = digest({file: known[placed[name]] for name, file in entries.items()})
-        placed |= write_shards(_drawn(new, seed), directory, "mixers", total, MIXER_SHARD_BYTES)
+        drawn, hashes = write_shards(_drawn(new, seed), directory, "model-mixers", total, limit=MIXER_SHARD_BYTES)
+        placed, known = placed | drawn, known | hashes
         provenance = {"base": base or str(source), "parent": parent, "recipe": recipe, "seed": seed, "tokens": 0}
         finish(directory, config, placed, known, source=source, provenance=provenance)
     return output

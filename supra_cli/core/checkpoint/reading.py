@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
-import safetensors
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,6 +17,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from supra_cli.core import hub
 from supra_cli.core.checkpoint.describing import UNQUANTISED, check_attention, legible, read_config, skeleton, theirs
 from supra_cli.core.checkpoint.record import identity
+from supra_cli.core.checkpoint.slices import Entry, fill, headers
 from supra_cli.core.data.tokenizer import check_vocabulary
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, first_line
 from supra_cli.core.files import check_whole
@@ -33,15 +32,6 @@ _QUANTISED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|ab
 
 # Buffers that old checkpoints carry as tensors; transformers computes them.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    """As safetensors writes it: F32, BF16, ..."""
 
 
 def load(
@@ -64,6 +54,27 @@ def load(
     with _quiet(), legible(path) as readable:
         model = SupraForCausalLM.from_pretrained(readable, config=config, dtype=dtype or config.dtype or torch.float32)
     return model.to(device)
+
+
+@torch.no_grad()
+def materialise(model: SupraForCausalLM, path: Path | str, device: torch.device | str) -> None:
+    """Give a model on meta the weights of a directory, in the model's own number format, each rank only its rows.
+
+    A head that has been untied since the model was saved begins as what it was tied to. Errors as of `load`.
+    """
+    path = Path(path)
+    config, stored = read_config(path), tensors(path)
+    check(config, stored)
+    saved = skeleton(config)
+    stored = _renamed(saved, stored)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for part in model.modules():
+        if part._non_persistent_buffers_set:  # in no file: rotary tables, which the module computes of its config
+            model._init_weights(part)
+    for name, source in saved.all_tied_weights_keys.items():
+        stored.setdefault(name, stored.get(source))
+    fill(model.state_dict(), path, stored)
 
 
 def examine(path: Path | str) -> SupraConfig:
@@ -148,17 +159,7 @@ def _installed(package: str) -> bool:
 
 def tensors(path: Path) -> dict[str, Entry]:
     """Name → entry of every tensor of a model directory, from the shards' headers, checked against the index."""
-    found: dict[str, Entry] = {}
-    for file in weight_files(path):
-        try:
-            with safetensors.safe_open(path / file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (a safe_open is no mapping)
-                    view = shard.get_slice(name)
-                    found[name] = Entry(file, tuple(view.get_shape()), view.get_dtype())
-        except safetensors.SafetensorError as error:
-            raise SupraError(
-                f"{path / file} is damaged ({first_line(error)}); restore the file or convert again"
-            ) from error
+    found = headers(path, weight_files(path))
     if (path / INDEX).is_file() and not (path / SINGLE).is_file():
         for name, file in weight_map(path).items():
             if name not in found or found[name].file != file:
@@ -175,8 +176,7 @@ def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:
             raise UsageError(f"tensor '{name}' in {entry.file} is quantised ({entry.dtype}); {UNQUANTISED}")
     model = skeleton(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    found = {rename_source_key(name, renames, [])[0]: entry for name, entry in found.items()}
+    found = _renamed(model, found)
     ignored = [_COMPUTED, *(re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ())]
     tied = model.all_tied_weights_keys
     missing = [name for name in expected if name not in found and tied.get(name) not in found]
@@ -192,6 +192,12 @@ def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:
             raise SupraError(
                 f"tensor '{name}' in {file} has shape {got}, expected {list(shape)}; it belongs to another model"
             )
+
+
+def _renamed(model: SupraForCausalLM, found: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries by today's names, of which transformers keeps a table."""
+    renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return {rename_source_key(name, renames, [])[0]: entry for name, entry in found.items()}
 
 
 def holds(path: Path | str, weights: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from supra_cli.core.checkpoint.files import atomic_directory, link, write_tensors
+from supra_cli.core.checkpoint.files import atomic_directory, link
 from supra_cli.core.checkpoint.reading import tensors
 from supra_cli.core.checkpoint.record import (
     PROVENANCE,
@@ -24,15 +24,16 @@ from supra_cli.core.checkpoint.record import (
     read_provenance,
     vouched,
 )
+from supra_cli.core.checkpoint.slices import write_shards
 from supra_cli.core.environment import versions
 from supra_cli.core.files import write_json
 from supra_cli.core.folder import INDEX, SINGLE
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.swap import mixer_names
 
 FORMAT = 1
 """Version of supra.json."""
-SHARD_BYTES = 5 * 10**9
 
 # What a base brings besides weights and config, by the names that Hugging Face libraries look for.
 _COMPANIONS = re.compile(
@@ -51,31 +52,53 @@ def save(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a whole model directory, or nothing; an existing non-empty `path` is refused unless `overwrite`.
+    """`write` a whole model directory, or nothing; an existing non-empty `path` is refused unless `overwrite`."""
+    with atomic_directory(path, overwrite=overwrite) as directory:
+        write(directory, model, source=source, provenance=provenance, unchanged=unchanged, dtype=dtype)
+    return Path(path)
 
-    Tokenizer and generation config come from `source`. `unchanged` is a model that differs in its mixers alone: the
-    other shards are its own, linked and in their dtype, unless one holds a mixer too. `dtype` is that of the weights
-    written (None: the model's own); `provenance` goes into supra.json.
+
+def write(
+    directory: Path,
+    model: SupraForCausalLM,
+    *,
+    source: Path | str | None,
+    provenance: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    unchanged: Path | str | None = None,
+    dtype: torch.dtype | None = None,
+    world: World = ALONE,
+) -> None:
+    """Write a model into an empty directory, all ranks together, each its own rows.
+
+    Tokenizer and generation config come from `source`. `weights` are the model's state where it does not hold that
+    itself. `unchanged` is a model that differs in its mixers alone: the other shards are its own, linked and in their
+    dtype, unless one holds a mixer too. `dtype` is that of the weights written (None: the model's own); `provenance`
+    goes into supra.json.
     """
     source = None if source is None else Path(source)
     config = copy.deepcopy(model.config)
     config.dtype = dtype = dtype or model.dtype
-    state = {
-        name: tensor.detach() for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
-    }
+    state = model.state_dict() if weights is None else weights
+    state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
     of_mixers = mixer_names(model)
     mixers = {name: tensor for name, tensor in state.items() if name in of_mixers}
-    with atomic_directory(path, overwrite=overwrite) as directory:
-        known: Hashes = {}
-        if kept := {} if unchanged is None else _without(of_mixers, Path(unchanged)):
+    known: Hashes = {}
+    placed: dict[str, str] = {}
+    groups = {"model-mixers": mixers}
+    if kept := {} if unchanged is None else _without(of_mixers, Path(unchanged)):
+        if world.leads:
             placed, known = link_shards(Path(unchanged), directory, kept)
-        else:
-            base = revert_weight_conversion(model, {name: value for name, value in state.items() if name not in mixers})
-            placed = write_shards(_cast(base, dtype), directory, "base", _size(base, dtype))
-        placed |= write_shards(_cast(mixers, dtype), directory, "mixers", _size(mixers, dtype))
+    else:
+        base = revert_weight_conversion(model, {name: value for name, value in state.items() if name not in mixers})
+        groups = {"model-base": base, **groups}
+    for stem, tensors in groups.items():
+        size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        files, hashes = write_shards(tensors.items(), directory, stem, size, dtype=dtype, world=world)
+        placed, known = placed | files, known | hashes
+    if world.leads:
         parent = {"parent": None if source is None else digest(read_provenance(source).get("files"))}
         finish(directory, config, placed, known, source=source, provenance=parent | dict(provenance))
-    return Path(path)
 
 
 def _without(mixers: set[str], path: Path) -> dict[str, str]:
@@ -84,41 +107,6 @@ def _without(mixers: set[str], path: Path) -> dict[str, str]:
     mixed = {file for name, file in files.items() if name in mixers}
     kept = {name: file for name, file in files.items() if name not in mixers}
     return {} if mixed & set(kept.values()) else kept
-
-
-def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in state.items():
-        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _size(state: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-    return sum(tensor.numel() * dtype.itemsize for tensor in state.values())
-
-
-def write_shards(
-    members: Iterable[tuple[str, Tensor]], directory: Path, group: str, total_bytes: int, limit: int = SHARD_BYTES
-) -> dict[str, str]:
-    """Write tensors as they come into files `model-<group>*` of at most `limit` bytes each; returns tensor → file."""
-    several = total_bytes > limit
-    placed: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    count = 0
-
-    def flush() -> None:
-        nonlocal count
-        if shard:
-            count += 1
-            file = f"model-{group}-{count:05}.safetensors" if several else f"model-{group}.safetensors"
-            write_tensors(shard, directory / file)
-            placed.update(dict.fromkeys(shard, file))
-            shard.clear()
-
-    for name, tensor in members:
-        if shard and sum(map(tensor_bytes, shard.values())) + tensor_bytes(tensor) > limit:
-            flush()
-        shard[name] = tensor.detach().to("cpu").contiguous()
-    flush()
-    return placed
 
 
 def link_shards(source: Path, directory: Path, placed: Mapping[str, str]) -> tuple[dict[str, str], Hashes]:
@@ -171,7 +159,3 @@ def finish(
 def companions(path: Path) -> list[str]:
     """The names of a model directory's tokenizer files and generation config."""
     return sorted(file.name for file in path.iterdir() if file.is_file() and _COMPANIONS.fullmatch(file.name))
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -53,7 +53,9 @@ def token_nats(
     result = []
     try:
         for start, rows in _batches(len(tokens), batch_size):
-            batch = [None if part is None else part[rows].to(device or model.device) for part in (tokens, positions, labels)]
+            batch = [
+                None if part is None else part[rows].to(device or model.device) for part in (tokens, positions, labels)
+            ]
             nats = _forward(model, *batch).cpu()
             if not torch.isfinite(nats[labels[rows].cpu() != IGNORED]).all():
                 row = start + int((~torch.isfinite(nats) & (labels[rows].cpu() != IGNORED)).any(dim=1).nonzero()[0, 0])

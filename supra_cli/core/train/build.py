@@ -11,13 +11,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from supra_cli.core import checkpoint, hub, recipe
-from supra_cli.core.checkpoint import slices
 from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.parallel import World
 from supra_cli.core.stages import Stage, stages
 from supra_cli.core.swap import mixer_names
-from supra_cli.core.train import lowbit
+from supra_cli.core.train import lowbit, state
 from supra_cli.core.train.optimizer import adamw
 from supra_cli.core.train.sharding import shard
 
@@ -57,7 +56,7 @@ def build(
     offload = spec.optimizer == "adamw-offload"
     shard(student, world, dtype, inside=stage.inside, offload=offload)
     checkpoint.materialise(student, saved, "cpu" if offload and world.size > 1 else device)
-    slices.fill(dict(student.named_parameters()), saved / "training", "masters", partly=True)
+    state.restore_masters(saved / "training", student)
     # Sharing out has put other tensors in the place of the parameters.
     trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
     optimizer = adamw(student, trained, spec, dtype, alone=world.size == 1)

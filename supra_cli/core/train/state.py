@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from supra_cli.core.checkpoint import slices
 from supra_cli.core.checkpoint.files import sha256
@@ -74,8 +74,8 @@ def save(
     }
     hashes = {}
     for stem, tensors in {"optimizer": moments, "masters": masters, "stage": constants}.items():
-        if tensors:
-            hashes |= slices.write(tensors, folder, stem, world=world).hashes
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        hashes |= slices.write_shards(tensors.items(), folder, stem, size, world=world)[1]
     document = {"counters": dataclasses.asdict(counters), "data": data, "same": same}
     if world.leads:
         files = {name: entry["sha256"] for name, entry in hashes.items()}
@@ -106,26 +106,36 @@ def constants(folder: Path, device: torch.device) -> dict[str, Tensor]:
     return load_file(path, device=str(device)) if path.exists() else {}
 
 
+def restore_masters(folder: Path, model: nn.Module) -> None:
+    """Put fp32 masters, where they were saved, in place of the rounded weights."""
+    stored = _stored(folder, "masters")
+    slices.fill({name: p for name, p in model.named_parameters() if name in stored}, folder, stored)
+
+
 def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Through the optimizer's own `load_state_dict`, which alone knows where each tensor must lie: on CUDA, fused AdamW
     reads `step` on the device, unchecked.
     """
-    stored = slices.entries(folder, "optimizer")
-    named = [
-        (name, parameter)
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    ]
+    stored = _stored(folder, "optimizer")
+    groups = optimizer.param_groups
+    named = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
     number = {name: index for index, (name, _) in enumerate(named)}
+    moments: dict[str, Tensor] = {}
     parts: dict[int, dict[str, dict[str, Tensor]]] = {}
-    targets: dict[str, Tensor] = {}
     for label, entry in stored.items():
         place, _, name = label.partition(".")
         key, _, part = place.partition(_IN)
-        parameter = named[number[name]][1]
-        like = parameter.shape == entry.shape and entry.dtype == "F32"
-        targets[label] = torch.empty_like(parameter) if like else slices.empty(entry)
-        parts.setdefault(number[name], {}).setdefault(key, {})[part] = targets[label]
-    slices.fill(targets, folder, "optimizer")
+        index, kind = number[name], slices.DTYPES[entry.dtype]
+        parameter = named[index][1].detach()
+        shared = (
+            entry.shape == parameter.shape and kind == parameter.dtype
+        )  # as the parameter is, rows of it if sharded
+        empty = torch.empty_like(parameter) if shared else torch.empty(entry.shape, dtype=kind)
+        moments[label] = parts.setdefault(index, {}).setdefault(key, {})[part] = empty
+    slices.fill(moments, folder, stored)
     state = {index: {key: lowbit.whole(plain) for key, plain in keys.items()} for index, keys in parts.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _stored(folder: Path, stem: str) -> dict[str, slices.Entry]:
+    return slices.headers(folder, sorted(path.name for path in folder.glob(f"{stem}*.safetensors")))

@@ -1,0 +1,189 @@
+"""Tensors in safetensors files, written and read by rows: of a tensor that ranks share, each its own.
+
+The header of such a file is known before any number is, and so is the place of every row. Ranks therefore write side by
+side into one file, nobody gathers a tensor, and what is written does not show how many wrote it. One rank by itself goes
+the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from supra_cli.core.checkpoint.record import Hashes, hashed
+from supra_cli.core.errors import SupraError, first_line
+from supra_cli.core.parallel import ALONE, World
+
+SHARD_BYTES = 5 * 10**9
+_PIECE_BYTES = 64 * 2**20
+"""Of a tensor that are in another format, or on another device, at a time."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""By safetensors' names."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it: F32, BF16, ..."""
+    name: str
+    """In the file."""
+
+
+def write_shards(
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: Path,
+    stem: str,
+    total_bytes: int,
+    *,
+    limit: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    world: World = ALONE,
+) -> tuple[dict[str, str], Hashes]:
+    """Write tensors, those with a point in `dtype` if it is given, into files `<stem>*` of at most `limit` bytes each.
+
+    Returns tensor → file, and the files' hashes, which ranks share out. A tensor larger than `limit` has a file of its
+    own. All ranks give the same names and shapes in the same order. SupraError on all of them if one cannot write.
+    """
+    several = total_bytes > limit
+    placed: dict[str, str] = {}
+    files: list[Path] = []
+    for members in _groups(tensors, limit, dtype):
+        number = f"-{len(files) + 1:05}" if several else ""
+        files.append(directory / f"{stem}{number}.safetensors")
+        _write(members, files[-1], dtype, world)
+        placed |= dict.fromkeys(members, files[-1].name)
+    own: Hashes = {file.name: hashed(file) for file in files[world.rank :: world.size]}
+    return placed, {name: entry for hashes in world.gathered(own) for name, entry in hashes.items()}
+
+
+def _groups(
+    tensors: Iterable[tuple[str, Tensor]], limit: int, dtype: torch.dtype | None
+) -> Iterator[dict[str, Tensor]]:
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        more = tensor.numel() * _written(tensor, dtype).itemsize
+        if group and size + more > limit:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += more
+    if group:
+        yield group
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None, world: World) -> None:
+    """One file. Wide numbers come first, so that all are aligned."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-_written(tensors[name], dtype).itemsize, name)):
+        kind, shape = _written(tensors[name], dtype), tensors[name].shape
+        places[name], start = end, end
+        end += shape.numel() * kind.itemsize
+        header[name] = {"dtype": _NAMES[kind], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    fault = None
+    if world.leads:
+        try:
+            with path.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(8 + len(text) + end)
+        except OSError as error:
+            fault = _unwritten(path, error)
+    if (fault := world.shared(fault)) is None:
+        try:
+            with path.open("r+b") as file:
+                for turn, (name, place) in enumerate(places.items()):
+                    tensor = tensors[name].detach()
+                    if not isinstance(tensor, DTensor) and turn % world.size != world.rank:
+                        continue  # whole on every rank, of which one writes it
+                    kind = _written(tensor, dtype)
+                    rows, first = _own_rows(tensor)
+                    file.seek(8 + len(text) + place + first * tensor.shape[1:].numel() * kind.itemsize)
+                    for piece in rows.reshape(-1).split(_PIECE_BYTES // kind.itemsize):
+                        file.write(piece.to("cpu", kind).view(torch.uint8).numpy())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            fault = _unwritten(path, error)
+    if fault := next(filter(None, world.gathered(fault)), None):
+        raise SupraError(fault)
+
+
+def _unwritten(path: Path, error: OSError) -> str:
+    return f"cannot write {path} ({first_line(error)}); make room or choose another output"
+
+
+def headers(directory: Path, files: Iterable[str]) -> dict[str, Entry]:
+    """Every tensor in files of a directory. SupraError for one that is damaged."""
+    found = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(directory / file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    view = opened.get_slice(name)
+                    found[name] = Entry(file, tuple(view.get_shape()), view.get_dtype(), name)
+        except safetensors.SafetensorError as error:
+            raise SupraError(
+                f"{directory / file} is damaged ({first_line(error)}); restore the file or convert again"
+            ) from error
+    return found
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, Tensor], directory: Path, stored: Mapping[str, Entry]) -> None:
+    """Put the numbers that are `stored` in a directory into `tensors` of the same shapes, cast to their formats: of those
+    that ranks share, only this rank's rows.
+    """
+    for name, tensor in tensors.items():
+        entry = stored[name]
+        rows, first = _own_rows(tensor)
+        # Opened for each tensor: what has been read of a mapped file counts as memory until it is closed.
+        with safetensors.safe_open(directory / entry.file, "pt") as file:
+            if not tensor.dim():
+                rows.copy_(file.get_tensor(entry.name))
+                continue
+            view = file.get_slice(entry.name)
+            row_bytes = tensor.shape[1:].numel() * DTYPES[entry.dtype].itemsize
+            for piece in rows.split(max(1, _PIECE_BYTES // max(1, row_bytes))):
+                piece.copy_(view[first : first + len(piece)])
+                first += len(piece)
+
+
+def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """(what this rank has of a tensor, the number of its first row)."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0]
+
+
+def _written(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
