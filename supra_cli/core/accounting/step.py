@@ -46,9 +46,10 @@ class Figures(NamedTuple):
     """Kept copies of the blocks' weights, but for the mixers', in the computing dtype."""
     other_copies: int = 0
     passing: int = 0
-    """Alive for a moment while a block computes. Where the loss is one part four of the widest tensor: gradients of
-    what a product was given and of what it gives, and less than one in the operator's chunks. Where its parts end in the
-    blocks, as much as autograd keeps of one: its gradients, beside the pass that goes on without any."""
+    """Alive for a moment while a block computes: what the operator needs inside and, where the loss is one part, three
+    of the widest tensor, gradients of what a product was given and of what it gives. Where its parts end in the blocks,
+    as much as autograd keeps of one: its gradients, and the pass that goes on without any.
+    """
     logits: int = 0
     """Numbers in the student's logits."""
     piece: int = 0
@@ -71,11 +72,12 @@ def figures(
         ids = torch.zeros((recipe.micro_rows(spec), recipe.seq_len(spec)), dtype=torch.long)
         batch = Batch(ids, ids, ids)
         begin(stage, student, [batch], _CPU, dtype)
-        flops = FlopCounterMode(display=False, custom_mapping=_formulas(device))
+        flops = FlopCounterMode(display=False, custom_mapping=watch.formulas(device, dtype))
         watch.follow(student, teachers, flops)
         with flops, saved_tensors_hooks(watch.pack, lambda x: x), computing_in(dtype, _CPU):
             stage.loss(student, *(teachers or [None]), batch, watch.backward)
-    watch.found["passing"] = 4 * watch.widest if watch.parts == 1 else sum(watch.most.values())
+    beside = 3 * watch.widest if watch.parts == 1 else sum(watch.most.values())
+    watch.found["passing"] = beside + watch.inside
     blocks = [size for place, size in watch.most.items() if isinstance(place, int)]
     kept = {name: size for name, size in watch.most.items() if isinstance(name, str)}
     kept["outside"] = kept.get("outside", 0) + kept.pop("loss", 0) * (not watch.found["piece"])
@@ -92,7 +94,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.found: dict[str, int] = defaultdict(int)
         self.most: dict[object, int] = {}
-        self.widest = self.parts = 0
+        self.widest = self.inside = self.parts = 0
         self._packed, self._place = packed, "outside"
         self._saved: dict[int, tuple[torch.UntypedStorage, object]] = {}
         self._weights: dict[int, str] = {}
@@ -151,6 +153,29 @@ class _Watch(TorchDispatchMode):
         part.backward()
         return part.detach()
 
+    def formulas(self, device: str, dtype: torch.dtype) -> dict[Any, Callable[..., int]]:
+        """Of FLOPs from shapes, where PyTorch has none; the operator's notes the bytes that it needs inside: on a GPU
+        the state at the start of each chunk, on a CPU the fp32 buffers of a block of which 8 are as wide as a key.
+        """
+
+        def count(backward: bool, *args: Any, **_: Any) -> int:
+            (batch, tokens, heads, K), V = args[2 * backward], args[2 + 2 * backward][-1]
+            chunk = ops.chunk_tokens(device, K, V)
+            needed = batch * heads * -(-tokens // chunk) * K * V * dtype.itemsize
+            if device == "cpu":
+                block = -(-tokens // max(1, args[7][0])) if backward else 0
+                needed = 4 * batch * heads * block * (8 * K + 3 * V + 2 * chunk + 2 * K * V // chunk)
+            self.inside = max(self.inside, needed)
+            return operator_flops(batch * tokens * heads, K, V, chunk)[backward]
+
+        own = torch.ops.supra
+        return {
+            **SDPA_FLOPS,
+            **dict.fromkeys((own.chunk, own.triton), partial(count, False)),
+            **dict.fromkeys((own.chunk_backward, own.triton_backward), partial(count, True)),
+            _aten.baddbmm_: flop_registry[_aten.baddbmm],
+        }
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         questions = (_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default)
         if function in questions and isinstance(args[0], FakeTensor) and args[0].constant is None:
@@ -162,19 +187,3 @@ class _Watch(TorchDispatchMode):
             storage = output.untyped_storage()
             self._copies[storage._cdata] = storage, self._weights[weight]
         return output
-
-
-def _formulas(device: str) -> dict[Any, Callable[..., int]]:
-    """Of FLOPs from shapes, where PyTorch has none."""
-
-    def count(backward: bool, *args: Any, **_: Any) -> int:
-        (batch, tokens, heads, width), v_dim = args[2 * backward], args[2 + 2 * backward][-1]
-        return operator_flops(batch * tokens * heads, width, v_dim, ops.chunk_tokens(device, width, v_dim))[backward]
-
-    own = torch.ops.supra
-    return {
-        **SDPA_FLOPS,
-        **dict.fromkeys((own.chunk, own.triton), partial(count, False)),
-        **dict.fromkeys((own.chunk_backward, own.triton_backward), partial(count, True)),
-        _aten.baddbmm_: flop_registry[_aten.baddbmm],
-    }
