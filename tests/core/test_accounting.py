@@ -118,7 +118,9 @@ def test_whole_on_each_of_several_gpus_are_two_blocks_with_gradients_and_what_is
 
 
 def test_a_teacher_is_shared_out_in_the_computing_dtype():
-    stage = first({**FINETUNE, "kind": "distill", "teacher": "tiny"}, tokenizer={"vocab_size": 2048}, dtype=torch.bfloat16)
+    stage = first(
+        {**FINETUNE, "kind": "distill", "teacher": "tiny"}, tokenizer={"vocab_size": 2048}, dtype=torch.bfloat16
+    )
     teacher = checkpoint.skeleton(checkpoint.read_config(hub.config_folder(hub.resolve("tiny"))))
     parameters = sum(p.numel() for p in teacher.parameters())
     assert [stage.memory(gpus).teacher for gpus in (1, 4)] == [2 * parameters, 2 * parameters // 4]
@@ -291,12 +293,12 @@ def test_the_written_measurements_of_one_process_and_of_two_lie_within_a_tenth_o
 
 
 class Asking(Stage):
-    """A stage of others: it asks for a number of the data, and its loss has no logits and one part."""
+    """A stage of others: it asks for numbers of the data, and its loss has no logits."""
 
     def loss(self, student, teacher, batch, backward):
         hidden = student(input_ids=batch.input_ids, use_cache=False, objective=lambda hidden, head: hidden)
         scale = 2.0 if bool((batch.labels > 0).any()) else float(batch.labels.sum())
-        return stages.get("finetune").__mro__ and (backward(hidden.float().square().sum() * scale), {})
+        return Loss(backward(hidden.float().square().sum() * scale), {})
 
 
 def test_a_stage_of_others_is_planned_as_it_is(monkeypatch):
@@ -366,7 +368,6 @@ def test_a_tied_model_counts_its_embedding_once():
 
 # -- what fits --------------------------------------------------------------------------------------------------------
 
-
 ONE_ROW = {"micro_batch_tokens": 64}
 RECOMPUTED = {**ONE_ROW, "activation_checkpointing": True}
 ORDER = [
@@ -418,55 +419,3 @@ def test_the_command_of_a_setting_names_nodes_processes_and_changes():
         16: "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m supra_cli "
         "uptrain -r r --set stages.1.optimizer=adamw",
     }
-
-
-# -- what fits --------------------------------------------------------------------------------------------------------
-
-
-def needing(monkeypatch, *stages, gigabytes: float, **keys) -> accounting.Setting | None:
-    monkeypatch.setitem(accounting.GPUS, "small", (gigabytes / accounting.ROOM, 1))
-    return accounting.nearest(accounting.plan(recipe(*stages, **keys)), "small")
-
-
-def totals(changes=({},), gpus=1, *given) -> list[float]:
-    stage = first(*given, dtype=torch.bfloat16)
-    return [stage.memory(gpus, stage.spec.model_copy(update=changed)).total / 1e9 for changed in changes]
-
-
-def test_the_nearest_setting_is_the_first_that_fits_in_the_order_of_harm(monkeypatch):
-    """Nothing, half the rows at a time, recomputing, 8-bit moments, the optimizer's state in CPU memory, more GPUs."""
-    one_row = {"micro_batch_tokens": 64}
-    recomputed = {"activation_checkpointing": True}
-    order = [{}, {"micro_batch_tokens": 1024}, one_row]
-    order += [{**recomputed, **one_row}, {**recomputed, **one_row, "optimizer": "adamw8bit"}]
-    order += [{**recomputed, **one_row, "optimizer": "adamw-offload"}]
-    sizes = totals(order)
-    assert sizes == sorted(sizes, reverse=True)
-    for changed, size in zip(order, sizes, strict=True):
-        found = needing(monkeypatch, gigabytes=size * 1.000001)
-        assert found.gpus == 1
-        wanted = {f"stages.0.{key}={str(value).lower()}" for key, value in changed.items()}
-        assert set(found.changes) <= wanted
-        assert found.memory_bytes <= size * 1.000001e9
-        assert ("stages.0.optimizer=adamw-offload" in found.changes) == (changed.get("optimizer") == "adamw-offload")
-    assert needing(monkeypatch, gigabytes=1e-6) is None
-
-
-def test_a_setting_s_command_makes_its_plan_fit(monkeypatch):
-    both = [{**FINETUNE, "kind": "transfer"}, {**FINETUNE, "optimizer": "adamw8bit"}]
-    plan = accounting.plan(recipe(*both))
-    assert not any(plan.fits("H200", gpus) for gpus in (2, 4))
-    found = accounting.nearest(plan, "H200", (16,))
-    assert found.changes == ("stages.1.optimizer=adamw",)
-    run = "uptrain --recipe r"
-    assert found.command(run) == (
-        "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m supra_cli "
-        "uptrain --recipe r --set stages.1.optimizer=adamw"
-    )
-    assert accounting.nearest(plan, "H200").command(run) == "supra uptrain --recipe r"
-    assert accounting.nearest(plan, "H200", (4,)).command(run).startswith("torchrun --nproc-per-node 4 -m supra_cli")
-    monkeypatch.setitem(accounting.GPUS, "small", (plan.memory_bytes(1) * 0.8 / accounting.ROOM / 1e9, 1))
-    found = accounting.nearest(plan, "small")
-    raw = recipes.dumps(recipe(*both))
-    assert found.changes
-    assert raw
