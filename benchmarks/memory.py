@@ -18,6 +18,7 @@ import argparse  # noqa: E402
 import ctypes  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 from itertools import islice  # noqa: E402
@@ -39,40 +40,32 @@ STEPS = 2
 SHAPE = {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 1024}
 SHAPE |= {"num_hidden_layers": 4, "vocab_size": 8192, "max_position_embeddings": 8192}
 BF16, CHECKPOINTED = {"dtype": "bfloat16"}, {"activation_checkpointing": True}
-
-
-def case(rows: int = 4, length: int = 512, passes: int = 1, mixer: str = "supra", processes: int = 1, **keys) -> dict:
-    """`rows` rows of `length` tokens for each process, in so many passes; further keys are the stage's, `dtype` what
-    is computed in."""
-    return {"rows": rows, "length": length, "passes": passes, "mixer": mixer, "processes": processes, **keys}
-
+USUAL = {"rows": 4, "length": 512, "passes": 1, "processes": 1, "base": "untied", "mixer": "supra", "keep": "none"}
+USUAL |= {"kind": "finetune", "dtype": "float32"}
+"""Of a case: `rows` rows of `length` tokens for each process, in so many passes; further keys are the stage's."""
 
 CASES = {
-    "finetune": case(),
-    "finetune, bf16": case(**BF16),
-    "finetune, in 4 passes": case(rows=8, passes=4),
-    "finetune, checkpointed, bf16": case(rows=8, **CHECKPOINTED, **BF16),
-    "finetune, one long row": case(rows=1, length=4096),
-    "finetune, head untied": case(base="tied", untie=True),
-    "finetune, mixers alone": case(train="mixer"),
-    "finetune, offloaded, in 2 passes, bf16": case(rows=8, passes=2, optimizer="adamw-offload", **BF16),
-    "finetune, t2r": case(mixer="t2r"),
-    "finetune, gated": case(mixer="gated"),
-    "finetune, window": case(mixer="window"),
-    "finetune, half softmax": case(keep="every:2"),
-    "distill, bf16": case(kind="distill", **BF16),
-    "distill, checkpointed, one long row": case(1, 4096, kind="distill", **CHECKPOINTED),
-    "transfer": case(kind="transfer"),
-    "transfer, t2r, one long row": case(1, 2048, mixer="t2r", kind="transfer"),
-    "transfer, gated, in 2 passes": case(rows=8, passes=2, mixer="gated", kind="transfer"),
-    "2 × finetune": case(processes=2),
-    "2 × finetune, bf16": case(processes=2, **BF16),
-    "2 × finetune, tied head, in 4 passes": case(rows=8, passes=4, processes=2, base="tied"),
-    "2 × finetune, checkpointed, bf16": case(rows=8, processes=2, **CHECKPOINTED, **BF16),
-    "2 × finetune, offloaded, bf16": case(processes=2, optimizer="adamw-offload", **BF16),
-    "2 × distill, bf16": case(processes=2, kind="distill", **BF16),
-    "2 × transfer": case(processes=2, kind="transfer"),
-    "2 × transfer, t2r, bf16": case(processes=2, kind="transfer", mixer="t2r", **BF16),
+    "finetune": {},
+    "finetune, bf16": {**BF16},
+    "finetune, in 4 passes": {"rows": 8, "passes": 4},
+    "finetune, checkpointed, bf16": {"rows": 8, **CHECKPOINTED, **BF16},
+    "finetune, one long row": {"rows": 1, "length": 4096},
+    "finetune, mixers alone": {"train": "mixer"},
+    "finetune, offloaded, in 2 passes, bf16": {"rows": 8, "passes": 2, "optimizer": "adamw-offload", **BF16},
+    "finetune, t2r": {"mixer": "t2r"},
+    "finetune, gated": {"mixer": "gated"},
+    "finetune, window": {"mixer": "window"},
+    "distill, bf16": {"kind": "distill", **BF16},
+    "distill, checkpointed, one long row": {"rows": 1, "length": 4096, "kind": "distill", **CHECKPOINTED},
+    "transfer": {"kind": "transfer"},
+    "transfer, t2r, one long row": {"rows": 1, "length": 2048, "mixer": "t2r", "kind": "transfer"},
+    "transfer, gated, in 2 passes": {"rows": 8, "passes": 2, "mixer": "gated", "kind": "transfer"},
+    "2 × finetune, half softmax": {"processes": 2, "keep": "every:2"},
+    "2 × finetune, tied head, in 4 passes": {"rows": 8, "passes": 4, "processes": 2, "base": "tied"},
+    "2 × finetune, checkpointed, bf16": {"rows": 8, "processes": 2, **CHECKPOINTED, **BF16},
+    "2 × finetune, offloaded, bf16": {"processes": 2, "optimizer": "adamw-offload", **BF16},
+    "2 × distill, bf16": {"processes": 2, "kind": "distill", **BF16},
+    "2 × transfer": {"processes": 2, "kind": "transfer"},
 }
 
 
@@ -108,14 +101,13 @@ def write_inputs(folder: Path) -> None:
 
 
 def row(name: str, folder: Path) -> dict:
-    processes, (recipe, dtype) = CASES[name]["processes"], described(name, folder)
+    processes, (recipe, dtype) = CASES[name].get("processes", 1), described(name, folder)
     memory = accounting.plan(recipe, dtype, "cpu").stages[0].memory(processes)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     settings |= {"HF_HUB_OFFLINE": "1", "SUPRA_CACHE": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(PATHS)}
-    subprocess.run(
-        [sys.executable, *launch, __file__, "--work", name, folder], env={**os.environ, **settings}, check=True
-    )
+    command = [sys.executable, *launch, __file__, "--work", name, folder]
+    subprocess.run(command, env={**os.environ, **settings}, check=True)
     measured = max(int((folder / f"{rank}").read_text()) for rank in range(processes)) / 2**20
     planned = (memory.total + memory.host) / 2**20
     found = {"case": name, "processes": processes, "planned_mib": planned, "measured_mib": measured}
@@ -126,14 +118,13 @@ def row(name: str, folder: Path) -> dict:
 
 def described(name: str, folder: Path, base: str | None = None) -> tuple[recipes.Recipe, torch.dtype]:
     """The recipe of a case, and what it is computed in."""
-    keys = {"kind": "finetune", "base": "untied", "keep": "none", "dtype": "float32", **CASES[name]}
-    rows, length, passes, processes = (keys.pop(key) for key in ("rows", "length", "passes", "processes"))
-    base, mixer, keep, dtype = base or keys["base"], keys.pop("mixer"), keys.pop("keep"), keys.pop("dtype")
-    del keys["base"]
-    step, at_once = rows * length * processes, rows * length // passes
-    stage = {"tokens": STEPS * step, "batch_tokens": step, "micro_batch_tokens": at_once, "lr": 1e-4, **keys}
+    stage = USUAL | CASES[name]
+    rows, length, passes, processes = (stage.pop(key) for key in ("rows", "length", "passes", "processes"))
+    own, mixer, keep, dtype = (stage.pop(key) for key in ("base", "mixer", "keep", "dtype"))
+    step = rows * length * processes
+    stage |= {"tokens": STEPS * step, "batch_tokens": step, "micro_batch_tokens": rows * length // passes, "lr": 1e-4}
     data = {"seq_len": length, "sources": [{"path": str(folder / "text.jsonl")}]}
-    raw = {"base": str(folder / base), "keep": keep, "mixer": {"name": mixer}, "data": data, "stages": [stage]}
+    raw = {"base": str(folder / (base or own)), "keep": keep, "mixer": {"name": mixer}, "data": data, "stages": [stage]}
     return recipes.validate(raw), getattr(torch, dtype)
 
 
@@ -160,8 +151,8 @@ def settled(field: str) -> int:
 
 def status(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def named(path: Path) -> tuple[int, int] | None:
 
 def test_four_recipes_name_the_gpus_that_they_are_for() -> None:
     found = {path.stem: gpus for path in RECIPES if (gpus := named(path))}
-    assert found == {"tinyllama-24gb": (1, 24), "mistral-80gb": (1, 80), "llama2-7b": (4, 80), "mistral": (8, 80)}
+    assert found == {"tinyllama-24gb": (1, 24), "mistral-80gb": (1, 80), "llama2-7b": (4, 80), "mistral": (4, 80)}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -104,17 +104,18 @@ def test_weights_gradients_and_moments_are_four_four_and_eight_bytes_a_parameter
         assert memory.copies == memory.teacher == memory.host == 0
 
 
-def test_whole_on_each_of_several_gpus_are_two_blocks_with_gradients_and_what_is_outside_of_blocks():
-    """Blocks in bf16 but for their mixers, and everything in fp32 when it is reduced."""
+def test_whole_on_each_of_several_gpus_are_two_blocks_and_what_is_outside_of_them_and_at_the_end_their_gradients():
+    """Weights of blocks are in bf16 but for their mixers; gradients are in fp32 when they are reduced."""
     model = meta_model()
     block = model.base_model.layers[0]
     mixer, whole = (sum(p.numel() for p in part.parameters()) for part in (block.self_attn.mixer, block))
     outside = sum(p.numel() for p in model.parameters()) - 2 * whole
-    gathered = 2 * (2 * (whole - mixer) + 4 * mixer) + 2 * 4 * whole + (4 + 4) * outside
-    assert [first(dtype=torch.bfloat16).memory(gpus).gathered for gpus in (1, 2, 4)] == [0, gathered, gathered]
-    frozen = {**FINETUNE, "train": "mixer"}
-    less = 2 * 4 * (whole - mixer) + 4 * outside
-    assert first(frozen, dtype=torch.bfloat16).memory(2).gathered == gathered - less
+    weights = 2 * (2 * (whole - mixer) + 4 * mixer) + 4 * outside
+    full = first(dtype=torch.bfloat16)
+    assert [full.memory(gpus).gathered for gpus in (1, 2, 4)] == [0, weights, weights]
+    one_row = {**FINETUNE, "batch_tokens": 64}
+    assert first(one_row, dtype=torch.bfloat16).memory(2).gathered == weights + 2 * 4 * whole + 4 * outside
+    assert first({**one_row, "kind": "transfer"}, dtype=torch.bfloat16).memory(2).gathered == weights + 2 * 4 * mixer
 
 
 def test_a_teacher_is_shared_out_in_the_computing_dtype():

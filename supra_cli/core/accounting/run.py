@@ -111,7 +111,7 @@ class StagePlan:
         teacher's with their product.
 
         On several GPUs weights, gradients and moments are shared out; whole are two blocks (in the computing dtype, the
-        mixer in fp32), their gradients before they are reduced and, the pass through, what is outside of blocks.
+        mixer in fp32), the pass through what is outside of blocks, and where it ends their gradients, not yet reduced.
         """
         spec, one, item, sharded = spec or self.spec, self.figures, self.dtype.itemsize, gpus > 1
         rows, student, trained, teacher = -(-self.recipe.rows(spec) // gpus), self.student, self.trained, self.teacher
@@ -125,11 +125,11 @@ class StagePlan:
             host = gradients + moments + (weights if sharded else 4 * trained.total)
             weights = 0 if sharded else weights - (4 - item) * trained.total
             copies, gradients, moments = copies if sharded else 0, 0, 0
-        gathered = 0
+        gathered = unreduced = 0
         if sharded:
             gathered = 2 * (item * student.rest + 4 * student.mixer) + 4 * student.root
-            gathered += 2 * 4 * (trained.rest + trained.mixer) + 4 * trained.root
             gathered += item * (2 * (teacher.rest + teacher.mixer) + teacher.root) if teacher else 0
+            unreduced = 2 * 4 * (trained.rest + trained.mixer) + 4 * trained.root
 
         passing = share * one.passing
         logits = 4 * (5 if teacher else 3) * min(one.piece, one.logits * share)
@@ -137,8 +137,8 @@ class StagePlan:
         begun += max(passing, logits) + copies + (gradients if rows > micro_rows else 0)
         last_copies = min(copies, item * (student.rest + student.mixer))
         ended = share * one.block + passing + last_copies + gradients
-        if begun < ended:
-            begun, copies = ended, last_copies
+        if begun < ended + unreduced:
+            begun, copies, gathered = ended, last_copies, gathered + unreduced
         return Memory(
             weights=weights,
             copies=copies,
