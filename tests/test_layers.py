@@ -29,7 +29,9 @@ TIERS = (
     (
         "supra_cli",
         CORE,
-        *core("errors", "files", "folder", "environment", "registry", "recipe", "corpus", "device", "flops"),
+        *core(
+            "errors", "files", "folder", "environment", "registry", "recipe", "corpus", "device", "flops", "parallel"
+        ),
     ),
     ("supra_kernels",),
 )

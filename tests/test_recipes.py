@@ -14,7 +14,7 @@ from supra_cli.core import recipe as recipes
 from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import stages
-from supra_cli.core.train.prepare import select
+from supra_cli.core.train.build import prepare
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
@@ -32,7 +32,7 @@ def test_a_shipped_recipe_is_valid_and_its_model_can_be_built(path: Path) -> Non
         model = SupraForCausalLM._from_config(config)
     for spec in recipe.stages:
         kind = stages.get(spec.kind)
-        assert select(model, kind(kind.Options(**spec.options)), spec)
+        assert prepare(model, kind(kind.Options(**spec.options)), spec)
         assert recipe.steps(spec) >= 1
 
 

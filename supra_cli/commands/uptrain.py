@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 import threading
@@ -56,10 +58,11 @@ def run(
         _show_plan(parsed, json, dtype, device)
         return
 
+    from supra_cli.core import parallel
     from supra_cli.core.train import loop
 
-    target = devices.resolve(device)
-    with _stop_on_signals() as stop:
+    target = parallel.local_device(devices.resolve(device))
+    with _stop_on_signals() as stop, parallel.joined(target) as world:
         events = loop.uptrain(
             parsed,
             output,
@@ -69,7 +72,13 @@ def run(
             device=target,
             dtype=None if dtype == "auto" else devices.dtype(dtype, target),
             stop=stop,
+            world=world,
         )
+        if not world.leads:  # the first rank speaks for all
+            logging.getLogger("supra_cli").setLevel(logging.ERROR)
+            for _ in events:
+                pass
+            return
         finished = _follow(events)
     if json:
         console.document(finished)
@@ -93,7 +102,8 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         if number == signal.SIGINT and stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        console.note(f"{signal.Signals(number).name}: finishing the step and saving")
+        if os.environ.get("RANK", "0") == "0":  # torchrun hands its own signals on to every rank
+            console.note(f"{signal.Signals(number).name}: finishing the step and saving")
 
     asked = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, ask) for number in asked}

@@ -46,6 +46,14 @@ class Stopped(SupraError):
     exit_code = 75
 
 
+class Elsewhere(SupraError):
+    """Ended because another rank of the run did, which has said why."""
+
+    def __init__(self, exit_code: int):
+        super().__init__()
+        self.exit_code = exit_code
+
+
 def first_line(error: BaseException) -> str:
     """The first line that another library's error says, for one sentence of ours; its type when it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

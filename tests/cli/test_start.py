@@ -182,8 +182,8 @@ def test_a_model_that_is_not_the_recipes_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("name", ["trackio", "tensorboard"])
 def test_a_resume_without_its_tracker_leaves_everything_as_it_was(name, supra, recipe, tmp_path, monkeypatch) -> None:
-    longer = {"stages": [{"kind": "finetune", **STAGE}, {"kind": "finetune", **STAGE, "lr": 1e-12}]}
-    assert supra("uptrain", "--recipe", recipe(**longer), "-o", "run").code == 1  # its updates are swallowed
+    longer = {"stages": [{"kind": "finetune", **STAGE}, {"kind": "finetune", **STAGE, "lr": 1e30}]}
+    assert supra("uptrain", "--recipe", recipe(**longer), "-o", "run").code == 1  # its second loss is not finite
     before = contents(tmp_path)
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=refuse(ValueError("no key"))))
     library = SimpleNamespace(SummaryWriter=refuse(OSError("no room")))
@@ -257,8 +257,8 @@ def test_a_resume_that_cannot_go_on_leaves_everything_as_it_was(supra, recipe, f
     text = folder / "own.txt"
     text.write_text(TEXT * 100)
     own = source(path=str(text))
-    longer = {"stages": [{"kind": "finetune", **STAGE}, {"kind": "finetune", **STAGE, "lr": 1e-12}]}
-    assert supra("uptrain", "--recipe", recipe(**own, **longer), "-o", "run").code == 1  # its updates are swallowed
+    longer = {"stages": [{"kind": "finetune", **STAGE}, {"kind": "finetune", **STAGE, "lr": 1e30}]}
+    assert supra("uptrain", "--recipe", recipe(**own, **longer), "-o", "run").code == 1  # its second loss is not finite
     before = contents(tmp_path)
     for content, code in ((TEXT * 99, 1), ("", 1), (None, 3)):
         text.unlink() if content is None else text.write_text(content)

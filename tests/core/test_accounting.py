@@ -18,8 +18,8 @@ from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.stages import Loss, Stage
-from supra_cli.core.train.prepare import prepare, stage_of
-from supra_cli.core.train.step import begin, computing_in
+from supra_cli.core.train.build import prepare, stage_of
+from supra_cli.core.train.step import Computing, begin
 
 
 def planned(alias, mixer="supra", keep="none", **options):
@@ -245,19 +245,19 @@ def test_the_planned_peak_is_what_the_allocator_hands_out_for_a_real_step(mixer,
 
 def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
     """Of real tensors; a row has two documents, or they are joined. The second step finds the moments."""
-    (spec,), cpu = parsed.stages, torch.device("cpu")
-    stage, teacher = stage_of(spec), None
+    (spec,), teacher = parsed.stages, None
+    stage, computing = stage_of(spec), Computing(torch.device("cpu"), dtype, parsed.micro_rows(spec))
     student = SupraForCausalLM._from_config(accounting.student_config(parsed), dtype=torch.float32).train()
     optimizer = torch.optim.AdamW([p for _, p in prepare(student, stage, spec)], fused=True)
     if stage.teacher == "separate":
         config = checkpoint.read_config(hub.config_folder(hub.resolve(parsed.base)))
         teacher = SupraForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
-    ids, document = torch.randint(260, (parsed.micro_rows(spec), 256)), 256 >> (parsed.data.documents != "joined")
-    batch = Batch(ids, (torch.arange(256) % document).expand_as(ids), ids)
-    begin(stage, student, [batch], cpu, dtype)
+    ids, document = torch.randint(260, (parsed.rows(spec), 256)), 256 >> (parsed.data.documents != "joined")
+    rows = Batch(ids, (torch.arange(256) % document).expand_as(ids), ids)
+    begin(stage, student, rows, computing)
     for _ in range(2):
-        for _ in range(parsed.rows(spec) // parsed.micro_rows(spec)):
-            autocast = computing_in(dtype, cpu)
+        for batch in computing.own(rows):
+            autocast = computing.autocast()
 
             def backward(part: torch.Tensor, autocast=autocast) -> torch.Tensor:
                 autocast.__exit__(None, None, None)

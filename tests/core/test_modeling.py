@@ -11,7 +11,10 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import mixers
 from supra_cli.core.modeling import SupraConfig
-from supra_cli.core.train.prepare import checkpoint_activations
+from supra_cli.core.recipe import Stage
+from supra_cli.core.train.build import prepare, stage_of
+
+SPEC = Stage(kind="finetune", tokens=1)
 
 DOCUMENTS = (11, 1, 20)
 
@@ -104,7 +107,7 @@ def test_gradients_are_the_same_with_checkpointed_activations(mixer):
     gradients = []
     for checkpointing in (False, True):
         swapped = model(mixer=mixer).train()
-        checkpoint_activations(swapped, checkpointing)
+        prepare(swapped, stage_of(SPEC), SPEC.model_copy(update={"activation_checkpointing": checkpointing}))
         swapped(ids, position_ids=positions, objective=lambda hidden, head: head(hidden).square().mean()).backward()
         gradients.append({name: parameter.grad for name, parameter in swapped.named_parameters()})
     plain, checkpointed = gradients

@@ -26,7 +26,7 @@ from supra_cli.core.generate import decode, prefill
 from supra_cli.core.mixers import mixers
 from supra_cli.core.recipe.keep import SOFTMAX
 from supra_cli.core.stages import stages
-from supra_cli.core.train.prepare import select, stage_of
+from supra_cli.core.train.build import prepare, stage_of
 
 KEEPS = ("none", "every:2")
 RECURRENT = [name for name in mixers if name != SOFTMAX]
@@ -115,7 +115,7 @@ def test_passes_of_training_ask_nothing_of_the_device(kind: str, mixer: str, kee
     teacher = model_of("llama", SOFTMAX, "none")
     stage = stage_of(spec := recipes.Stage(kind=kind, tokens=1))
     try:
-        trained = select(student, stage, spec)
+        trained = prepare(student, stage, spec)
     except UsageError:
         assert stage.teacher == "shared"
         assert not list(next(student.swapped_layers())[1].mixer.parameters())

@@ -27,10 +27,10 @@ from supra_cli.core.lookup import lookup
 from supra_cli.core.stages import stages
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import loop
+from supra_cli.core.train.build import prepare
 from supra_cli.core.train.events import Finished, Note, Saved, Step, Validated
 from supra_cli.core.train.optimizer import adamw
-from supra_cli.core.train.prepare import prepare
-from supra_cli.core.train.step import Stepper
+from supra_cli.core.train.step import Computing, take
 
 Write = Callable[..., Path]
 
@@ -305,15 +305,14 @@ def test_nan_in_a_gradient_updates_nothing(
     policy: str, device: str, recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient of one weight in the third step; the loss itself stays finite."""
-    original, calls = checkpoint.load, iter(range(10**6))
+    original, calls = checkpoint.materialise, iter(range(10**6))
 
-    def load(path, **settings):
-        model = original(path, **settings)
+    def materialise(model, *given):
+        original(model, *given)
         for name in sorted(mixer_names(model))[:1]:  # the teacher has none
             model.get_parameter(name).register_hook(lambda gradient: gradient * (math.nan if next(calls) == 2 else 1))
-        return model
 
-    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(checkpoint, "materialise", materialise)
     recipe = recipe_file(stages=one_stage(), non_finite=policy)
     told = r"loss \d.* and gradient norm nan in stage 0 \(finetune\), step 3; nothing was updated"
     if policy == "stop":
@@ -327,35 +326,16 @@ def test_nan_in_a_gradient_updates_nothing(
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_updates_too_small_for_the_weights_are_an_error(recipe_file: Write, tmp_path: Path) -> None:
-    with pytest.raises(SupraError, match="too small for the weights' number format"):
-        run(recipe_file(stages=one_stage(lr=1e-12)), tmp_path / "run")
-
-
 def test_rows_with_nothing_to_predict_are_a_step_of_loss_zero(device: str, base: Path) -> None:
     """As where a document is one token longer than a row and rows hold one piece each."""
     student, kind = checkpoint.load(base, device=device), stages.get("finetune")
     spec = recipes.Stage(kind="finetune", tokens=1, lr=1e-3)
     stage = kind(kind.Options())
     optimizer = adamw(student, prepare(student, stage, spec), spec)
-    stepper = Stepper(stage, student, None, optimizer, 1.0, torch.device(device), torch.float32)
     nothing = torch.zeros(1, 8, dtype=torch.int64)
-    outcome = stepper.take([packing.Batch(nothing, nothing, torch.full_like(nothing, packing.IGNORED))])
+    rows = packing.Batch(nothing, nothing, torch.full_like(nothing, packing.IGNORED))
+    outcome = take(stage, student, None, optimizer, rows, Computing(torch.device(device), torch.float32, 1), 1.0)
     assert (outcome.loss, outcome.grad_norm, outcome.finite) == (0.0, 0.0, True)
-
-
-def test_swallowed_updates_are_counted_as_the_format_loses_them(device: str) -> None:
-    parameter = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16, device=device))
-    spec = recipes.Stage(kind="finetune", tokens=1, lr=1e-3)
-    optimizer = adamw(nn.Module(), [("weight", parameter)], spec)
-    stepper = Stepper(None, nn.Module(), None, optimizer, 1.0, torch.device(device), torch.float32)
-    for rate, share in ((1e-3, 1.0), (1e-1, 0.0)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        parameter.grad = torch.ones_like(parameter)
-        watched = stepper.watch()
-        optimizer.step()
-        assert stepper.swallowed(watched) == share
 
 
 @pytest.mark.parametrize("kind", ["distill", "finetune"])

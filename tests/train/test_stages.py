@@ -19,9 +19,9 @@ from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.mixers import mixers
 from supra_cli.core.stages import Stage, chunked, stages
 from supra_cli.core.swap import mixer_names
+from supra_cli.core.train.build import prepare, untie
 from supra_cli.core.train.optimizer import adamw, lr_factor, matrices
-from supra_cli.core.train.prepare import select, untie
-from supra_cli.core.train.step import Stepper, begin
+from supra_cli.core.train.step import Computing, begin, take
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,11 @@ def propagate(part: Tensor) -> Tensor:
     return part.detach()
 
 
+ON_CPU = Computing(torch.device("cpu"), torch.float32, 64)
+
+
 def start(stage: Stage, student: nn.Module, *parts: Batch) -> None:
-    begin(stage, student, parts, torch.device("cpu"), torch.float32)
+    begin(stage, student, Batch(*map(torch.cat, zip(*parts, strict=True))), ON_CPU)
 
 
 def make(kind: str, **options):
@@ -223,7 +226,7 @@ def test_transfer_begins_with_the_gains_of_least_squares(base: Path, tmp_path: P
 
 def test_transfer_moves_mixers_only_and_no_gradient_crosses_layers(student, batch: Batch) -> None:
     stage = make("transfer")
-    chosen = select(student, stage, spec())
+    chosen = prepare(student, stage, spec())
     assert {name for name, _ in chosen} == mixer_names(student)
     start(stage, student, batch)
     student.zero_grad(set_to_none=True)
@@ -266,7 +269,7 @@ def test_the_graph_of_a_layer_is_gone_before_the_next_ones_is_made(mixer: str, s
             weakref.finalize(held, gone)
             return held
 
-        select(model, stage, spec())
+        prepare(model, stage, spec())
         start(stage, model, short)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
             stage.loss(model, None, short, propagate)
@@ -320,7 +323,7 @@ def test_the_head_learns_under_autocast(device: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     grads = []
     model.lm_head.weight.register_hook(grads.append)
-    Stepper(make("finetune"), model, None, optimizer, 1.0, torch.device(device), torch.bfloat16).take([batch])
+    take(make("finetune"), model, None, optimizer, batch, Computing(torch.device(device), torch.bfloat16, 2), 1.0)
     assert grads[0].abs().sum() > 0
 
 
@@ -329,11 +332,10 @@ def test_a_trained_parameter_that_the_loss_does_not_reach_is_named(short: Batch)
     mixer = next(model.swapped_layers())[1].mixer
     mixer.idle = nn.Linear(3, 3)
     stage = make("transfer")
-    optimizer = adamw(model, select(model, stage, spec()), spec())
+    optimizer = adamw(model, prepare(model, stage, spec()), spec())
     start(stage, model, short)
-    stepper = Stepper(stage, model, None, optimizer, 1.0, torch.device("cpu"), torch.float32)
     with pytest.raises(SupraError, match=r"does not depend on model.layers.0.self_attn.mixer.idle.weight"):
-        stepper.take([short])
+        take(stage, model, None, optimizer, short, ON_CPU, 1.0)
 
 
 def test_a_transfer_whose_first_step_has_nothing_to_measure_is_a_sentence(student) -> None:
@@ -345,14 +347,14 @@ def test_a_transfer_whose_first_step_has_nothing_to_measure_is_a_sentence(studen
 def test_a_stage_with_nothing_to_train_is_refused(base: Path) -> None:
     plain = checkpoint.load(base)
     with pytest.raises(UsageError, match="nothing to train"):
-        select(plain, make("transfer"), spec())
+        prepare(plain, make("transfer"), spec())
 
 
 def test_mixers_alone_can_be_trained_in_any_stage(student) -> None:
-    names = [name for name, _ in select(student, make("finetune"), spec(train="mixer"))]
+    names = [name for name, _ in prepare(student, make("finetune"), spec(train="mixer"))]
     assert names
     assert set(names) == mixer_names(student)
-    assert len(select(student, make("finetune"), spec())) > len(names)
+    assert len(prepare(student, make("finetune"), spec())) > len(names)
 
 
 def test_untied_weights_start_equal_and_part(base: Path) -> None:
@@ -365,7 +367,7 @@ def test_untied_weights_start_equal_and_part(base: Path) -> None:
 
 
 def test_groups_have_their_own_rates(student) -> None:
-    chosen = select(student, make("finetune"), spec())
+    chosen = prepare(student, make("finetune"), spec())
     optimizer = adamw(student, chosen, spec(lr=1e-4, mixer_lr=1e-2, weight_decay=0.1))
     for group in optimizer.param_groups:
         new = {name in mixer_names(student) for name in group["names"]}
@@ -420,7 +422,7 @@ def test_a_part_of_a_base_that_is_called_mixer_is_none_of_ours() -> None:
     names = mixer_names(model)
     assert "model.layers.0.mixer.weight" not in names
     assert {name.split(".")[2] for name in names} == {"1", "2"}
-    assert names == {name for name, _ in select(model, make("transfer"), spec())}
+    assert names == {name for name, _ in prepare(model, make("transfer"), spec())}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from supra_cli.core.accounting.run import GPUS, ROOM, Plan, StagePlan
-from supra_cli.core.train.prepare import stage_of
+from supra_cli.core.train.build import stage_of
 
 COUNTS = (1, 2, 4, 8, 16)
 """Numbers of GPUs that are tried."""

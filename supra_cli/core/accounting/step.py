@@ -22,8 +22,8 @@ from supra_cli.core.data.packing import Batch
 from supra_cli.core.flops import SDPA_FLOPS, operator_flops
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.swap import mixer_names
-from supra_cli.core.train.prepare import prepare, stage_of
-from supra_cli.core.train.step import begin, computing_in
+from supra_cli.core.train.build import prepare, stage_of
+from supra_cli.core.train.step import Computing, begin
 
 _aten, _CPU = torch.ops.aten, torch.device("cpu")
 
@@ -71,10 +71,11 @@ def figures(
         prepare(student, stage, spec.model_copy(update={"activation_checkpointing": False}))
         ids = torch.zeros((recipe.micro_rows(spec), recipe.seq_len(spec)), dtype=torch.long)
         batch = Batch(ids, ids, ids)
-        begin(stage, student, [batch], _CPU, dtype)
+        computing = Computing(_CPU, dtype, len(ids))
+        begin(stage, student, batch, computing)
         flops = FlopCounterMode(display=False, custom_mapping=watch.formulas(device, dtype))
         watch.follow(student, teachers, flops)
-        with flops, saved_tensors_hooks(watch.pack, lambda x: x), computing_in(dtype, _CPU):
+        with flops, saved_tensors_hooks(watch.pack, lambda x: x), computing.autocast():
             stage.loss(student, *(teachers or [None]), batch, watch.backward)
     beside = 3 * watch.widest if watch.parts == 1 else sum(watch.most.values())
     watch.found["passing"] = beside + watch.inside

@@ -27,3 +27,6 @@ __all__ = [
     "tensors",
     "verify",
 ]
+
+from supra_cli.core.checkpoint.describing import check_attention
+from supra_cli.core.checkpoint.slices import materialise, write_model as write

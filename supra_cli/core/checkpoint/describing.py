@@ -158,10 +158,10 @@ def _place(described: Mapping[str, Any], value: Any) -> str | None:
     return None
 
 
-def skeleton(config: SupraConfig) -> SupraForCausalLM:
-    """The model of `config` without weights, on the meta device."""
+def skeleton(config: SupraConfig, dtype: torch.dtype | None = None) -> SupraForCausalLM:
+    """The model of `config` without weights, on the meta device; `dtype` None is the config's own."""
     with torch.device("meta"):
-        return SupraForCausalLM._from_config(copy.deepcopy(config))
+        return SupraForCausalLM._from_config(copy.deepcopy(config), **({} if dtype is None else {"dtype": dtype}))
 
 
 def check_attention(config: SupraConfig, device: torch.device | str, what: str) -> None:

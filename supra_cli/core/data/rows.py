@@ -16,6 +16,7 @@ from supra_cli.core.data import sources
 from supra_cli.core.data.packing import Batch, collate, pack
 from supra_cli.core.data.tokens import Tokens, tokenised
 from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.recipe import Data, Packing, Source
 
 _log = logging.getLogger(__name__)
@@ -161,17 +162,46 @@ class Mixture:
         self._rows, self._tokens = list(state["rows"]), list(state["tokens"])
 
 
-def training(data: Data, tokenizer, seed: int, longest: int = 0) -> Mixture:
-    """The training rows of a recipe, `longest` being the most tokens that will be asked of one, if not its seq_len."""
+class Sent:
+    """A stream that rank 0 alone reads, and sends to the others row by row.
+
+    For datasets on the hub, which are not to be downloaded once a rank. `state` is rank 0's, and so is what is saved.
+    """
+
+    def __init__(self, stream: Stream | None, world: World):
+        self._stream = stream
+        self._world = world
+        self.digest: str = world.shared(getattr(stream, "digest", None))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {} if self._stream is None else self._stream.state
+
+    @state.setter
+    def state(self, saved: dict[str, Any]) -> None:
+        if self._stream is not None:
+            self._stream.state = saved
+        self.digest = self._world.shared(getattr(self._stream, "digest", None))
+
+    def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._world.shared(None if self._stream is None else self._stream.row(length))
+
+
+def training(data: Data, tokenizer, seed: int, longest: int = 0, world: World = ALONE) -> Mixture:
+    """The training rows of a recipe, the same ones on every rank, `longest` being the most tokens that will be asked of
+    one, if not its seq_len.
+    """
     longest = max(longest, data.seq_len)
     streams: list[Stream] = []
     for number, source in enumerate(data.sources):
         if sources.is_on_hub(source):
             if source.repeat != "no":
                 raise UsageError(f"data.sources.{number}.repeat: {source.path} is streamed, and only local text can be")
-            streams.append(_open_hub(source, "train", tokenizer, data.documents))
+            opened = _open_hub(source, "train", tokenizer, data.documents) if world.leads else None
+            streams.append(opened if world.size == 1 else Sent(opened, world))
             continue
-        tokens = tokenised(source, tokenizer, "train", data.skip_share)
+        with world.first():
+            tokens = tokenised(source, tokenizer, "train", data.skip_share)
         if len(tokens.ids) < longest:
             raise SupraError(
                 f"{source.path} has only {len(tokens.ids)} tokens, fewer than one row of {longest}; "

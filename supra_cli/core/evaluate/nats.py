@@ -32,13 +32,19 @@ class Perplexity(NamedTuple):
 
 
 def token_nats(
-    model, tokens: Tensor, positions: Tensor | None = None, labels: Tensor | None = None, *, batch_size: int = 8
+    model,
+    tokens: Tensor,
+    positions: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    batch_size: int = 8,
+    device: torch.device | None = None,
 ) -> Tensor:
     """`−ln p(labels[n,t] | tokens[n,:t+1])` as fp32 [N,T] on the CPU, NaN where there is no label (−100).
 
     tokens [N,T] int64; positions [N,T] restart at 0 with each document of a row, None is one document a row; labels
-    [N,T] default to the next token of the same document. The model is in eval mode during the call. SupraError on a
-    non-finite value, which names the row.
+    [N,T] default to the next token of the same document. `device` is where the model computes, by default where its
+    weights are. The model is in eval mode during the call. SupraError on a non-finite value, which names the row.
     """
     if labels is None:
         labels = next_tokens(tokens, positions)
@@ -47,7 +53,7 @@ def token_nats(
     result = []
     try:
         for start, rows in _batches(len(tokens), batch_size):
-            batch = [None if part is None else part[rows].to(model.device) for part in (tokens, positions, labels)]
+            batch = [None if part is None else part[rows].to(device or model.device) for part in (tokens, positions, labels)]
             nats = _forward(model, *batch).cpu()
             if not torch.isfinite(nats[labels[rows].cpu() != IGNORED]).all():
                 row = start + int((~torch.isfinite(nats) & (labels[rows].cpu() != IGNORED)).any(dim=1).nonzero()[0, 0])

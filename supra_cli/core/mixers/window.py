@@ -85,7 +85,8 @@ class Window(Mixer):
         beyond = torch.arange(sinks, device=x.device) <= rows.position[..., None] - window
         far = hide(far, beyond.unflatten(1, (-1, block)))
 
-        weights = torch.cat((near, far), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        in_fp32 = torch.promote_types(v.dtype, torch.float32)  # or finer
+        weights = torch.cat((near, far), dim=-1).softmax(-1, dtype=in_fp32).to(v.dtype)
         near, far = weights.split((near.shape[-1], sinks), dim=-1)
         o = torch.einsum("bncgrl,bnlgv->bncgrv", near, bands(near_v, window, block))
         o = o + torch.einsum("bncgrs,bncsgv->bncgrv", far, take(far_v, sink_at).unflatten(1, (-1, block)))

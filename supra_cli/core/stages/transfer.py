@@ -14,6 +14,7 @@ from supra_cli.core.errors import SupraError
 from supra_cli.core.layout import Layout
 from supra_cli.core.mixers.parts import wide
 from supra_cli.core.mixers.softmax import Softmax
+from supra_cli.core.parallel import whole
 from supra_cli.core.stages import stages
 from supra_cli.core.stages.base import Backward, Loss, Stage
 from supra_cli.core.swap import SwappedAttention
@@ -41,6 +42,7 @@ class Transfer(Stage):
     """
 
     teacher = "shared"
+    inside = True
 
     def trains(self, name: str, in_mixer: bool) -> bool:
         return in_mixer
@@ -67,7 +69,8 @@ class Transfer(Stage):
             )
         for _, layer in student.swapped_layers():
             number = layer.mixer.spec.layer
-            layer.mixer.fit(sums[f"{number}.fit"])
+            with whole(layer.mixer):
+                layer.mixer.fit(sums[f"{number}.fit"])
             for part in (f"{number}.heads", f"{number}.output"):
                 # A layer that answers zero to everything is compared as it is.
                 self.constants[part] = torch.where(sums[part] > 0, sums[part] / tokens, 1)

@@ -35,6 +35,8 @@ class Step:
     lr: float
     tokens_per_second: float
     seconds: float
+    data_seconds: float = 0.0
+    """Those of `seconds` in which the step waited for its rows."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 

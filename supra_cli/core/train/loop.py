@@ -1,25 +1,27 @@
 """The training loop: stages in order, one optimizer step after the other, everything needed to go on saved as it goes.
 
-Resuming is exact: the state that a checkpoint holds (weights, moments, random state, position in the data, counters) is
-all the state there is, so a run that was killed and resumed ends with the same bits as one that was not.
+A stage builds what it trains from the last save, whether that was written a moment ago or by a process that was killed:
+weights, moments, position in the data and counters are all the state there is, and the random numbers of a step depend
+on the seed, the step and the rank alone. So a run that was killed and resumed ends with the same bits as one that was
+not, on as many ranks; on another number of them it takes the same rows in the same order, and sums in another.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from supra_cli.core import checkpoint, hub
@@ -30,19 +32,19 @@ from supra_cli.core.data.packing import Batch
 from supra_cli.core.data.tokenizer import check_ids
 from supra_cli.core.environment import environment
 from supra_cli.core.errors import Stopped, SupraError, UsageError
-from supra_cli.core.evaluate import perplexity
+from supra_cli.core.evaluate import token_nats
 from supra_cli.core.files import read_json, write_json
 from supra_cli.core.modeling import SupraConfig
-from supra_cli.core.stages import Stage
+from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import origin, state
+from supra_cli.core.train.build import Built, build, check_stages, frozen, moves_base, stage_of, teacher_of
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
 from supra_cli.core.train.nonfinite import leave_out
-from supra_cli.core.train.optimizer import adamw, lr_factor, masters_in_place, release, set_lr
-from supra_cli.core.train.prepare import moves_base, prepare, rehearse, stage_of, teacher_of
-from supra_cli.core.train.run import RunDirectory
+from supra_cli.core.train.optimizer import lr_factor, masters, set_lr
+from supra_cli.core.train.run import STOPPED, RunDirectory
 from supra_cli.core.train.state import Counters
-from supra_cli.core.train.step import Stepper, begin, check_dtype, computing_in
+from supra_cli.core.train.step import Computing, begin, check_dtype, take
 from supra_cli.core.train.trackers import library, open_trackers
 
 
@@ -56,18 +58,24 @@ def uptrain(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     stop: threading.Event | None = None,
+    world: World = ALONE,
 ) -> Iterator[Event]:
-    """Run `recipe` into the directory `output`, yielding what happens.
+    """Run `recipe` into the directory `output`, yielding what happens; every rank of `world` calls it alike.
 
-    `model` starts from a converted model instead of converting the base; `dtype` is what the passes compute in (masters
+    `model` starts from a converted model instead of converting the base; `dtype` is what the passes compute in (weights
     stay fp32), by default what the run began with, and for a new one bf16 on CUDA and fp32 elsewhere. When `stop` is
-    set, the step in progress is finished, everything is saved and Stopped is raised. Raises UsageError for an occupied
-    directory or a recipe, model or dtype that changed, SupraError for a loss that is not finite.
+    set on any rank, the step in progress is finished, everything is saved and Stopped is raised. Processes that torchrun
+    started again resume. Raises UsageError for an occupied directory or a recipe, model or dtype that changed,
+    SupraError for a loss that is not finite.
     """
     run = RunDirectory(output)
-    run.check_free(replace=resume or overwrite)
-    with run.locked():
-        trainer = Trainer(recipe, run, device, dtype, stop or threading.Event())
+    if world.restarts:
+        resume, overwrite = True, False
+    if world.leads:
+        run.check_free(replace=resume or overwrite)
+    with run.locked() if world.leads else nullcontext():
+        run.honour_stop(world)
+        trainer = Trainer(recipe, run, device, dtype, stop or threading.Event(), world)
         yield from trainer.open(model, resume)
         if trainer.counters.finished:
             yield Note(f"{output} is already finished; nothing to do")
@@ -76,7 +84,7 @@ def uptrain(
 
 
 class Trainer:
-    """One run: the student, its data and its counters."""
+    """One run: where it stands, its data, and what it writes."""
 
     def __init__(
         self,
@@ -85,74 +93,119 @@ class Trainer:
         device: str,
         dtype: torch.dtype | None,
         stop: threading.Event,
+        world: World,
     ):
         self.recipe = recipe
         self.run = run
         self.device = torch.device(device)
         self.dtype = None if dtype is None else check_dtype(dtype)
         self.stop = stop
+        self.world = world
         self.counters = Counters()
         self._same: dict[str, Any] = {}
-        self._constants: dict[str, Tensor] = {}
+        self._checkpoint: Path | None = None
+        """The save that the next stage builds from; None before the first."""
         self._last_loss: float | None = None
         self._validated_step: int | None = None
-        self._checkpoint: Path | None = None
         self._clock = time.perf_counter()
+
+    # -- the beginning -------------------------------------------------------------------------------------------------
 
     def open(self, model: Path | None, resume: bool) -> Iterator[Event]:
         """Bring the run to where it should go on from: its newest sound checkpoint, or the beginning.
 
         Whatever can fail is tried before anything is written or cleared.
         """
+        leads, world = self.world.leads, self.world
         if resume:
-            self._same_recipe()
+            if leads:
+                self._same_recipe()
             yield from self._newest_sound()
         if self.counters.finished:
             return
-        self.dtype = self.dtype or self._dtype_so_far() or devices.dtype("auto", self.device.type)
-        if self._checkpoint is not None:
+        started = self._checkpoint is not None
+        so_far = getattr(torch, self._same["dtype"]) if started else devices.dtype("auto", str(self.device))
+        self.dtype = self.dtype or so_far
+        if started:
+            config, known = checkpoint.read_config(self._checkpoint), checkpoint.read_provenance(self._checkpoint)
+            self.origin = origin.Origin(known.get("base"), known.get("parent"))
             self.origin = origin.same_models(self.recipe, self.origin, self._same["models"], self.counters.stage)
-            tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
-            self._ready(tokenizer, self.student.config, self.origin.base)
+            self._ready(checkpoint.load_tokenizer(self.run.tokenizer), config, self.origin.base)
             self.mixture.restore(self._data_state)
             self._same_sums()
-            origin.same_start(self.run, self.origin, model)
-            yield from self._same_machine()
-            self._describe(self.run)
-            self.run.trim_metrics(self.counters.step)
-            self.student.to(self.device)
+            if leads:
+                origin.same_start(self.run, self.origin, model)
+                yield from self._same_machine()
+                self.run.trim_metrics(self.counters.step)
+                self._describe(self.run)
+            return
+        if resume:
+            yield Note(f"no complete checkpoint in {self.run.path}; starting from the beginning")
+        if self.recipe.base is None and model is None:  # a tokenizer is trained, which one rank does for all
+            start = world.shared(origin.look(self.recipe, self.run, model) if leads else None)
         else:
-            if resume:
-                yield Note(f"no complete checkpoint in {self.run.path}; starting from the beginning")
-            start = origin.look(self.recipe, self.run, model)
-            self._ready(start.tokenizer, start.config, start.base)
+            with world.first():
+                start = origin.look(self.recipe, self.run, model)
+        self._ready(start.tokenizer, start.config, start.base)
+        if start.base is not None and self.held_out is not None:
+            teacher = frozen(hub.open(start.base), world, self.device, self.dtype)
+            self.counters.teacher_loss = self._held_out_loss(teacher)
+        if leads:
             with self.run.starting() as beside:
                 self._describe(beside)
                 (beside.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
-                self.student, self.origin = origin.begin(start, self.recipe, beside, model)
-                self.student.to(self.device)
-                models = {role: weights for role, (_, weights) in origin.identities(self.recipe, start.base).items()}
-                self._same = {"dtype": _word(self.dtype), "held_out": _digest(self.held_out), "models": models}
-                self.counters.teacher_loss = self._teacher_loss()
-        self.student.train()
+                self.origin = origin.begin(start, self.recipe, beside, model)
+        self.origin = world.shared(getattr(self, "origin", None))
+        if leads:
+            models = origin.identities(self.recipe, start.base)
+            weights = {role: identity for role, (_, identity) in models.items()}
+            self._same = {"dtype": _word(self.dtype), "held_out": _digest(self.held_out), "models": weights}
+        self._same = world.shared(self._same)
 
     def _describe(self, run: RunDirectory) -> None:
-        write_json(run.path / "env.json", environment(str(self.device)))
+        write_json(run.path / "env.json", environment(str(self.device)) | {"ranks": self.world.size})
 
     def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
         """Open the data, and raise whatever else would end the run later than it could be known."""
-        rehearse(self.recipe.stages[self.counters.stage :], config, tokenizer, base)
-        for name in self.recipe.track:
-            library(name)
-        longest = max(map(self.recipe.seq_len, self.recipe.stages))
-        self.mixture = rows.training(self.recipe.data, tokenizer, self.recipe.seed, longest)
-        self.held_out = rows.held_out(self.recipe.data, tokenizer)
+        recipe = self.recipe
+        check_stages(recipe.stages[self.counters.stage :], config, tokenizer, base, self.world)
+        longest = max(map(recipe.seq_len, recipe.stages))
+        self.mixture = rows.training(recipe.data, tokenizer, recipe.seed, longest, self.world)
+        held_out = rows.held_out(recipe.data, tokenizer) if self.world.leads else None
+        self.held_out: Batch | None = self.world.shared(held_out)
         # Only here can a token that was added without an embedding be met: on a GPU it would end the process.
         self._check_ids = partial(_check_ids, tokenizer, config)
-        self._check_ids([self.held_out] if self.held_out is not None else [])
-        if base is not None and self.held_out is not None and self._checkpoint is None:
-            hub.open(base)
-        self.trackers = open_trackers(self.recipe.track, self.run.path, self.recipe.model_dump(mode="json"))
+        if self.held_out is not None:
+            self._check_ids(self.held_out)
+            if base is not None and self._checkpoint is None:
+                hub.open(base)
+        for name in recipe.track:
+            library(name)
+        track = recipe.track if self.world.leads else ()
+        self.trackers = open_trackers(track, self.run.path, recipe.model_dump(mode="json"))
+
+    def _newest_sound(self) -> Iterator[Event]:
+        """Find the newest complete checkpoint; a damaged one is named and the one before is taken."""
+        complete = self.world.shared(self.run.complete())
+        for path in reversed(complete):
+            fault = None
+            try:
+                if self.world.leads:
+                    checkpoint.verify(path)
+                self.counters, self._data_state, self._same = state.read(path / "training", self.world)
+            except state.OlderState:
+                raise  # sound, so nothing to fall back from
+            except (SupraError, OSError) as error:
+                fault = str(error)
+            fault = next(filter(None, self.world.gathered(fault)), None)
+            if fault is None:
+                self._checkpoint = path
+                yield Note(f"resuming from {path.name}")
+                return
+            self.counters = Counters()
+            yield Note(f"checkpoint {path.name} is damaged ({fault}); falling back to the one before it")
+        if complete:
+            raise SupraError(f"no checkpoint in {self.run.path} can be read; start over with --overwrite")
 
     def _same_recipe(self) -> None:
         stored, now = self.run.path / "recipe.toml", self.recipe.trajectory()
@@ -162,9 +215,6 @@ class Trainer:
                 f"the recipe is not the one that {self.run.path} was started with: it differs in {', '.join(changed)} "
                 "(see the run's recipe.toml); resume with the same recipe and --set, or start a new run"
             )
-
-    def _dtype_so_far(self) -> torch.dtype | None:
-        return getattr(torch, self._same["dtype"]) if self._checkpoint is not None else None
 
     def _same_sums(self) -> None:
         """UsageError where the losses so far and those to come would not be of one computation or one text."""
@@ -180,108 +230,96 @@ class Trainer:
             )
 
     def _same_machine(self) -> Iterator[Event]:
-        """Say where versions, processors or threads differ from the run's so far: then its last bits may, too."""
+        """Say where versions, processors, ranks or threads differ from the run's so far: then its last bits may, too."""
         with suppress(SupraError, OSError):
             before, now = read_json(self.run.path / "env.json"), environment(str(self.device))
+            now["ranks"] = self.world.size
             keys = [key for key in now if key not in ("command", "cpus") and before.get(key, now[key]) != now[key]]
             if keys:
                 changed = ", ".join(f"{key} {before[key]} → {now[key]}" for key in keys)
                 yield Note(f"going on under other conditions ({changed}): the last bits need not be those of one run")
 
-    def _newest_sound(self) -> Iterator[Event]:
-        """Load the newest complete checkpoint; a damaged one is named and the one before is taken."""
-        found = self.run.complete()
-        for path in reversed(found):
-            try:
-                checkpoint.verify(path)
-                self.counters, self._data_state, self._same = state.read(path / "training")
-                self.student, self.origin = origin.resume(path)
-                state.restore_masters(path / "training", self.student)
-            except state.OlderState:
-                raise  # sound, so nothing to fall back from
-            except (SupraError, OSError) as error:
-                self.counters = Counters()
-                yield Note(f"checkpoint {path.name} is damaged ({error}); falling back to the one before it")
-                continue
-            self._checkpoint = path
-            yield Note(f"resuming from {path.name}")
-            return
-        if found:
-            raise SupraError(f"no checkpoint in {self.run.path} can be read; start over with --overwrite")
+    # -- a stage, a step, a save ---------------------------------------------------------------------------------------
 
     def train(self) -> Iterator[Event]:
-        if self._checkpoint is None:
-            yield from self._validate(self.counters.teacher_loss)
-        while self.counters.stage < len(self.recipe.stages):
-            yield from self._stage(self.recipe.stages[self.counters.stage])
+        counters = self.counters
+        if self.world.leads:
+            (self.run.path / STOPPED).unlink(missing_ok=True)
+        for spec in self.recipe.stages[counters.stage :]:
+            if counters.stage_step < self.recipe.steps(spec):
+                yield from self._stage(spec)
+            counters.stage, counters.stage_step = counters.stage + 1, 0
         yield Finished(
-            self.run.path / "last",
-            self._last_loss,
-            self.counters.teacher_loss,
-            self.counters.tokens,
-            self.counters.seconds,
+            self.run.path / "last", self._last_loss, counters.teacher_loss, counters.tokens, counters.seconds
         )
 
     def _stage(self, spec: recipes.Stage) -> Iterator[Event]:
-        stage = stage_of(spec)
-        trained = prepare(self.student, stage, spec)
-        drawn = self._drawn(stage, spec)  # which may fit parameters, so before an optimizer copies them
-        optimizer = adamw(self.student, trained, spec, self.dtype)
-        if self._checkpoint is not None and self.counters.stage_step:
-            state.restore_optimizer(self._checkpoint / "training", optimizer)
-            state.restore_random(self._checkpoint / "training")
-            stage.constants = state.constants(self._checkpoint / "training", self.device)
-        self._constants = stage.constants
-        self._checkpoint = None
-        teacher = self._teacher(stage, spec)
-        stepper = Stepper(stage, self.student, teacher, optimizer, spec.clip_norm, self.device, self.dtype)
-        steps = self.recipe.steps(spec)
-        moving = sum(parameter.numel() for _, parameter in trained)
-        total = sum(parameter.numel() for parameter in self.student.parameters())
-        yield StageStarted(self.counters.stage, spec.kind, steps, moving, total)
+        recipe, counters, world = self.recipe, self.counters, self.world
+        saved = self._checkpoint or self.run.path / "converted"
+        training = saved / "training"
+        teacher = teacher_of(stage_of(spec), spec, checkpoint.read_config(saved), self.origin.base)
+        built = build(spec, saved, teacher, world, self.device, self.dtype)
+        computing = Computing(self.device, self.dtype, recipe.micro_rows(spec), world)
+        if self._checkpoint is None:
+            yield from self._validate(built.student)
+        drawn = None
+        if counters.stage_step:
+            state.restore_optimizer(training, built.optimizer)
+            built.stage.constants = state.constants(training, self.device)
+        else:
+            drawn = self._draw(spec)
+            begin(built.stage, built.student, drawn, computing)
+        steps = recipe.steps(spec)
+        yield StageStarted(counters.stage, spec.kind, steps, built.trained, built.total)
         self._clock = time.perf_counter()
-        while self.counters.stage_step < steps:
-            set_lr(optimizer, lr_factor(self.counters.stage_step, steps, spec))
-            yield from self._step(stepper, spec, next(drawn))
-            yield from self._between_steps(optimizer, steps, spec)
-        release(optimizer)
-        self.counters.stage, self.counters.stage_step = self.counters.stage + 1, 0
+        while counters.stage_step < steps:
+            yield from self._step(built, spec, computing, drawn)
+            drawn = None
+            stops = bool(world.total(torch.tensor(float(self.stop.is_set()))))  # on whichever rank
+            stage_ends = counters.stage_step == steps
+            run_ends = stage_ends and counters.stage + 1 == len(recipe.stages)
+            if stage_ends or counters.step % recipe.validate_every_steps == 0:
+                yield from self._validate(built.student)
+            if stage_ends or stops or counters.step % recipe.checkpoint.every_steps == 0:
+                counters.finished = run_ends
+                yield from self._save(built, spec)
+            if stops and not run_ends:
+                if world.leads and world.restarts is not None:
+                    (self.run.path / STOPPED).touch()
+                raise Stopped(f"stopped after step {counters.step} with everything saved; go on with --resume")
 
-    def _drawn(self, stage: Stage, spec: recipes.Stage) -> Iterator[list[Batch]]:
-        """The micro-batches of one step after the other, drawn when they are asked for; a stage begins on its first."""
-        drawn = iter(partial(self._micro_batches, spec), None)
-        if self.counters.stage_step:
-            return drawn
-        first = next(drawn)
-        begin(stage, self.student, first, self.device, self.dtype)
-        return itertools.chain([first], drawn)
+    def _draw(self, spec: recipes.Stage) -> Batch:
+        """The rows of the next step, those of all ranks."""
+        batch = self.mixture.batch(self.recipe.rows(spec), self.recipe.seq_len(spec))
+        self._check_ids(batch)
+        return batch
 
-    def _between_steps(self, optimizer: torch.optim.Optimizer, steps: int, spec: recipes.Stage) -> Iterator[Event]:
-        counters = self.counters
-        stage_ends = counters.stage_step == steps
-        run_ends = stage_ends and counters.stage + 1 == len(self.recipe.stages)
-        if stage_ends or counters.step % self.recipe.validate_every_steps == 0:
-            yield from self._validate(counters.teacher_loss)
-        if stage_ends or self.stop.is_set() or counters.step % self.recipe.checkpoint.every_steps == 0:
-            counters.finished = run_ends
-            yield from self._save(optimizer)
-        if self.stop.is_set() and not run_ends:
-            raise Stopped(f"stopped after step {counters.step} with everything saved; go on with --resume")
-
-    def _step(self, stepper: Stepper, spec: recipes.Stage, micro_batches: list[Batch]) -> Iterator[Event]:
-        counters, tokens = self.counters, self.recipe.rows(spec) * self.recipe.seq_len(spec)
-        # Once a stage, at its full rate: that the weights' format can hold the updates.
-        watched = stepper.watch() if counters.stage_step == spec.warmup_steps else None
-        outcome = stepper.take(micro_batches)
+    def _step(self, built: Built, spec: recipes.Stage, computing: Computing, drawn: Batch | None) -> Iterator[Event]:
+        counters, recipe = self.counters, self.recipe
+        waiting = time.perf_counter()
+        batch = self._draw(spec) if drawn is None else drawn
+        waited = time.perf_counter() - waiting
+        random = np.random.SeedSequence([recipe.seed, counters.step, self.world.rank])
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
+        rate = lr_factor(counters.stage_step, recipe.steps(spec), spec)
+        set_lr(built.optimizer, rate)
+        outcome = take(
+            built.stage,
+            built.student,
+            built.teacher,
+            built.optimizer,
+            batch,
+            computing,
+            spec.clip_norm,
+        )
         if not outcome.finite:
-            kept, policy = self.run.path / "non-finite", self.recipe.non_finite
-            yield Note(leave_out(outcome, micro_batches, self.student, counters, spec.kind, policy, kept))
-        elif watched is not None and (share := stepper.swallowed(watched)) > 0.5:
-            raise SupraError(
-                f"{100 * share:.0f} % of the updates in stage {counters.stage} ({spec.kind}) are too small for the "
-                "weights' number format and change nothing; raise the learning rate"
-            )
-        seconds = self._lap()
+            kept, policy = self.run.path / "non-finite", recipe.non_finite
+            yield Note(leave_out(outcome, batch, built.student, counters, spec.kind, policy, kept, self.world))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        tokens = batch.labels.numel()
         counters.stage_step += 1
         counters.step += 1
         counters.tokens += tokens
@@ -293,106 +331,80 @@ class Trainer:
             tokens=counters.tokens,
             loss=outcome.loss,
             grad_norm=outcome.grad_norm,
-            lr=max(float(group["lr"]) for group in stepper.optimizer.param_groups),
+            lr=max(float(group["lr"]) for group in built.optimizer.param_groups),
             tokens_per_second=tokens / seconds,
             seconds=seconds,
+            data_seconds=waited,
             metrics=outcome.metrics,
         )
-        self.run.log({"event": "step", **dataclasses.asdict(step), "sources": self.mixture.tokens_by_source()})
+        self._log({"event": "step", **dataclasses.asdict(step), "sources": self.mixture.tokens_by_source()})
         yield from self._track({"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.metrics})
         yield step
 
-    def _track(self, figures: dict[str, float]) -> Iterator[Event]:
-        """Give the trackers the figures of this step; one that fails is named and heard of no more."""
-        for log in list(self.trackers):
-            try:
-                log(self.counters.step, figures)
-            except SupraError as error:
-                self.trackers.remove(log)
-                yield Note(str(error))
-
-    def _micro_batches(self, spec: recipes.Stage) -> list[Batch]:
-        rows_in_step, rows_at_once = self.recipe.rows(spec), self.recipe.micro_rows(spec)
-        batches = [
-            self.mixture.batch(min(rows_at_once, rows_in_step - start), self.recipe.seq_len(spec))
-            for start in range(0, rows_in_step, rows_at_once)
-        ]
-        self._check_ids(batches)
-        return batches
-
-    def _lap(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        return seconds
-
-    def _teacher(self, stage: Stage, spec: recipes.Stage) -> nn.Module | None:
-        folder = teacher_of(stage, spec, self.student.config, self.origin.base)
-        if folder is None:
-            return None
-        return checkpoint.load(folder, device=self.device, dtype=self.dtype).eval().requires_grad_(False)
-
-    def _teacher_loss(self) -> float | None:
-        """The base's own held-out loss, measured once a run and kept with the counters."""
-        if self.origin.base is None or self.held_out is None:
-            return None
-        teacher = checkpoint.load(hub.open(self.origin.base), device=self.device, dtype=self.dtype)
-        return self._held_out_loss(teacher.eval())
-
-    def _validate(self, teacher_loss: float | None) -> Iterator[Event]:
+    def _validate(self, student: nn.Module) -> Iterator[Event]:
         if self.held_out is None:
             return
-        counters, loss = self.counters, self._held_out_loss(self.student)
+        counters, loss = self.counters, self._held_out_loss(student)
         self._last_loss, self._validated_step = loss, counters.step
-        self.run.log({"event": "validation", "step": counters.step, "loss": loss, "teacher": teacher_loss})
+        self._log({"event": "validation", "step": counters.step, "loss": loss, "teacher": counters.teacher_loss})
         yield from self._track({"held_out_loss": loss})
-        yield Validated(counters.step, loss, teacher_loss)
+        yield Validated(counters.step, loss, counters.teacher_loss)
         self._clock = time.perf_counter()
 
     def _held_out_loss(self, model: nn.Module) -> float:
-        """Nats per held-out token."""
-        with computing_in(self.dtype, self.device):
-            return perplexity(model, *self.held_out).nats
+        """Nats per held-out token; each rank scores its share of the rows."""
+        computing = Computing(self.device, self.dtype, len(self.held_out.labels), self.world)
+        with computing.autocast():
+            nats = torch.cat([token_nats(model, *rows, device=self.device) for rows in computing.own(self.held_out)])
+        known = nats[~nats.isnan()].double()
+        total, count = self.world.total(torch.stack([known.sum(), torch.tensor(known.numel(), dtype=known.dtype)]))
+        return float(total / count)
 
-    def _save(self, optimizer: torch.optim.Optimizer) -> Iterator[Event]:
+    def _save(self, built: Built, spec: recipes.Stage) -> Iterator[Event]:
         """Save everything; `best` is the saved step with the lowest held-out loss."""
-        counters, loss = self.counters, self._last_loss
+        counters, loss, run, world = self.counters, self._last_loss, self.run, self.world
         validated = loss is not None and self._validated_step == counters.step
         best = validated and loss < (math.inf if counters.best_loss is None else counters.best_loss)
         if best:
             counters.best_loss, counters.best_step = loss, counters.step
-        dtype, unchanged = getattr(torch, self.recipe.checkpoint.dtype), self._unchanged()
-        with self.run.writing(counters.step) as folder, masters_in_place(optimizer):
-            masters = {} if dtype == torch.float32 else dict(self.student.named_parameters())
-            if unchanged is not None:
-                masters = {name: masters[name] for name in masters.keys() & mixer_names(self.student)}
-            checkpoint.save(
-                self.student,
+        dtype = getattr(torch, self.recipe.checkpoint.dtype)
+        unchanged = world.shared(self._unchanged(built.student) if world.leads else None)
+        weights = {**built.student.state_dict(), **masters(built.optimizer)}
+        rounded = (
+            {} if dtype == torch.float32 else {name: weights[name] for name, _ in built.student.named_parameters()}
+        )
+        if unchanged is not None:
+            rounded = {name: rounded[name] for name in rounded.keys() & mixer_names(built.student)}
+        with run.writing(counters.step, world) as folder:
+            checkpoint.write(
                 folder,
-                source=self.run.tokenizer,
+                built.student,
+                weights=weights,
+                source=run.tokenizer,
                 unchanged=unchanged,
                 provenance=self._provenance(),
                 dtype=dtype,
+                world=world,
             )
             data, training = self.mixture.state(), folder / "training"
-            state.save(training, counters, optimizer, masters, self._constants, data, self._same)
-        path = self.run.step_path(counters.step)
-        self.run.link("last", path)
-        if best:
-            self.run.link("best", path)
-        self.run.prune(self.recipe.checkpoint.keep_last)
+            state.save(training, counters, built.optimizer, rounded, built.stage.constants, data, self._same, world)
+        path = self._checkpoint = run.step_path(counters.step)
+        if world.leads:
+            run.link("last", path)
+            if best:
+                run.link("best", path)
+            run.prune(self.recipe.checkpoint.keep_last)
         yield Saved(path)
         self._clock = time.perf_counter()
 
-    def _unchanged(self) -> Path | None:
+    def _unchanged(self, student: nn.Module) -> Path | None:
         """The converted model, as long as it is there as it was and only mixers have moved since."""
         converted, stages = self.run.path / "converted", self.recipe.stages[: self.counters.stage + 1]
-        if self.origin.parent is None or any(moves_base(self.student, spec) for spec in stages):
+        if self.origin.parent is None or any(moves_base(student, spec) for spec in stages):
             return None
         return converted if checkpoint.holds(converted, self.origin.parent) else None
 
-    def _provenance(self) -> dict:
+    def _provenance(self) -> dict[str, Any]:
         return {
             "base": self.origin.base,
             "parent": self.origin.parent,
@@ -404,6 +416,19 @@ class Trainer:
             "data": self.mixture.digests(),
         }
 
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.world.leads:
+            self.run.log(record)
+
+    def _track(self, figures: dict[str, float]) -> Iterator[Event]:
+        """Give the trackers the figures of this step; one that fails is named and heard of no more."""
+        for log in list(self.trackers):
+            try:
+                log(self.counters.step, figures)
+            except SupraError as error:
+                self.trackers.remove(log)
+                yield Note(str(error))
+
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -414,6 +439,6 @@ def _digest(batch: Batch | None) -> str | None:
     return None if batch is None else hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in batch)).hexdigest()
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerBase, config: SupraConfig, batches: Iterable[Batch]) -> None:
+def _check_ids(tokenizer: PreTrainedTokenizerBase, config: SupraConfig, batch: Batch) -> None:
     """SupraError where the text holds a token that the model has no embedding for."""
-    check_ids((int(batch.input_ids.max()) for batch in batches), tokenizer, config)
+    check_ids((int(batch.input_ids.max()),), tokenizer, config)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from supra_cli.core.errors import UsageError
 
@@ -52,14 +51,9 @@ def moment_bytes(numbers: int) -> int:
     return 2 * (numbers + 4 * numbers // BLOCK + 4 * _CODES)
 
 
-def values(moment: Tensor) -> Tensor:
-    """The numbers that a moment stands for."""
-    return moment.dequantize() if is_traceable_wrapper_subclass(moment) else moment
-
-
 def parts(moment: Tensor) -> dict[str, Tensor]:
     """A moment as plain tensors by name; one that is plain already has the name ''."""
-    if not is_traceable_wrapper_subclass(moment):
+    if not hasattr(moment, "qmap"):
         return {"": moment}
     return {name: getattr(moment, name) for name in _PARTS}
 

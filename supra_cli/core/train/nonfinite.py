@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from supra_cli.core.checkpoint.files import write_tensors
 from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import SupraError
+from supra_cli.core.files import write_json
+from supra_cli.core.parallel import World
 from supra_cli.core.train.state import Counters
 from supra_cli.core.train.step import Outcome
 
@@ -22,14 +21,15 @@ MOST_SKIPPED = 100
 
 def leave_out(
     outcome: Outcome,
-    micro_batches: Sequence[Batch],
+    batch: Batch,
     student: nn.Module,
     counters: Counters,
     kind: str,
     policy: Literal["stop", "skip"],
     folder: Path,
+    world: World,
 ) -> str:
-    """Keep the batch of the next step below `folder`; the sentence about it.
+    """Keep the rows of the next step, those of all ranks, below `folder`; the sentence about it.
 
     SupraError when that is no fault of the batch, or when the run is to stop at it.
     """
@@ -37,12 +37,15 @@ def leave_out(
     number = counters.step + 1
     facts = {"stage": counters.stage, "kind": kind, "step": number}
     facts |= {"loss": str(outcome.loss), "grad_norm": str(outcome.grad_norm)}
-    kept = dump(folder / f"step-{number:06d}", micro_batches, facts)
+    kept = folder / f"step-{number:06d}"
+    if world.leads:
+        dump(kept, batch, facts)
     told = (
         f"loss {outcome.loss} and gradient norm {outcome.grad_norm} in stage {counters.stage} ({kind}), "
         f"step {number}; nothing was updated and the batch is kept in {kept}"
     )
-    spoilt = [name for name, parameter in student.named_parameters() if not parameter.isfinite().all()]
+    own = ((name, getattr(p, "_local_tensor", p)) for name, p in student.named_parameters())
+    spoilt = sorted(sum(world.gathered([name for name, parameter in own if not parameter.isfinite().all()]), []))
     if spoilt:
         raise SupraError(f"{told}; the weight {spoilt[0]} is not finite: start over, with a lower learning rate")
     if policy == "stop":
@@ -52,10 +55,8 @@ def leave_out(
     return told
 
 
-def dump(folder: Path, micro_batches: Sequence[Batch], facts: dict[str, object]) -> Path:
+def dump(folder: Path, batch: Batch, facts: dict[str, object]) -> None:
     """Keep the batch of a step that went wrong, to look at: `batch.safetensors` and `facts.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = Batch(*(torch.cat(parts) for parts in zip(*micro_batches, strict=True)))
-    write_tensors(whole._asdict(), folder / "batch.safetensors")
-    (folder / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    return folder
+    write_tensors({name: part.contiguous() for name, part in batch._asdict().items()}, folder / "batch.safetensors")
+    write_json(folder / "facts.json", facts)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +19,8 @@ class OffloadedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **settings: Any):
-        """`groups` hold the model's fp32 parameters; from now on, and until `release`, these are in `dtype`."""
+        """`groups` hold the model's fp32 parameters; from now on these are in `dtype`."""
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        self._hooks = []
         for group in groups:
             masters = [_master(parameter) for parameter in group["params"]]
             self._pairs += zip(group["params"], masters, strict=True)
@@ -30,7 +28,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         super().__init__(groups, fused=True, **settings)
         for parameter, master in self._pairs:
             parameter.data = parameter.data.to(dtype, copy=True)
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(_hand_over(master)))
+            parameter.register_post_accumulate_grad_hook(_hand_over(master))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -38,25 +36,6 @@ class OffloadedAdamW(torch.optim.AdamW):
         for parameter, master in self._pairs:
             parameter.copy_(master)
         return loss
-
-    @contextmanager
-    def masters_in_place(self) -> Iterator[None]:
-        """While this lasts, the model's parameters are the masters, in fp32 and in CPU memory: for saving."""
-        rounded = [parameter.data for parameter, _ in self._pairs]
-        for parameter, master in self._pairs:
-            parameter.data = master.data
-        try:
-            yield
-        finally:
-            for (parameter, _), data in zip(self._pairs, rounded, strict=True):
-                parameter.data = data
-
-    def release(self) -> None:
-        """Give the model its fp32 weights back, on its device."""
-        for hook in self._hooks:
-            hook.remove()
-        for parameter, master in self._pairs:
-            parameter.data = master.data.to(parameter.device)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +35,15 @@ def adamw(
     parameters: Iterable[tuple[str, nn.Parameter]],
     stage: recipe.Stage,
     dtype: torch.dtype = torch.float32,
+    *,
+    alone: bool = True,
 ) -> torch.optim.Optimizer:
     """AdamW on (name, parameter) pairs of `model`: base and mixer parameters at their own peak rates, decay on
     `matrices` only.
 
-    With `adamw-offload` the parameters are in `dtype` from here to `release`, and what the optimizer holds are their
-    fp32 masters. Raises UsageError for `adamw8bit` without torchao.
+    With `adamw-offload` on one rank, which is `alone`, the parameters are in `dtype` from here on, and what the
+    optimizer holds are their fp32 masters; on several, FSDP2 keeps the parameters themselves in CPU memory. Raises
+    UsageError for `adamw8bit` without torchao.
     """
     mixer_lr = stage.lr if stage.mixer_lr is None else stage.mixer_lr
     of_mixers, decaying = mixer_names(model), matrices(model)
@@ -63,20 +65,17 @@ def adamw(
     match stage.optimizer:
         case "adamw8bit":
             return lowbit.adamw8bit(list(groups.values()), **settings)
-        case "adamw-offload":
+        case "adamw-offload" if alone:
             return OffloadedAdamW(list(groups.values()), dtype, **settings)
     return torch.optim.AdamW(list(groups.values()), fused=True, **settings)
 
 
-def masters_in_place(optimizer: torch.optim.Optimizer) -> AbstractContextManager:
-    """While this lasts, the model's parameters are in fp32, wherever the optimizer keeps them."""
-    return optimizer.masters_in_place() if isinstance(optimizer, OffloadedAdamW) else nullcontext()
-
-
-def release(optimizer: torch.optim.Optimizer) -> None:
-    """End the optimizer's hold on the model: its parameters are on the device and in fp32 again."""
-    if isinstance(optimizer, OffloadedAdamW):
-        optimizer.release()
+def masters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The fp32 weights that the optimizer holds in place of the model, by name."""
+    if not isinstance(optimizer, OffloadedAdamW):
+        return {}
+    groups = optimizer.param_groups
+    return {name: master for group in groups for name, master in zip(group["names"], group["params"], strict=True)}
 
 
 def moment_bytes(optimizer: str, numbers: int) -> int:

@@ -16,8 +16,8 @@ from supra_cli.core.data import sources
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import ResourceError, UsageError
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.recipe import Recipe
-from supra_cli.core.train.prepare import stage_of
+from supra_cli.core.recipe import Recipe, dumps
+from supra_cli.core.train.build import stage_of
 from supra_cli.core.train.run import RunDirectory
 
 
@@ -78,18 +78,21 @@ def _apart(run: RunDirectory, needed: Iterable[str | None]) -> None:
             raise UsageError(f"{name} lies in {run.path}, which a new run clears; choose another --output")
 
 
-def begin(start: Start, recipe: Recipe, run: RunDirectory, model: Path | None) -> tuple[SupraForCausalLM, Origin]:
-    """The fp32 student before its first step; what belongs beside its weights is put into the run's `tokenizer`."""
+def begin(start: Start, recipe: Recipe, run: RunDirectory, model: Path | None) -> Origin:
+    """Put the student before its first step into the run's `converted`, and what belongs beside its weights into its
+    `tokenizer`.
+    """
     run.tokenizer.mkdir()
     for name, content in start.beside.items():
         (run.tokenizer / name).write_bytes(content)
-    torch.manual_seed(recipe.seed)
     converted = run.path / "converted"
     if start.weights is None:
+        torch.manual_seed(recipe.seed)
         student = SupraForCausalLM._from_config(start.config, dtype=torch.float32)
         for _, layer in student.swapped_layers():
             layer.mixer.reset_parameters()
-        return student, Origin(None, None)
+        checkpoint.save(student, converted, source=run.tokenizer, provenance={"recipe": dumps(recipe), "tokens": 0})
+        return Origin(None, None)
     if model is not None:
         converted.symlink_to(model.resolve(), target_is_directory=True)
     else:
@@ -102,13 +105,7 @@ def begin(start: Start, recipe: Recipe, run: RunDirectory, model: Path | None) -
             seed=recipe.seed,
             base=start.base,
         )
-    return checkpoint.load(converted, dtype=torch.float32), Origin(start.base, checkpoint.identity(converted))
-
-
-def resume(folder: Path) -> tuple[SupraForCausalLM, Origin]:
-    """The student as it was saved in the checkpoint `folder`."""
-    known = checkpoint.read_provenance(folder)
-    return checkpoint.load(folder, dtype=torch.float32), Origin(known.get("base"), known.get("parent"))
+    return Origin(start.base, checkpoint.identity(converted))
 
 
 def identities(recipe: Recipe, base: str | None, stage: int = 0) -> dict[str, tuple[str, str]]:

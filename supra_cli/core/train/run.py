@@ -18,14 +18,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import Stopped, UsageError
 from supra_cli.core.files import dumps, sync, sync_tree
+from supra_cli.core.parallel import ALONE, World
 
 MARKER = "COMPLETE"
+STOPPED = "stopped"
+"""A file that says that the run was asked to stop: torchrun takes that for a failure, and may start it again."""
 
 _FILES, _FOLDERS = ("recipe.toml", "env.json", "metrics.jsonl"), ("tokenizer", "converted", "tensorboard")
 _STARTING = ".starting"
-_NOTHING_LOST = {".lock", "non-finite", _STARTING}
+_NOTHING_LOST = {".lock", "non-finite", STOPPED, _STARTING}
 
 
 class RunDirectory:
@@ -117,21 +120,35 @@ class RunDirectory:
             shutil.rmtree(beside.path, ignore_errors=True)
 
     @contextmanager
-    def writing(self, step: int) -> Iterator[Path]:
-        """The path of a folder to make and fill; it becomes `step-N`, marked complete and durable, when the block ends
-        well, and goes when it does not."""
-        self.sweep()
+    def writing(self, step: int, world: World = ALONE) -> Iterator[Path]:
+        """A folder that all ranks fill; it becomes `step-N`, marked complete and durable, when the block ends well on
+        each of them, and goes when it does not. What the block writes below it, it syncs itself.
+        """
         beside, target = self.path / f".writing-{step:06d}", self.step_path(step)
         try:
+            if world.leads:
+                self.sweep()
+                beside.mkdir()
+            world.barrier()
             yield beside
-            (beside / MARKER).touch()
-            sync_tree(beside)
-            if os.path.lexists(target):
-                _remove(target)
-            beside.rename(target)
-            sync(self.path)
+            world.barrier()
+            if world.leads:
+                sync_tree(beside)
+                (beside / MARKER).touch()
+                sync(beside)
+                if os.path.lexists(target):
+                    _remove(target)
+                beside.rename(target)
+                sync(self.path)
+            world.barrier()
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            if world.leads:
+                shutil.rmtree(beside, ignore_errors=True)
+
+    def honour_stop(self, world: World) -> None:
+        """Raise Stopped where torchrun starts processes again that were asked to stop; a launch anew goes on."""
+        if world.restarts and world.shared((self.path / STOPPED).exists()):
+            raise Stopped(f"{self.path} was asked to stop, so that it is not started again; launch it anew to go on")
 
     def clear(self) -> None:
         """Remove what a run writes, checkpoints first, the newest last, and nothing else; env.json stays, whose run it

@@ -1,8 +1,8 @@
-"""The part of a checkpoint that only training needs: optimizer moments, fp32 masters, the stage's constants, random
-state, counters, and what has to be the same for the run to go on.
+"""The part of a checkpoint that only training needs: optimizer moments, fp32 masters, the stage's constants, counters,
+and what has to be the same for the run to go on.
 
-Tensors are stored as safetensors and counters as JSON; nothing is pickled, so nothing foreign is ever executed on
-resume.
+Tensors are safetensors, whole ones by name however many ranks wrote them, and counters are JSON; nothing is pickled, so
+nothing foreign is ever executed on resume. Random state is not there: every step seeds its own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from supra_cli.core.checkpoint.files import sha256, write_tensors
+from supra_cli.core.checkpoint import slices
+from supra_cli.core.checkpoint.files import sha256
 from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.files import write_json
+from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.train import lowbit
 
 _IN = "/"
@@ -52,45 +55,44 @@ def save(
     constants: dict[str, Tensor],
     data: dict[str, Any],
     same: dict[str, Any],
+    world: World = ALONE,
 ) -> None:
-    """Write the training state into `folder`.
+    """Write the training state into the new directory `folder`; each rank its own part.
 
     `masters` are fp32 weights that the model's own files do not hold, `constants` what the stage began with, `data` the
     position in the data, `same` what a run that goes on from here must share with this one.
     """
-    folder.mkdir(parents=True)
+    if world.leads:
+        folder.mkdir(parents=True)
+    world.barrier()
     moments = {
-        f"{key}{_IN}{part}.{name}" if part else f"{key}.{name}": plain.detach().cpu().contiguous()
-        for name, state in _named_states(optimizer)
-        for key, value in state.items()
+        f"{key}{_IN}{part}.{name}" if part else f"{key}.{name}": plain
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for key, value in optimizer.state.get(parameter, {}).items()
         for part, plain in lowbit.parts(value).items()
     }
-    write_tensors(moments, folder / "optimizer.safetensors")
-    if masters:
-        masters = {name: value.detach().cpu().contiguous() for name, value in masters.items()}
-        write_tensors(masters, folder / "masters.safetensors")
-    if constants:
-        constants = {name: value.detach().cpu().contiguous() for name, value in constants.items()}
-        write_tensors(constants, folder / "stage.safetensors")
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    write_tensors(random, folder / "random.safetensors")
-    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    document = {"counters": dataclasses.asdict(counters), "data": data, "same": same, "files": hashes}
-    (folder / "state.json").write_text(json.dumps(document, indent=2))
+    hashes = {}
+    for stem, tensors in {"optimizer": moments, "masters": masters, "stage": constants}.items():
+        if tensors:
+            hashes |= slices.write(tensors, folder, stem, world=world).hashes
+    document = {"counters": dataclasses.asdict(counters), "data": data, "same": same}
+    if world.leads:
+        files = {name: entry["sha256"] for name, entry in hashes.items()}
+        write_json(folder / "state.json", document | {"files": files})
 
 
-def read(folder: Path) -> tuple[Counters, dict[str, Any], dict[str, Any]]:
+def read(folder: Path, world: World = ALONE) -> tuple[Counters, dict[str, Any], dict[str, Any]]:
     """(counters, position in the data, what must be the same). SupraError if any file of the training state is not what
-    was written.
+    was written; of several, each rank looks at its share.
     """
     try:
         saved = json.loads((folder / "state.json").read_text())
         if "same" not in saved and "counters" in saved:
             raise OlderState(f"{folder} was written by an older supra, with other losses; finish the run with that one")
         counters, data, same, files = Counters(**saved["counters"]), saved["data"], saved["same"], saved["files"]
-        changed = [name for name, known in files.items() if sha256(folder / name) != known]
+        share = sorted(files.items())[world.rank :: world.size]
+        changed = [name for name, known in share if sha256(folder / name) != known]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SupraError(f"the training state in {folder} cannot be read: {error}") from None
     if changed:
@@ -104,47 +106,26 @@ def constants(folder: Path, device: torch.device) -> dict[str, Tensor]:
     return load_file(path, device=str(device)) if path.exists() else {}
 
 
-def restore_masters(folder: Path, model: nn.Module) -> None:
-    """Put fp32 masters, where they were saved, in place of the rounded weights."""
-    path = folder / "masters.safetensors"
-    if not path.exists():
-        return
-    masters = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in masters:
-                parameter.copy_(masters[name])
-
-
 def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Through the optimizer's own `load_state_dict`, which alone knows where each tensor must lie: on CUDA, fused AdamW
     reads `step` on the device, unchecked.
     """
-    saved: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for label, tensor in load_file(folder / "optimizer.safetensors").items():
+    stored = slices.entries(folder, "optimizer")
+    named = [
+        (name, parameter)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    ]
+    number = {name: index for index, (name, _) in enumerate(named)}
+    parts: dict[int, dict[str, dict[str, Tensor]]] = {}
+    targets: dict[str, Tensor] = {}
+    for label, entry in stored.items():
         place, _, name = label.partition(".")
         key, _, part = place.partition(_IN)
-        saved.setdefault(name, {}).setdefault(key, {})[part] = tensor
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    state = {
-        number: {key: lowbit.whole(plain) for key, plain in saved[name].items()}
-        for number, name in enumerate(names)
-        if name in saved
-    }
+        parameter = named[number[name]][1]
+        like = parameter.shape == entry.shape and entry.dtype == "F32"
+        targets[label] = torch.empty_like(parameter) if like else slices.empty(entry)
+        parts.setdefault(number[name], {}).setdefault(key, {})[part] = targets[label]
+    slices.fill(targets, folder, "optimizer")
+    state = {index: {key: lowbit.whole(plain) for key, plain in keys.items()} for index, keys in parts.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def restore_random(folder: Path) -> None:
-    random = load_file(folder / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in random:
-                torch.cuda.set_rng_state(random[f"cuda.{index}"], index)
-
-
-def _named_states(optimizer: torch.optim.Optimizer):
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            if parameter in optimizer.state:
-                yield name, optimizer.state[parameter]

@@ -1,27 +1,25 @@
-"""One optimizer step: the passes over its micro-batches, one mean over all their tokens, clip, update or refuse to."""
+"""One optimizer step: the passes over its rows, one mean over all their tokens, clip, update or refuse to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from supra_cli.core.data.packing import Batch
+from supra_cli.core.data.packing import IGNORED, Batch
 from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.stages import Stage
-from supra_cli.core.train import lowbit
-
-SAMPLED_NUMBERS = 1 << 16
-"""How many weights `Stepper.swallowed` watches."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Means over the scored tokens of the step, and the gradient's norm before clipping."""
+    """Means over the scored tokens of the step on all ranks, and the gradient's norm before clipping."""
 
     loss: float
     grad_norm: float
@@ -32,103 +30,114 @@ class Outcome:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-class Stepper:
-    """Takes the steps of one stage."""
+@dataclass(frozen=True)
+class Computing:
+    """Where and in what the passes of a stage are computed, and what of them is this rank's."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        optimizer: torch.optim.Optimizer,
-        clip_norm: float,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.optimizer = optimizer
-        self._stage = stage
-        self._student = student
-        self._teacher = teacher
-        self._clip_norm = clip_norm
-        self._device = device
-        self._dtype = dtype
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._reached = False
+    device: torch.device
+    dtype: torch.dtype
+    """Of autocast; fp32 is computed without."""
+    at_once: int
+    """Most rows of a rank in one forward and backward pass."""
+    world: World = ALONE
 
-    def take(self, micro_batches: Sequence[Batch]) -> Outcome:
-        """One step on all micro-batches; none at all, and no gradient left, if loss or gradient are not finite.
+    def autocast(self) -> AbstractContextManager:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-        SupraError if a parameter of the first step has no gradient.
+    def own(self, rows: Batch) -> list[Batch]:
+        """This rank's part of rows, every W-th, in passes.
+
+        Ranks gather parameters together, so all make equally many passes over equally many rows: where these do not
+        come out even, one is there twice, the second time without labels, by which it counts for nothing.
         """
-        scored = max(1, sum(self._stage.scored(batch) for batch in micro_batches))  # rows may have nothing to predict
-        computing = computing_in(self._dtype, self._device)
-
-        def backward(part: Tensor) -> Tensor:
-            with _left(computing):
-                # Scaled by its gradient: under no_grad, where transfer calls, a quotient would have no graph.
-                part.backward(torch.full_like(part, 1 / scored))
-            return part.detach()
-
-        sums: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            with computing:
-                loss = self._stage.loss(self._student, self._teacher, batch.to(self._device), backward)
-            _add(sums, {"loss": loss.sum, **loss.metrics})
-        if not self._reached:
-            self._check_gradients()
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._clip_norm))
-        means = {name: float(value) / scored for name, value in sums.items()}
-        outcome = Outcome(means.pop("loss"), norm, means)
-        if outcome.finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return outcome
-
-    def _check_gradients(self) -> None:
-        """A parameter that is said to move and that the loss does not reach would stay as it was drawn, unnoticed."""
-        for group in self.optimizer.param_groups:
-            for name, parameter in zip(group.get("names", ()), group["params"], strict=False):
-                if parameter.grad is None:
-                    raise SupraError(
-                        f"the loss does not depend on {name}, which this stage is to train; leave that parameter out "
-                        "in the stage's `trains`, or mend the mixer or the loss that does not use it"
-                    )
-        self._reached = True
-
-    def watch(self) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, its sampled values now) for `swallowed`, about `SAMPLED_NUMBERS` values in all."""
-        return [(parameter, self._sample(parameter.detach()).clone()) for parameter in self._parameters]
-
-    def _sample(self, values: Tensor) -> Tensor:
-        total = sum(parameter.numel() for parameter in self._parameters)
-        return values.flatten()[:: max(1, total // SAMPLED_NUMBERS)]
-
-    def swallowed(self, watched: list[tuple[Tensor, Tensor]]) -> float:
-        """Share of the sampled weights with a moment of their own that the step left exactly as they were.
-
-        Updates below half a unit in the last place of a weight vanish: in bf16 those under 0.4 % of it.
-        """
-        still = moved = 0
-        for parameter, before in watched:
-            state = self.optimizer.state.get(parameter, {})
-            if "exp_avg" not in state:
-                continue
-            meant = self._sample(lowbit.values(state["exp_avg"])) != 0
-            same = self._sample(parameter.detach()) == before
-            still += int((same & meant).sum())
-            moved += int(meant.sum())
-        return still / moved if moved else 0.0
+        rank, size = self.world.rank, self.world.size
+        most = -(-len(rows.labels) // size)
+        own = Batch(*(part[rank::size] for part in rows))
+        if len(own.labels) < most:
+            filler = (rows.input_ids[:1], rows.position_ids[:1], torch.full_like(rows.labels[:1], IGNORED))
+            own = Batch(*map(torch.cat, zip(own, filler, strict=True)))
+        passes = zip(*(part.split(self.at_once) for part in own), strict=True)
+        return [Batch(*parts).to(self.device) for parts in passes]
 
 
-def begin(
-    stage: Stage, student: nn.Module, micro_batches: Sequence[Batch], device: torch.device, dtype: torch.dtype
-) -> None:
-    """Let the stage measure all micro-batches of its first step, and begin with the sums."""
+def take(
+    stage: Stage,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    rows: Batch,
+    computing: Computing,
+    clip_norm: float,
+) -> Outcome:
+    """One step on the rows of all ranks; none at all, and no gradient left, if loss or gradient are not finite.
+
+    SupraError if a parameter of the first step has no gradient, or if the ranks have drawn different rows.
+    """
+    world = computing.world
+    scored = max(1, stage.scored(rows))  # rows may have nothing to predict
+    autocast = computing.autocast()
+
+    def backward(part: Tensor) -> Tensor:
+        with _left(autocast):
+            # Scaled by its gradient: under no_grad, where transfer calls, a quotient would have no graph.
+            part.backward(torch.full_like(part, 1 / scored))
+        return part.detach()
+
     sums: dict[str, Tensor] = {}
-    with torch.no_grad(), computing_in(dtype, device):
-        for batch in micro_batches:
-            _add(sums, stage.measure(student, batch.to(device)))
-        stage.begin(student, sums, sum(stage.scored(batch) for batch in micro_batches))
+    for batch in computing.own(rows):
+        with autocast:
+            loss = stage.loss(student, teacher, batch, backward)
+        _add(sums, {"loss": loss.sum, **loss.metrics})
+    if not optimizer.state:
+        _check_gradients(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if world.size > 1:
+        norm = norm.full_tensor()  # what each rank has is its own part of it
+    digest = zlib.crc32(rows.input_ids.numpy().tobytes()) if world.size > 1 else 0
+    told = torch.tensor([*(float(value) for value in sums.values()), digest], dtype=torch.float64)
+    *totals, digests = world.total(told).tolist()
+    if digests != world.size * digest:
+        raise SupraError(
+            "the ranks have drawn different rows: their text or their caches of it differ; give all machines the same "
+            "files, and SUPRA_CACHE on a disk that they share"
+        )
+    means = {name: total / scored for name, total in zip(sums, totals, strict=True)}
+    outcome = Outcome(means.pop("loss"), float(norm), means)
+    if outcome.finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return outcome
+
+
+def begin(stage: Stage, student: nn.Module, rows: Batch, computing: Computing) -> None:
+    """Let the stage measure all rows of its first step, and begin with the sums of all ranks."""
+    sums: dict[str, Tensor] = {}
+    with torch.no_grad(), computing.autocast():
+        for batch in computing.own(rows):
+            _add(sums, stage.measure(student, batch))
+        sums = {name: computing.world.total(value).to(computing.device) for name, value in sums.items()}
+        stage.begin(student, sums, stage.scored(rows))
+
+
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, if a run can be computed in it: UsageError for fp16, in which small gradients vanish unless the loss is
+    scaled up, which is not done here.
+    """
+    if dtype == torch.float16:
+        raise UsageError("uptraining has no loss scaling, which float16 needs; give --dtype bfloat16 or float32")
+    return dtype
+
+
+def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """A parameter that is said to move and that the loss does not reach would stay as it was drawn, unnoticed."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group.get("names", ()), group["params"], strict=False):
+            if parameter.grad is None:
+                raise SupraError(
+                    f"the loss does not depend on {name}, which this stage is to train; leave that parameter out "
+                    "in the stage's `trains`, or mend the mixer or the loss that does not use it"
+                )
 
 
 def _add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
@@ -146,17 +155,3 @@ def _left(context: AbstractContextManager) -> Iterator[None]:
         yield
     finally:
         context.__enter__()
-
-
-def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, if a run can be computed in it: UsageError for fp16, in which small gradients vanish unless the loss is
-    scaled up, which is not done here.
-    """
-    if dtype == torch.float16:
-        raise UsageError("uptraining has no loss scaling, which float16 needs; give --dtype bfloat16 or float32")
-    return dtype
-
-
-def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Autocast to `dtype`; nothing for fp32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -1,23 +1,86 @@
-"""What is done to a student before a stage: which parameters move, what is tied, what the backward pass keeps."""
+"""A stage builds its student: from a saved model, the stage's spec and the world, the model, its teacher, its optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from supra_cli.core import checkpoint, hub, recipe
+from supra_cli.core.checkpoint import slices
 from supra_cli.core.errors import UsageError
-from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.parallel import World
 from supra_cli.core.stages import Stage, stages
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import lowbit
+from supra_cli.core.train.optimizer import adamw
+from supra_cli.core.train.sharding import shard
 
 
-def rehearse(
-    specs: Sequence[recipe.Stage], config: SupraConfig, tokenizer: PreTrainedTokenizerBase, base: str | None
+@dataclass(frozen=True)
+class Built:
+    """What a stage trains with, each rank's own part of it."""
+
+    stage: Stage
+    student: SupraForCausalLM
+    teacher: SupraForCausalLM | None
+    optimizer: torch.optim.Optimizer
+    trained: int
+    """Numbers that move, on all ranks together."""
+    total: int
+
+
+def build(
+    spec: recipe.Stage,
+    saved: Path,
+    teacher: Path | None,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Built:
+    """The stage of `spec` on the model in the directory `saved`, in training mode, its weights in fp32: the masters that
+    a run saves beside rounded ones, where there are any.
+
+    `teacher` is the directory of the model that the stage learns from, if that is a second one. `dtype` is what the
+    passes compute in.
+    """
+    stage = stage_of(spec)
+    student = checkpoint.skeleton(checkpoint.read_config(saved), torch.float32)
+    trained = prepare(student, stage, spec)
+    moving = sum(parameter.numel() for _, parameter in trained)
+    total = sum(parameter.numel() for parameter in student.parameters())
+    offload = spec.optimizer == "adamw-offload"
+    shard(student, world, dtype, inside=stage.inside, offload=offload)
+    checkpoint.materialise(student, saved, "cpu" if offload and world.size > 1 else device)
+    slices.fill(dict(student.named_parameters()), saved / "training", "masters", partly=True)
+    # Sharing out has put other tensors in the place of the parameters.
+    trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+    optimizer = adamw(student, trained, spec, dtype, alone=world.size == 1)
+    learnt_from = None if teacher is None else frozen(teacher, world, device, dtype)
+    return Built(stage, student.train(), learnt_from, optimizer, moving, total)
+
+
+def frozen(saved: Path, world: World, device: torch.device, dtype: torch.dtype) -> SupraForCausalLM:
+    """The model in a directory in `dtype`, to learn from or to compare with."""
+    config = checkpoint.read_config(saved)
+    checkpoint.check_attention(config, device, str(saved / "config.json"))
+    model = checkpoint.skeleton(config, dtype).eval().requires_grad_(False)
+    shard(model, world, dtype, inside=False, offload=False)
+    checkpoint.materialise(model, saved, device)
+    return model
+
+
+def check_stages(
+    specs: Sequence[recipe.Stage],
+    config: SupraConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str | None,
+    world: World,
 ) -> None:
     """Raise whatever would keep a stage from starting, tried on a student of `config` without weights; `tokenizer` is
     the student's.
@@ -30,6 +93,11 @@ def rehearse(
             check_tokens(tokenizer, teacher)
         if spec.optimizer == "adamw8bit":
             lowbit.library()
+            if world.size > 1:
+                raise UsageError(
+                    f"optimizer = 'adamw8bit' trains on one rank, got {world.size}; use adamw, or adamw-offload, which "
+                    "keeps its moments in CPU memory"
+                )
 
 
 def stage_of(spec: recipe.Stage) -> Stage:
@@ -76,26 +144,27 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, teacher: Path) -> None:
 
 
 def prepare(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[str, nn.Parameter]]:
-    """Make `student` ready for the stage; the parameters that move, by name. Doing it twice is doing it once."""
+    """Make a student, with or without weights, ready for the stage; the parameters that move, by name, all others being
+    frozen. UsageError when there is none.
+    """
     if spec.untie:
         untie(student)
     if spec.activation_checkpointing and stage.teacher == "shared":
         raise UsageError(f"stage '{spec.kind}' keeps no activations of the blocks; leave out activation_checkpointing")
-    checkpoint_activations(student, spec.activation_checkpointing)
-    return select(student, stage, spec)
-
-
-def select(student: nn.Module, stage: Stage, spec: recipe.Stage) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that move in this stage, by name; all others are frozen. UsageError when there is none."""
-    chosen, of_mixers = [], mixer_names(student)
+    if spec.activation_checkpointing:
+        # transformers 5.23 renamed these from `gradient_checkpointing_*`.
+        word = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(student, f"{word}_checkpointing_enable")
+        enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    trained, of_mixers = [], mixer_names(student)
     for name, parameter in student.named_parameters():
         moves = stage.trains(name, name in of_mixers) and (spec.train == "all" or name in of_mixers)
         parameter.requires_grad_(moves)
         if moves:
-            chosen.append((name, parameter))
-    if not chosen:
+            trained.append((name, parameter))
+    if not trained:
         raise UsageError(f"stage '{spec.kind}' has nothing to train: the model has no parameter that it moves")
-    return chosen
+    return trained
 
 
 def moves_base(student: nn.Module, spec: recipe.Stage) -> bool:
@@ -105,19 +174,8 @@ def moves_base(student: nn.Module, spec: recipe.Stage) -> bool:
     return spec.untie or (spec.train == "all" and any(stage.trains(name, False) for name in base))
 
 
-def checkpoint_activations(student: nn.Module, on: bool) -> None:
-    """Compute the blocks' activations again in the backward pass, or keep them."""
-    # transformers 5.23 renamed these from `gradient_checkpointing_*`.
-    word = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
-    if on:
-        enable = getattr(student, f"{word}_checkpointing_enable")
-        enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
-    else:
-        getattr(student, f"{word}_checkpointing_disable")()
-
-
 def untie(student: nn.Module) -> None:
-    """Give the output head its own copy of the embedding's weights."""
+    """Give the output head weights of its own, which begin as the embedding's."""
     head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone())

@@ -1,0 +1,184 @@
+"""Processes that train one model together: which of them this one is, and what they say to each other.
+
+torchrun starts them and tells each its number in the environment. A process by itself is a world of one rank, in which
+every function here is the identity and torch.distributed is not used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from supra_cli.core.errors import Elsewhere, ResourceError, Stopped, SupraError, UsageError, first_line
+
+T = TypeVar("T")
+
+LEAST_TORCH = (2, 13)
+"""Before it, FSDP2 leaves the last rank's part of tied weights untrained (pytorch#176076)."""
+_PATIENCE = timedelta(hours=12)
+"""How long ranks wait for one that downloads, converts or tokenises. One that dies breaks its connections at once."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that share a model; this process is number `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Its number on its own machine."""
+    restarts: int | None = None
+    """How often torchrun has started these processes again; None for a process that it did not start."""
+    mesh: DeviceMesh | None = None
+    """All ranks in a row, of the kind of device that is computed on; None in a world of one."""
+    control: Any = None
+    """The group, by gloo on the CPU, for what is not a tensor of the model."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes, speaks and downloads for all."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(self.control)
+
+    def shared(self, value: T) -> T:
+        """Rank 0's `value`; what the others give is not looked at."""
+        if self.size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, group=self.control)
+        return holder[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's `value`, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all ranks' `values`, on the CPU."""
+        values = values.detach().cpu()
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """One rank of each machine runs the block, then the others do: they find in the cache what it has put there."""
+        if self.local_rank > 0:
+            self.barrier()
+        yield
+        if self.local_rank == 0:
+            self.barrier()
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The world of the ranks that torchrun started, `device` being the one that this rank computes on.
+
+    An error is told by the rank that has it first; on the others it becomes `Elsewhere`, which says nothing. A rank
+    whose connections break although none has told an error raises a SupraError: another one was killed.
+    """
+    size, count = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    restarts = None if count is None else int(count)
+    if size == 1:
+        yield World(restarts=restarts)
+        return
+    kind = torch.device(device).type
+    if (found := tuple(int(part) for part in torch.__version__.split(".")[:2])) < LEAST_TORCH:
+        raise UsageError(
+            f"{size} ranks need torch {'.'.join(map(str, LEAST_TORCH))} or later, got {'.'.join(map(str, found))}; "
+            "upgrade it, or run one process"
+        )
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"{size} ranks cannot share the one device '{device}'; use cuda or cpu, or run one process")
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(device))
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    mesh = dist.init_device_mesh(kind, (size,))
+    try:
+        yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
+    except Stopped as stopped:
+        raise stopped if rank == 0 else Elsewhere(stopped.exit_code) from None
+    except Exception as error:
+        if not _is_first_to_fail(store, rank):
+            raise Elsewhere(SupraError.exit_code) from error
+        if _is_broken_connection(error):
+            raise SupraError(
+                f"another rank of this run ended without a word ({first_line(error)}); go on with --resume"
+            ) from error
+        raise
+    dist.destroy_process_group()
+
+
+def local_device(device: str) -> str:
+    """`device`, or where that is any GPU the one that is this rank's own. ResourceError where there are fewer."""
+    size, number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if size == 1 or not device.startswith("cuda"):
+        return device
+    if ":" in device:
+        raise UsageError(f"--device is {device}, but each of {size} ranks takes its own GPU; say --device cuda")
+    if number >= torch.cuda.device_count():
+        raise ResourceError(
+            f"rank {number} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            "give torchrun as many processes per node"
+        )
+    return f"cuda:{number}"
+
+
+def _is_first_to_fail(store: dist.Store, rank: int) -> bool:
+    try:
+        return store.compare_set("supra.failed", "", str(rank)) == str(rank).encode()
+    except (dist.DistError, RuntimeError):  # whoever held the store is gone, and with it who could have told
+        return True
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    words = ("gloo", "connection closed", "connection reset", "broken pipe", "nccl")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """While this lasts, the module's parameters are whole on every rank; what they are at the end is kept.
+
+    All ranks must write the same to them.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    shards = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if isinstance(parameter, DTensor)
+    ]
+    for part, name, shard in shards:
+        part._parameters[name] = nn.Parameter(shard.detach().full_tensor(), requires_grad=shard.requires_grad)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, name, shard in shards:
+                plain = part._parameters[name].detach()
+                again = distribute_tensor(plain, shard.device_mesh, shard.placements, src_data_rank=None)
+                shard.to_local().copy_(again.to_local())
+                part._parameters[name] = shard

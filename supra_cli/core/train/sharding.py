@@ -1,0 +1,111 @@
+"""A model shared out among the ranks by FSDP2: each holds its rows of every parameter, gradient and moment.
+
+What is computed is what one rank computes under autocast, to the bit for each micro-batch. Autocast goes on choosing the
+number format of every operation; the policies here choose in which format weights travel, and round only those that
+autocast would round: the weights of linear maps, and of those not the mixers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from transformers.pytorch_utils import Conv1D
+
+from supra_cli.core.errors import UsageError
+from supra_cli.core.modeling import SupraForCausalLM
+from supra_cli.core.parallel import World
+
+_ROUNDED = (nn.Linear, Conv1D)
+
+
+def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: bool, offload: bool) -> None:
+    """Share out the parameters of `model`, which may still be on meta; nothing in a world of one.
+
+    Units that are whole while they compute: each mixer and the norms of each block in fp32, the rest of each block in
+    `dtype`, and the root in fp32: embeddings, last norm and head, which may be tied, and which the chunked losses call
+    again in the backward pass. With `inside`, where the loss goes backward in mid-forward, mixers are no units of
+    FSDP2's but whole during their own calls. With `offload`, shards lie in CPU memory between their uses.
+    """
+    if world.size == 1:
+        return
+    if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
+        raise UsageError(f"parameter {scalars[0]} has no dimension, so it cannot be shared out; give it the shape [1]")
+    unit = partial(
+        fully_shard,
+        mesh=world.mesh,
+        # Inputs stay as they are: autocast rounds them where one rank's would be rounded.
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+        **({"offload_policy": CPUOffloadPolicy(pin_memory=world.mesh.device_type == "cuda")} if offload else {}),
+    )
+    rounding = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mixers = [layer.mixer for _, layer in model.swapped_layers()]
+    apart: set[nn.Parameter] = set()
+    for mixer in mixers:
+        if inside:
+            _whole_during_calls(mixer, world.mesh)
+            apart.update(mixer.parameters())
+        elif any(True for _ in mixer.parameters()):
+            unit(mixer)
+    of_mixers = {part for mixer in mixers for part in mixer.modules()}
+    for block in model.arch.layers(model):
+        norms = [
+            part
+            for part in block.modules()
+            if part not in of_mixers and part._parameters and not isinstance(part, _ROUNDED) and part is not block
+        ]
+        if norms and dtype != torch.float32:
+            unit(norms)
+        unit(block, mp_policy=rounding, ignored_params=apart)
+    # Whole from the forward pass to the end of the backward pass, in which pieces of the logits are computed again.
+    unit(model, ignored_params=apart, reshard_after_forward=False)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            # Losses are divided by the tokens of all ranks already. A plain sum also spares NCCL's scaled one, which
+            # makes bf16 gradients zero up to torch 2.13 (pytorch#190745).
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def _whole_during_calls(mixer: nn.Module, mesh: DeviceMesh) -> None:
+    """Gather the mixer's parameters at each of its calls, as a step of autograd, whose backward step sums the ranks'
+    gradients into the shards.
+
+    FSDP2's own units cannot do this: the end of any backward pass resets them all, those in mid-forward too.
+    """
+    shards = {
+        parameter: nn.Parameter(
+            distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None),
+            requires_grad=parameter.requires_grad,
+        )
+        for parameter in mixer.parameters()
+    }
+    for part in mixer.modules():
+        part._parameters.update({name: shards[p] for name, p in part._parameters.items() if p is not None})
+    plain = _Plain(mixer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        gathered = {
+            f"mixer.{name}": rows.full_tensor(grad_placements=[Partial()]) for name, rows in mixer.named_parameters()
+        }
+        return torch.func.functional_call(plain, gathered, args, kwargs)
+
+    mixer.forward = forward
+
+
+class _Plain(nn.Module):
+    """A mixer by the forward of its class, for `functional_call`."""
+
+    def __init__(self, mixer: nn.Module):
+        super().__init__()
+        self.mixer = mixer
+        self._forward: Callable[..., Any] = type(mixer).forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self.mixer, *args, **kwargs)
