@@ -15,8 +15,8 @@ from supra_cli.core.accounting.model import ModelPlan, measure
 from supra_cli.core.accounting.step import Figures, figures
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.swap import mixer_names
-from supra_cli.core.train.optimizer import moment_bytes
 from supra_cli.core.train.build import prepare, stage_of
+from supra_cli.core.train.optimizer import moment_bytes
 
 if TYPE_CHECKING:
     from supra_cli.core import recipe as recipes
