@@ -160,8 +160,8 @@ def memory() -> str:
         [
             row["case"],
             f"{row['planned_mib']:.0f}",
-            f"{row['resident_mib']:.0f}",
-            f"{row['planned_over_resident']:.3f}",
+            f"{row['measured_mib']:.0f}",
+            f"{row['planned_over_measured']:.3f}",
         ]
         for row in found["rows"]
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,16 +41,32 @@ def test_the_recipes_that_the_documentation_names_are_there() -> None:
     assert named <= {path.stem for path in RECIPES}
 
 
-@pytest.mark.parametrize(("name", "gigabytes"), [("tinyllama-24gb", 24), ("mistral-80gb", 80)])
-def test_a_recipe_for_one_gpu_fits_it_by_its_plan_and_would_not_with_plain_adamw(name: str, gigabytes: int) -> None:
-    """A tenth of the memory is left to what no plan sees: the CUDA context, the allocator's gaps, the kernels."""
-    path = recipes.find(name)
+def named(path: Path) -> tuple[int, int] | None:
+    """Of the GPUs that a recipe's first line names: how many, and the memory of each in GB."""
+    first = path.read_text(encoding="utf-8").split("\n")[0]
+    found = re.search(r"on (one|\d+) GPUs? of (\d+) GB", first)
+    return found and (1 if found[1] == "one" else int(found[1]), int(found[2]))
+
+
+def test_four_recipes_name_the_gpus_that_they_are_for() -> None:
+    found = {path.stem: gpus for path in RECIPES if (gpus := named(path))}
+    assert found == {"tinyllama-24gb": (1, 24), "mistral-80gb": (1, 80), "llama2-7b": (4, 80), "mistral": (4, 80)}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_what_its_first_line_says_and_nothing_smaller(path: Path, monkeypatch) -> None:
+    """One that names no GPU is for any machine; half as many GPUs, or plain AdamW on one, would not do."""
     plan = accounting.plan(recipes.load(path, lookup=lookup))
-    assert plan.memory_bytes < 0.9 * gigabytes * 1e9
-    plain = [
-        f"stages.{number}.{key}"
-        for number, stage in enumerate(plan.stages)
-        if stage.kind != "transfer"
-        for key in ("optimizer=adamw", "activation_checkpointing=false")
-    ]
-    assert accounting.plan(recipes.load(path, plain, lookup=lookup)).memory_bytes > gigabytes * 1e9
+    gpus, gigabytes = named(path) or (1, 1)
+    monkeypatch.setitem(accounting.GPUS, "named", (gigabytes, 1))
+    assert plan.fits("named", gpus)
+    if gpus > 1:
+        assert not plan.fits("named", gpus // 2)
+    elif named(path):
+        plain = [
+            f"stages.{number}.{key}"
+            for number, stage in enumerate(plan.stages)
+            if stage.spec.kind != "transfer"
+            for key in ("optimizer=adamw", "activation_checkpointing=false")
+        ]
+        assert accounting.plan(recipes.load(path, plain, lookup=lookup)).memory_bytes() > gigabytes * 1e9

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +16,7 @@ from supra_cli.commands import console
 from supra_cli.core.errors import UsageError, near_miss
 
 if TYPE_CHECKING:
-    from supra_cli.core.accounting import ModelPlan, Plan, StagePlan
+    from supra_cli.core.accounting import ModelPlan, Plan, Setting, StagePlan
     from supra_cli.core.recipe import Recipe
 
 _CONTEXTS = (4096, 32768)
@@ -29,81 +32,139 @@ def run(
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on cuda, else float32), or one.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="Whose memory: cuda or cpu.")] = "cuda",
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="Memory by part and settings for so many GPUs, or processes.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Show what a recipe takes: parameters, memory by part, steps, FLOPs, time on named GPUs. Reads no weights."""
+    """Show what a recipe takes: parameters, memory by part, steps, FLOPs, time on 1 to 16 of named GPUs, and the
+    nearest setting that fits each. Reads no weights."""
     from supra_cli.core import recipe as recipes
     from supra_cli.core.lookup import lookup
 
     if device not in _DEVICES:
         raise UsageError(f"--device is '{device}', expected one of {', '.join(_DEVICES)}{near_miss(device, _DEVICES)}")
-    show(recipes.load(recipe, overrides or (), lookup=lookup), json, dtype, device)
+    given = overrides or []
+    run = shlex.join(["uptrain", "--recipe", str(recipe), *chain(*(("--set", one) for one in given))])
+    show(recipes.load(recipe, given, lookup=lookup), json, dtype, device, gpus, run)
 
 
-def show(recipe: Recipe, json: bool, dtype: str = "auto", device: str = "cuda") -> None:
-    """Print the plan of `recipe`, computed in `dtype` on a device of that kind."""
+def show(
+    recipe: Recipe,
+    json: bool,
+    dtype: str = "auto",
+    device: str = "cuda",
+    gpus: int | None = None,
+    run: str = "uptrain --recipe RECIPE",
+) -> None:
+    """Print the plan of `recipe`, computed in `dtype` on devices of that kind; `run` is the command that follows."""
     from supra_cli.core import accounting
     from supra_cli.core import device as devices
     from supra_cli.core.train.step import check_dtype
 
     plan = accounting.plan(recipe, check_dtype(devices.dtype(dtype, device)), device)
+    kinds = {} if device == "cpu" else accounting.GPUS
+    counts = accounting.COUNTS if gpus is None else (gpus,)
+    nearest = {gpu: accounting.nearest(plan, gpu, counts) for gpu in kinds}
+    stages = [_stage_document(stage, gpus or 1) for stage in plan.stages]
     if json:
         document = {
             "model": model_document(plan.model),
             "device": plan.device,
             "dtype": plan.dtype,
-            "tokens": plan.tokens,
-            "steps": sum(stage.steps for stage in plan.stages),
-            "flops": plan.flops,
-            "memory_bytes": plan.memory_bytes,
-            "stages": [_stage_document(stage) for stage in plan.stages],
-            "gpu_hours": {gpu: plan.seconds(gpu) / 3600 for gpu in accounting.GPUS},
+            "tokens": sum(stage["tokens"] for stage in stages),
+            "steps": sum(stage["steps"] for stage in stages),
+            "flops": plan.flops(),
+            "memory_bytes": plan.memory_bytes(gpus or 1),
+            "stages": stages,
             "utilisation": accounting.UTILISATION,
+            "gpu_hours": {gpu: plan.seconds(gpu) / 3600 for gpu in kinds},
+            "several": [
+                {"gpu": gpu, "gpus": count, "memory_bytes": plan.memory_bytes(count)}
+                | {"fits": plan.fits(gpu, count), "hours": plan.seconds(gpu, count) / 3600}
+                for gpu in kinds
+                for count in counts
+            ],
+            "nearest": {gpu: one and {**asdict(one), "command": one.command(run)} for gpu, one in nearest.items()},
         }
         console.document(document)
         return
     console.table(model_rows(plan.model))
     console.result("")
-    _show_stages(plan)
+    _show_stages(plan, stages, gpus or 1)
     if device == "cpu":
         return
     console.result("")
-    gpus = [
-        (gpu, f"{memory} GB", "yes" if plan.memory_bytes < memory * 1e9 else "no", console.duration(plan.seconds(gpu)))
-        for gpu, (memory, _) in accounting.GPUS.items()
-    ]
-    console.table(gpus, ("one GPU", "memory", "fits", f"time at {accounting.UTILISATION:.0%} of its peak"))
-
-
-def _stage_document(stage: StagePlan) -> dict[str, Any]:
-    return {**asdict(stage), "memory": {**asdict(stage.memory), "total": stage.memory.total}}
-
-
-def _show_stages(plan: Plan) -> None:
-    parts = ("weights", "copies", "gradients", "optimizer", "teacher", "activations", "total")
-    rows = []
-    for stage in plan.stages:
-        accumulated = -(-stage.rows // stage.micro_rows)
-        rows.append(
-            (
-                stage.kind,
-                f"{stage.steps:,}",
-                console.number(stage.tokens),
-                f"{stage.rows}×{stage.seq_len}" + (f" in {accumulated}" if accumulated > 1 else ""),
-                console.number(stage.trainable),
-                f"{stage.flops:.2e}",
-            )
+    rows = [
+        (
+            f"{count}",
+            console.size(plan.memory_bytes(count)),
+            *(console.duration(plan.seconds(gpu, count)) if plan.fits(gpu, count) else "no" for gpu in kinds),
         )
+        for count in counts
+    ]
+    console.table(rows, ("GPUs", "memory of each", *(f"{gpu}: {memory} GB" for gpu, (memory, _) in kinds.items())))
+    console.result(
+        f"The time at {accounting.UTILISATION:.0%} of their peak, without their communication, "
+        f"where the plan takes at most {accounting.ROOM:.0%} of their memory."
+    )
+    if any(stage.spec.optimizer == "adamw8bit" for stage in plan.stages):
+        console.result("8-bit moments are for one GPU alone.")
+    _show_settings(plan, nearest, counts, run)
+
+
+def _show_settings(plan: Plan, nearest: dict[str, Setting | None], counts: Sequence[int], run: str) -> None:
+    """The nearest setting of each GPU and, where that changes the recipe, the fewest GPUs that do not ask it to."""
+    from supra_cli.core import accounting
+
+    found: dict[Setting, list[str]] = {}
+    for gpu, setting in nearest.items():
+        for one in dict.fromkeys(filter(None, (setting, accounting.as_written(plan, gpu, counts)))):
+            found.setdefault(one, []).append(gpu)
+    for setting, gpus in sorted(found.items(), key=lambda pair: pair[0].gpus):
+        host = f" and {console.size(setting.host_bytes)} of CPU memory" if setting.host_bytes else ""
+        how = "nearest" if setting.changes else "as written"
+        took = f"{setting.gpus} × {' or '.join(gpus)}, {how}: {console.size(setting.memory_bytes)}{host} each"
+        console.result(f"\n{took}\n  {setting.command(run)}")
+    if beyond := [gpu for gpu, setting in nearest.items() if setting is None]:
+        console.result(
+            f"\nNo smaller pass, recomputation or optimizer makes it fit {' or '.join(beyond)} on {counts[-1]} GPUs."
+        )
+
+
+def _stage_document(stage: StagePlan, gpus: int) -> dict[str, Any]:
+    recipe, spec, memory = stage.recipe, stage.spec, stage.memory(gpus)
+    return {
+        "kind": spec.kind,
+        "tokens": recipe.steps(spec) * recipe.rows(spec) * recipe.seq_len(spec),
+        "steps": recipe.steps(spec),
+        "rows": recipe.rows(spec),
+        "micro_rows": recipe.micro_rows(spec),
+        "seq_len": recipe.seq_len(spec),
+        "trainable": stage.trained.total,
+        "flops": stage.flops(),
+        "memory": {**asdict(memory), "total": memory.total},
+    }
+
+
+def _show_stages(plan: Plan, stages: Sequence[dict[str, Any]], gpus: int) -> None:
+    parts = ["weights", "copies", "gradients", "optimizer", "teacher", "gathered", "activations", "total"]
+    parts = [part for part in parts if part != "gathered" or gpus > 1]
+    rows = []
+    for stage in stages:
+        passes = -(-stage["rows"] // stage["micro_rows"])
+        batch = f"{stage['rows']}×{stage['seq_len']}" + (f" in {passes}" if passes > 1 else "")
+        numbers = console.number(stage["tokens"]), batch, console.number(stage["trainable"])
+        rows.append((stage["kind"], f"{stage['steps']:,}", *numbers, f"{stage['flops']:.2e}"))
     console.table(rows, ("stage", "steps", "tokens", "batch", "trained", "FLOPs"))
     console.result("")
-    memory = [(stage.kind, *(console.size(getattr(stage.memory, part)) for part in parts)) for stage in plan.stages]
-    copies = "copies" if plan.dtype == "float32" else f"{plan.dtype} copies"
-    console.table(memory, ("memory of", "weights", copies, *parts[2:]))
-    for stage in plan.stages:
-        if stage.memory.host:
-            console.result(f"{stage.kind} keeps {console.size(stage.memory.host)} more in CPU memory")
-        if stage.memory.unread:
-            console.result(f"{stage.kind} leaves {console.size(stage.memory.unread)} of weights in their file")
+    memories = [(stage["kind"], *(console.size(stage["memory"][part]) for part in parts)) for stage in stages]
+    words = {"copies": "copies" if plan.dtype == "float32" else f"{plan.dtype} copies"}
+    each = "memory of" if gpus == 1 else f"memory of {gpus}, each"
+    console.table(memories, (each, *(words.get(part, part) for part in parts)))
+    for stage in stages:
+        if host := stage["memory"]["host"]:
+            console.result(f"{stage['kind']} keeps {console.size(host)} more in CPU memory")
 
 
 def model_rows(plan: ModelPlan) -> list[tuple[str, str]]:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
-import supra_kernels.library
 import torch
-from supra_cli.core.train.prepare import prepare
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, Qwen2Config
 
-from benchmarks.memory import totals
-from supra_cli.core import accounting, checkpoint, hub, ops
+from supra_cli.core import accounting, checkpoint, hub
 from supra_cli.core import recipe as recipes
 from supra_cli.core.accounting import layers
-from supra_cli.core.accounting.meter import Meter, inside
 from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
-from supra_cli.core.stages import stages
-from supra_cli.core.train.optimizer import adamw
-from supra_cli.core.train.step import Stepper, begin
+from supra_cli.core.stages import Loss, Stage
+from supra_cli.core.train.build import prepare, stage_of
+from supra_cli.core.train.step import Computing, begin
 
 
 def planned(alias, mixer="supra", keep="none", **options):
@@ -73,6 +70,7 @@ SHAPE = {
     "intermediate_size": 96,
     "max_position_embeddings": 512,
 }
+FINETUNE = {"kind": "finetune", "tokens": 4096, "batch_tokens": 2048}
 
 
 def recipe(*stages, seq_len=64, mixer="supra", **keys):
@@ -83,29 +81,59 @@ def recipe(*stages, seq_len=64, mixer="supra", **keys):
             "init": "scratch",
             "mixer": {"name": mixer},
             "data": {"seq_len": seq_len, "sources": [{"path": "python-stdlib"}]},
-            "stages": list(stages) or [{"kind": "finetune", "tokens": 10_000, "batch_tokens": 512}],
+            "stages": list(stages) or [FINETUNE],
             **keys,
         },
         lookup=lookup,
     )
 
 
-def test_steps_and_tokens_are_the_recipe_s():
-    stage = accounting.plan(recipe()).stages[0]
-    assert (stage.rows, stage.steps, stage.tokens) == (8, 20, 20 * 512)
+def first(*given, dtype=torch.float32, device="cuda", **keys) -> accounting.StagePlan:
+    return accounting.plan(recipe(*given, **keys), dtype, device).stages[0]
 
 
-def test_weights_gradients_and_moments_are_four_four_and_eight_bytes_a_parameter():
-    plan = accounting.plan(recipe(), torch.float32)
-    memory = plan.stages[0].memory
-    parameters = plan.model.parameters
-    assert (memory.weights, memory.gradients, memory.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
-    assert memory.copies == memory.teacher == 0
+def meta_model() -> SupraForCausalLM:
+    return checkpoint.skeleton(accounting.student_config(recipe()))
 
 
-def with_optimizer(name: str, dtype: torch.dtype = torch.bfloat16):
-    stage = {"kind": "finetune", "tokens": 4096, "batch_tokens": 2048, "micro_batch_tokens": 512, "optimizer": name}
-    return accounting.plan(recipe(stage), dtype).stages[0]
+def test_weights_gradients_and_moments_are_four_four_and_eight_bytes_a_parameter_shared_out_among_gpus():
+    parameters = sum(p.numel() for p in meta_model().parameters())
+    for gpus in (1, 2, 8):
+        memory = first().memory(gpus)
+        assert (memory.weights, memory.gradients, memory.optimizer) == tuple(n * parameters // gpus for n in (4, 4, 8))
+        assert memory.copies == memory.teacher == memory.host == 0
+
+
+def test_whole_on_each_of_several_gpus_are_two_blocks_and_what_is_outside_of_them_and_at_the_end_their_gradients():
+    """Weights of blocks are in bf16 but for their mixers; gradients are in fp32 when they are reduced."""
+    model = meta_model()
+    block = model.base_model.layers[0]
+    mixer, whole = (sum(p.numel() for p in part.parameters()) for part in (block.self_attn.mixer, block))
+    outside = sum(p.numel() for p in model.parameters()) - 2 * whole
+    weights = 2 * (2 * (whole - mixer) + 4 * mixer) + 4 * outside
+    full = first(dtype=torch.bfloat16)
+    assert [full.memory(gpus).gathered for gpus in (1, 2, 4)] == [0, weights, weights]
+    one_row = {**FINETUNE, "batch_tokens": 64}
+    assert first(one_row, dtype=torch.bfloat16).memory(2).gathered == weights + 2 * 4 * whole + 4 * outside
+    assert first({**one_row, "kind": "transfer"}, dtype=torch.bfloat16).memory(2).gathered == weights + 2 * 4 * mixer
+
+
+def test_a_teacher_is_shared_out_in_the_computing_dtype():
+    stage = first(
+        {**FINETUNE, "kind": "distill", "teacher": "tiny"}, tokenizer={"vocab_size": 2048}, dtype=torch.bfloat16
+    )
+    teacher = checkpoint.skeleton(checkpoint.read_config(hub.config_folder(hub.resolve("tiny"))))
+    parameters = sum(p.numel() for p in teacher.parameters())
+    assert [stage.memory(gpus).teacher for gpus in (1, 4)] == [2 * parameters, 2 * parameters // 4]
+
+
+def test_each_gpu_has_its_part_of_the_rows_and_the_last_one_s_are_filled_up():
+    """24 rows are 24, 12, 6 and 2 for 16; in micro-batches of 8 rows, and smaller ones need less memory."""
+    stage = first({**FINETUNE, "batch_tokens": 24 * 64, "micro_batch_tokens": 8 * 64})
+    activations = [stage.memory(gpus).activations for gpus in (1, 2, 4, 16)]
+    assert activations[0] == activations[1] > activations[2] > activations[3]
+    assert stage.flops(4) == stage.flops(1)
+    assert stage.flops(16) == stage.flops(1) * 32 // 24
 
 
 def test_8_bit_moments_are_two_bytes_a_number_and_their_blocks_scales():
@@ -116,109 +144,88 @@ def test_8_bit_moments_are_two_bytes_a_number_and_their_blocks_scales():
     assert coded
     assert rest
     wanted = 2 * sum(coded) + 2 * 4 * sum(coded) // 256 + 2 * 1024 * len(coded) + 8 * rest
-    memory = with_optimizer("adamw8bit").memory
+    memory = first({**FINETUNE, "optimizer": "adamw8bit"}).memory()
     assert memory.optimizer == wanted
     assert memory.host == 0
 
 
-def test_offloading_leaves_the_device_two_bytes_a_parameter():
-    plain, offloaded = with_optimizer("adamw"), with_optimizer("adamw-offload")
-    parameters = plain.trainable
-    memory = offloaded.memory
+def test_offloading_leaves_one_gpu_two_bytes_a_parameter_and_several_none():
+    stage = first({**FINETUNE, "optimizer": "adamw-offload"}, dtype=torch.bfloat16)
+    parameters, memory = stage.trained.total, stage.memory()
     assert (memory.weights, memory.copies, memory.gradients, memory.optimizer) == (2 * parameters, 0, 0, 0)
     assert memory.host == (4 + 4 + 8) * parameters
-    assert plain.memory.host == 0
-    assert memory.total < plain.memory.total
-    assert offloaded.flops == plain.flops
+    assert (stage.memory(2).weights, stage.memory(2).host) == (0, 16 * parameters // 2)
 
 
-def test_what_does_not_move_stays_in_float32_when_offloading():
-    stage = {"kind": "finetune", "tokens": 1024, "batch_tokens": 512, "train": "mixer", "optimizer": "adamw-offload"}
-    plan = accounting.plan(recipe(stage))
-    moving, parameters = plan.model.new_parameters, plan.model.parameters
-    assert plan.stages[0].memory.weights == 4 * (parameters - moving) + 2 * moving
-    assert plan.stages[0].memory.host == 16 * moving
+def test_what_does_not_move_has_no_gradient_and_stays_in_float32_when_offloading():
+    parameters, moving = sum(p.numel() for p in meta_model().parameters()), planned_new()
+    assert first({**FINETUNE, "train": "mixer"}).memory().gradients == 4 * moving
+    stage = first({**FINETUNE, "train": "mixer", "optimizer": "adamw-offload"}, dtype=torch.bfloat16)
+    assert stage.memory().weights == 4 * (parameters - moving) + 2 * moving
+    assert stage.memory().host == 16 * moving
 
 
-def test_checkpointed_blocks_have_their_copies_of_the_weights_one_at_a_time():
-    stage = {"kind": "finetune", "tokens": 4096, "batch_tokens": 512}
-    plain, checkpointed = (
-        accounting.plan(recipe({**stage, "activation_checkpointing": choice})).stages[0].memory
-        for choice in (False, True)
-    )
-    assert plain.copies > 1.9 * (sum(p.numel() for p in meta_model().parameters() if p.ndim > 1) - 2 * 512 * 64)
-    assert 0 < checkpointed.copies < plain.copies / 2
+def planned_new() -> int:
+    return accounting.measure(accounting.student_config(recipe())).new_parameters
 
 
-def meta_model() -> SupraForCausalLM:
-    with torch.device("meta"):
-        return SupraForCausalLM._from_config(accounting.student_config(recipe()))
-
-
-def test_only_what_moves_has_gradients():
-    stage = {"kind": "finetune", "tokens": 1024, "batch_tokens": 512, "train": "mixer"}
-    plan = accounting.plan(recipe(stage), torch.float32)
-    assert plan.stages[0].trainable == plan.model.new_parameters
-    assert plan.stages[0].memory.gradients == 4 * plan.model.new_parameters
+def test_copies_of_weights_are_two_bytes_a_number_of_every_matrix_that_is_multiplied_but_the_embedding():
+    matrices = sum(p.numel() for p in meta_model().parameters() if p.ndim > 1) - 512 * 64
+    stage = first(dtype=torch.bfloat16)
+    assert stage.memory().copies == pytest.approx(2 * matrices, rel=0.05)
+    assert stage.memory(2).copies < stage.memory().copies
 
 
 def test_softmax_flops_are_those_of_the_formula():
     """Forward 2 and backward 4 a weight and token; scores and values 4·T·D a layer and token, times three as well."""
     length, layers, model_dim = 64, 2, 64
-    stage = accounting.plan(recipe(mixer="softmax", keep="all"), torch.float32).stages[0]
+    stage = first(mixer="softmax", keep="all")
     attention = model_dim * model_dim * 2 + 2 * model_dim * 32
     weights = layers * (attention + 3 * model_dim * 96) + 512 * model_dim
-    formula = stage.tokens * 3 * (2 * weights + layers * 4 * length * model_dim)
+    formula = FINETUNE["tokens"] * 3 * (2 * weights + layers * 4 * length * model_dim)
     # The attention's backward pass recomputes the scores: five products instead of four.
-    assert stage.flops == pytest.approx(formula, rel=0.1)
+    assert stage.flops() == pytest.approx(formula, rel=0.1)
 
 
 def test_recurrent_flops_are_linear_in_the_length():
-    each = [accounting.plan(recipe(seq_len=length), torch.float32).stages[0] for length in (256, 512)]
-    short, long = (stage.flops / stage.tokens for stage in each)
+    short, long = (first(seq_len=length).flops() for length in (256, 512))
     assert long == pytest.approx(short, rel=0.1)
 
 
 def test_smaller_micro_batches_need_less_memory_and_the_same_work():
-    whole = accounting.plan(recipe({"kind": "finetune", "tokens": 4096, "batch_tokens": 4096})).stages[0]
-    parts = accounting.plan(
-        recipe({"kind": "finetune", "tokens": 4096, "batch_tokens": 4096, "micro_batch_tokens": 512})
-    ).stages[0]
-    assert parts.memory.activations < whole.memory.activations / 4
-    assert parts.flops == pytest.approx(whole.flops, rel=0.01)
+    whole, parts = (first({**FINETUNE, "micro_batch_tokens": tokens}) for tokens in (2048, 256))
+    assert parts.memory().activations < whole.memory().activations / 4
+    assert parts.flops() == pytest.approx(whole.flops(), rel=0.01)
+    by_setting = whole.memory(1, parts.spec).total
+    assert by_setting == pytest.approx(parts.memory().total, rel=0.02)
 
 
-def test_activation_checkpointing_trades_memory_for_work():
-    stage = {"kind": "finetune", "tokens": 4096, "batch_tokens": 4096}
-    plain, checkpointed = (
-        accounting.plan(recipe({**stage, "activation_checkpointing": choice}), torch.float32).stages[0]
-        for choice in (False, True)
-    )
-    assert checkpointed.memory.activations < 0.7 * plain.memory.activations
-    assert checkpointed.flops > 1.1 * plain.flops
+def test_activation_checkpointing_trades_memory_for_the_blocks_forward_pass():
+    plain, checkpointed = (first({**FINETUNE, "activation_checkpointing": choice}) for choice in (False, True))
+    assert checkpointed.memory().activations < 0.7 * plain.memory().activations
+    head = 2 * 512 * 64 * FINETUNE["tokens"]
+    assert checkpointed.flops() - plain.flops() == pytest.approx(plain.flops() / 3 - head, rel=0.15)
 
 
 def test_boundaries_of_documents_cost_memory_and_no_products():
     data = {"seq_len": 256, "sources": [{"path": "python-stdlib"}]}
-    joined, packed = (
-        accounting.plan(recipe(data={**data, "documents": how}), torch.float32).stages[0]
-        for how in ("joined", "separate")
-    )
-    assert joined.memory.activations < packed.memory.activations
-    assert joined.flops == packed.flops
+    joined, packed = (first(data={**data, "documents": how}, mixer="gated") for how in ("joined", "separate"))
+    assert joined.memory().activations <= packed.memory().activations
+    assert joined.flops() == packed.flops()
 
 
 def test_untying_gives_the_head_weights_of_its_own():
-    stage = {"kind": "finetune", "tokens": 1024, "batch_tokens": 512, "untie": True}
-    plan = accounting.plan(recipe(stage, model={**SHAPE, "tie_word_embeddings": True}), torch.float32)
-    assert plan.stages[0].trainable == plan.model.parameters + 512 * 64
+    plan = accounting.plan(recipe({**FINETUNE, "untie": True}, model={**SHAPE, "tie_word_embeddings": True}))
+    assert plan.stages[0].trained.total == plan.model.parameters + 512 * 64
 
+
+# -- what real steps take ---------------------------------------------------------------------------------------------
 
 STEPS_OF_EACH_KIND = [
     ("supra", "float32", "joined", {"kind": "finetune", "micro_batch_tokens": 512}),
     ("gated", "bfloat16", "separate", {"kind": "distill", "activation_checkpointing": True}),
     ("t2r", "float32", "separate", {"kind": "transfer"}),
-    ("supra", "bfloat16", "separate", {"kind": "finetune", "optimizer": "adamw-offload"}),
+    ("window", "bfloat16", "separate", {"kind": "finetune"}),
 ]
 
 
@@ -232,130 +239,36 @@ def test_the_planned_peak_is_what_the_allocator_hands_out_for_a_real_step(mixer,
         "stages": [{"tokens": 1024, "batch_tokens": 1024, **stage}],
     }
     parsed, dtype = recipes.validate(raw, lookup=lookup), getattr(torch, dtype)
-    planned = accounting.plan(parsed, dtype, "cpu").stages[0].memory.together
-    assert planned == pytest.approx(handed_out(lambda: two_steps(parsed, dtype)), rel=0.01)
-
-
-class NoKernel:
-    """Launched on any grid, it leaves zeros in every tensor."""
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: [x.data.zero_() for x in arguments if isinstance(x, torch.Tensor)]
-
-
-@pytest.fixture
-def launcher(monkeypatch):
-    """The launcher of the Triton form as on a GPU, which allocates what it does there, without its kernels."""
-    pytest.importorskip("triton")
-    from supra_kernels.gpu import launch, tokens
-
-    for module in (launch, tokens):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, NoKernel())
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    return launch
-
-
-@pytest.mark.parametrize(("mixer", "kind"), [("supra", "finetune"), ("gated", "transfer"), ("t2r", "transfer")])
-def test_the_plan_for_a_gpu_counts_the_form_for_gpus(mixer, kind, launcher):
-    """But for the numbers of the documents and copies of decays, a few numbers a token."""
-    raw = {
-        "base": "tiny",
-        "mixer": {"name": mixer},
-        "data": {"seq_len": 256, "sources": [{"path": "python-stdlib"}]},
-        "stages": [{"kind": kind, "tokens": 2048, "batch_tokens": 2048}],
-    }
-    parsed = recipes.validate(raw, lookup=lookup)
-    planned = {device: accounting.plan(parsed, torch.float32, device).stages[0].memory for device in ("cpu", "cuda")}
-    with ops.planning("triton"):
-        found = handed_out(lambda: two_steps(parsed, torch.float32))
-    assert planned["cuda"].together == pytest.approx(found, rel=0.015)
-    assert planned["cpu"].together != pytest.approx(found, rel=0.03)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("decays", [False, True])
-@pytest.mark.parametrize("sums", [False, True])
-@pytest.mark.parametrize("by_token", [False, True])
-def test_the_triton_form_s_scratch_is_what_its_launcher_allocates(dtype, sums, decays, by_token, launcher):
-    fused = (None, 1e-6) if sums else (1e-5, None)
-    with FakeTensorMode(), torch.device("cpu"):
-        q, do = (torch.empty(2, 1000, 8, 64, dtype=dtype) for _ in range(2))
-        k, v = (torch.empty(2, 1000, 4, 64, dtype=dtype) for _ in range(2))
-        g, row = torch.empty((2, 1000, 8) if by_token else 8), torch.empty(2, 1000, 8)
-        documents = torch.empty(2, 1000, dtype=torch.int32)
-        forward = (q, k, v, g, None, documents, 1.0, *fused)
-        backward = (do, None, q, k, v, g, None, documents, 1.0, torch.empty_like(q), row, fused[1], decays)
-        for name, arguments in (("triton", forward), ("triton_backward", backward)):
-            with Meter(*(x for x in arguments if isinstance(x, torch.Tensor))) as meter:
-                returned = getattr(supra_kernels.library, f"_{name}")(*arguments)
-            allocated = meter.laps[-1].peak - sum(tensor.nbytes for tensor in returned)
-            counted = inside(getattr(torch.ops.supra, name).default, arguments).scratch
-            assert counted == pytest.approx(allocated, rel=0.03)
-
-
-def saved_shape(folder, **keys) -> str:
-    """A base of which only the config exists."""
-    keys = {"vocab_size": 512, "dtype": "float32", **keys}
-    LlamaConfig(**{key: SHAPE[key] for key in SHAPE if key != "model_type"}, **keys).save_pretrained(folder)
-    return str(folder)
-
-
-TRANSFER, FINETUNE = ({"kind": kind, "tokens": 1024, "batch_tokens": 512} for kind in ("transfer", "finetune"))
-HEAD_BYTES = 4 * 512 * 64
-
-
-def unread(folder, *stages, device="cpu", data=(), **keys) -> list[int]:
-    raw = {
-        "base": saved_shape(folder, **keys),
-        "mixer": {"name": "supra"},
-        "data": {"seq_len": 64, "sources": [{"path": "python-stdlib"}], **dict(data)},
-        "stages": list(stages),
-    }
-    plan = accounting.plan(recipes.validate(raw, lookup=lookup), torch.float32, device)
-    for stage in plan.stages:
-        memory = stage.memory
-        assert memory.weights + memory.unread == 4 * plan.model.parameters
-        assert memory.together == memory.total
-    return [stage.memory.unread for stage in plan.stages]
-
-
-def test_a_transfer_leaves_the_head_in_its_mapped_file_until_a_stage_reads_it(tmp_path):
-    assert unread(tmp_path, TRANSFER, FINETUNE, TRANSFER) == [HEAD_BYTES, 0, 0]
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {"device": "cuda"},
-        {"tie_word_embeddings": True},
-        {"dtype": "bfloat16"},
-        {"data": {"validation": [{"path": "python-stdlib"}]}},
-    ],
-    ids=["copied to a GPU", "a tied head", "converted when loaded", "validation"],
-)
-def test_every_weight_takes_memory_where_something_reads_it(choice, tmp_path):
-    assert unread(tmp_path, TRANSFER, **choice) == [0]
+    planned = accounting.plan(parsed, dtype, "cpu").stages[0].memory().total
+    assert planned == pytest.approx(handed_out(lambda: two_steps(parsed, dtype)), rel=0.1)
 
 
 def two_steps(parsed: recipes.Recipe, dtype: torch.dtype) -> None:
     """Of real tensors; a row has two documents, or they are joined. The second step finds the moments."""
-    (spec,), cpu = parsed.stages, torch.device("cpu")
-    stage = stages.get(spec.kind)(stages.get(spec.kind).Options())
+    (spec,), teacher = parsed.stages, None
+    stage, computing = stage_of(spec), Computing(torch.device("cpu"), dtype, parsed.micro_rows(spec))
     student = SupraForCausalLM._from_config(accounting.student_config(parsed), dtype=torch.float32).train()
-    optimizer = adamw(student, prepare(student, stage, spec), spec, dtype)
-    teacher = None
+    optimizer = torch.optim.AdamW([p for _, p in prepare(student, stage, spec)], fused=True)
     if stage.teacher == "separate":
         config = checkpoint.read_config(hub.config_folder(hub.resolve(parsed.base)))
         teacher = SupraForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
-    stepper = Stepper(stage, student, teacher, optimizer, 1.0, cpu, dtype)
-    rows = parsed.micro_rows(spec)
-    ids = torch.randint(260, (rows, 256))
-    document = 256 if parsed.data.documents == "joined" else 128
-    batch = Batch(ids, (torch.arange(256) % document).expand(rows, 256), ids)
-    begin(stage, student, [batch], cpu, dtype)
+    ids, document = torch.randint(260, (parsed.rows(spec), 256)), 256 >> (parsed.data.documents != "joined")
+    rows = Batch(ids, (torch.arange(256) % document).expand_as(ids), ids)
+    begin(stage, student, rows, computing)
     for _ in range(2):
-        stepper.take([batch] * (parsed.rows(spec) // rows))
+        for batch in computing.own(rows):
+            autocast = computing.autocast()
+
+            def backward(part: torch.Tensor, autocast=autocast) -> torch.Tensor:
+                autocast.__exit__(None, None, None)
+                part.backward()
+                autocast.__enter__()
+                return part.detach()
+
+            with autocast:
+                stage.loss(student, teacher, batch, backward)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def handed_out(run) -> int:
@@ -364,36 +277,58 @@ def handed_out(run) -> int:
         before = torch.empty(1)
         run()
         del before
-    sums = totals(profile.profiler.kineto_results.experimental_event_tree())
+    waiting, sums = list(reversed(profile.profiler.kineto_results.experimental_event_tree())), []
+    while waiting:
+        event = waiting.pop()
+        if event.tag.name == "Allocation":
+            sums.append(event.extra_fields.total_allocated)
+        waiting.extend(reversed(event.children))
     return max(sums) - sums[0]
 
 
+def test_the_written_measurements_of_one_process_and_of_two_lie_within_a_tenth_of_the_plan():
+    """Measured by benchmarks/memory.py; what is planned is planned anew by that script, not here."""
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/memory-cpu.json").read_text())["rows"]
+    assert {row["processes"] for row in rows} == {1, 2}
+    assert all(abs(row["planned_mib"] / row["measured_mib"] - 1) <= 0.1 for row in rows)
+
+
+class Asking(Stage):
+    """A stage of others: it asks for numbers of the data, and its loss has no logits."""
+
+    def loss(self, student, teacher, batch, backward):
+        hidden = student(input_ids=batch.input_ids, use_cache=False, objective=lambda hidden, head: hidden)
+        scale = 2.0 if bool((batch.labels > 0).any()) else float(batch.labels.sum())
+        return Loss(backward(hidden.float().square().sum() * scale), {})
+
+
+def test_a_stage_of_others_is_planned_as_it_is(monkeypatch):
+    monkeypatch.setattr("supra_cli.core.accounting.step.stage_of", lambda spec: Asking(None))
+    asked = first()
+    monkeypatch.undo()
+    known = first()
+    assert asked.memory().activations < known.memory().activations
+    assert known.flops() - asked.flops() == 3 * 2 * 512 * 64 * FINETUNE["tokens"]
+
+
+# -- models of few layers ---------------------------------------------------------------------------------------------
+
 STEPS_OF_DEEP_MODELS = [
-    ("supra", "none", 64, {"kind": "finetune", "batch_tokens": 64}),
-    ("supra", "none", 64, {"kind": "finetune", "batch_tokens": 4096, "activation_checkpointing": True}),
     ("supra", "every:4", 64, {"kind": "finetune", "batch_tokens": 1024, "micro_batch_tokens": 512}),
     ("window", "every:3", 256, {"kind": "distill", "batch_tokens": 1024, "activation_checkpointing": True}),
-    ("gated", "none", 256, {"kind": "transfer", "batch_tokens": 512}),
     ("t2r", "first:3", 64, {"kind": "transfer", "batch_tokens": 128, "micro_batch_tokens": 64}),
-    ("t2r", "none", 64, {"kind": "finetune", "batch_tokens": 64, "optimizer": "adamw-offload"}),
-    ("supra", "none", 64, {"kind": "distill", "batch_tokens": 2048, "untie": True, "train": "mixer"}),
 ]
 
 
 @pytest.mark.parametrize(("mixer", "keep", "seq_len", "stage"), STEPS_OF_DEEP_MODELS)
 def test_a_deep_model_takes_what_its_first_layers_say(mixer, keep, seq_len, stage, monkeypatch):
-    """Against the same step of all layers, in steps whose most is alive with the activations or with the gradients."""
     shape = {**SHAPE, "num_hidden_layers": 8, "tie_word_embeddings": True}
     teacher = {"teacher": "tiny"} if stage["kind"] == "distill" else {}
-    stage = {"tokens": 4096, **teacher, **stage}
-    tokenizer = {"vocab_size": 2048}  # the teacher's
-    deep = recipe(stage, seq_len=seq_len, mixer=mixer, keep=keep, model=shape, tokenizer=tokenizer)
-    few = accounting.plan(deep).stages[0]
+    given = {"tokens": 4096, **teacher, **stage}
+    more = {"seq_len": seq_len, "mixer": mixer, "keep": keep, "model": shape, "tokenizer": {"vocab_size": 2048}}
+    few = first(given, dtype=torch.bfloat16, **more).figures
     monkeypatch.setattr(layers, "FEW", 8)
-    whole = accounting.plan(deep).stages[0]
-    assert few.flops == whole.flops
-    assert few.memory.total == pytest.approx(whole.memory.total, rel=0.005)
-    assert few.memory.together == pytest.approx(whole.memory.together, rel=0.005)
+    assert few == first(given, dtype=torch.bfloat16, **more).figures
 
 
 def test_a_shortened_model_has_so_many_layers_of_each_kind_and_keeps_the_last():
@@ -410,7 +345,7 @@ def test_a_shortened_model_has_so_many_layers_of_each_kind_and_keeps_the_last():
     assert layers.kinds(config) == layers.kinds(base.with_mixer("supra", {}, "every:2"))
 
 
-def test_planning_a_7b_recipe_allocates_nothing(monkeypatch):
+def test_planning_a_7b_recipe_allocates_nothing():
     raw = {
         "base": "mistral-7b",
         "data": {"seq_len": 2048, "sources": [{"path": "python-stdlib"}]},
@@ -418,12 +353,70 @@ def test_planning_a_7b_recipe_allocates_nothing(monkeypatch):
     }
     plan = accounting.plan(recipes.validate(raw, lookup=lookup))
     assert round(plan.model.new_parameters / 1e6, 1) == 570.6
-    assert plan.memory_bytes > 16 * plan.model.parameters
+    assert plan.memory_bytes() > 16 * plan.model.parameters
     # Forward and backward take about six FLOPs a weight and token.
-    assert plan.flops / plan.tokens == pytest.approx(6 * plan.model.parameters, rel=0.25)
+    assert plan.flops() / 10_027_008 == pytest.approx(6 * plan.model.parameters, rel=0.25)
+    # Half the time on twice the GPUs, whose memory is more than a half.
+    assert plan.seconds("H200", 2) == plan.seconds("H200") / 2
+    assert plan.memory_bytes() / 2 < plan.memory_bytes(2) < plan.memory_bytes()
 
 
 def test_a_tied_model_counts_its_embedding_once():
     config = SupraConfig.from_base(LlamaConfig(**SHAPE | {"vocab_size": 512, "tie_word_embeddings": True}))
     untied = SupraConfig.from_base(LlamaConfig(**SHAPE | {"vocab_size": 512, "tie_word_embeddings": False}))
     assert accounting.measure(untied).parameters - accounting.measure(config).parameters == 512 * 64
+
+
+# -- what fits --------------------------------------------------------------------------------------------------------
+
+ONE_ROW = {"micro_batch_tokens": 64}
+RECOMPUTED = {**ONE_ROW, "activation_checkpointing": True}
+ORDER = [
+    {},
+    {"micro_batch_tokens": 1024},
+    ONE_ROW,
+    RECOMPUTED,
+    {**RECOMPUTED, "optimizer": "adamw8bit"},
+    {**RECOMPUTED, "optimizer": "adamw-offload"},
+]
+
+
+def test_the_nearest_setting_is_the_first_that_fits_in_the_order_of_harm(monkeypatch, tmp_path):
+    """Nothing, fewer rows at a time, recomputing, 8-bit moments, the optimizer's state in CPU memory."""
+    file = tmp_path / "r.toml"
+    file.write_text(recipes.dumps(recipe()), encoding="utf-8")
+    plan = accounting.plan(recipe())
+    (stage,) = plan.stages
+    sizes = [stage.memory(1, stage.spec.model_copy(update=changed)).total for changed in ORDER]
+    assert sizes == sorted(sizes, reverse=True)
+    for changed, size in zip(ORDER, sizes, strict=True):
+        monkeypatch.setitem(accounting.GPUS, "small", ((size + 1) / accounting.ROOM / 1e9, 1))
+        found = accounting.nearest(plan, "small")
+        assert found.gpus == 1
+        keys = {change.split(".")[2].split("=")[0] for change in found.changes}
+        assert keys <= set(changed)
+        assert ("optimizer" in keys) == ("optimizer" in changed)
+        mended = accounting.plan(recipes.load(file, found.changes, lookup=lookup))
+        assert mended.memory_bytes() == pytest.approx(found.memory_bytes, rel=0.02)
+
+
+def test_where_one_gpu_is_too_small_more_of_them_are_and_the_smallest_fits_none(monkeypatch):
+    plan = accounting.plan(recipe(model={**SHAPE, "num_hidden_layers": 32}))
+    (stage,) = plan.stages
+    least = stage.memory(2, stage.spec.model_copy(update=ORDER[-1])).total
+    for room, gpus in ((least + 1, 2), (1000, None)):
+        monkeypatch.setitem(accounting.GPUS, "small", (room / accounting.ROOM / 1e9, 1))
+        found = accounting.nearest(plan, "small")
+        assert (found and found.gpus) == gpus
+
+
+def test_the_command_of_a_setting_names_nodes_processes_and_changes():
+    plan = accounting.plan(recipe({**FINETUNE, "kind": "transfer"}, {**FINETUNE, "optimizer": "adamw8bit"}))
+    assert [plan.fits("H200", gpus) for gpus in (1, 2)] == [True, False]
+    commands = {gpus: accounting.nearest(plan, "H200", (gpus,)).command("uptrain -r r") for gpus in (1, 4, 16)}
+    assert commands == {
+        1: "supra uptrain -r r",
+        4: "torchrun --nproc-per-node 4 -m supra_cli uptrain -r r --set stages.1.optimizer=adamw",
+        16: "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m supra_cli "
+        "uptrain -r r --set stages.1.optimizer=adamw",
+    }
