@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -55,7 +56,7 @@ def run(
     parsed = recipes.load(recipe, overrides or (), lookup=lookup)
     output = output or Path("runs") / recipe.stem
     if dry_run:
-        _show_plan(parsed, json, dtype, device)
+        _show_plan(parsed, json, dtype, device, shlex.join(["uptrain", "--recipe", str(recipe)]))
         return
 
     from supra_cli.core import parallel
@@ -86,11 +87,11 @@ def run(
         console.result(finished["path"])
 
 
-def _show_plan(recipe: Any, json: bool, dtype: str, device: str) -> None:
+def _show_plan(recipe: Any, json: bool, dtype: str, device: str, run: str) -> None:
     """Of the device that the run would take; where it is left to this machine, of a GPU, as `supra plan` does."""
     from supra_cli.commands import plan
 
-    plan.show(recipe, json, dtype, "cpu" if device == "cpu" else "cuda")
+    plan.show(recipe, json, dtype, "cpu" if device == "cpu" else "cuda", run=run)
 
 
 @contextmanager

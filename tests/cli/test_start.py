@@ -199,7 +199,7 @@ def test_a_disk_that_fills_at_the_start_leaves_everything_as_it_was(
     file, supra, recipe, old_run, tmp_path, monkeypatch
 ) -> None:
     """Full: `file` is the one that no longer fits."""
-    from supra_cli.core.checkpoint import writing
+    from supra_cli.core.checkpoint import slices
 
     def fits(path: object) -> None:
         if Path(os.fsdecode(path)).name == file:
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_at_the_start_leaves_everything_as_it_was(
     before, path = contents(tmp_path), recipe()
     monkeypatch.setattr(Path, "write_text", checked(Path.write_text, 0))
     monkeypatch.setattr(Path, "write_bytes", checked(Path.write_bytes, 0))
-    monkeypatch.setattr(writing, "write_tensors", checked(writing.write_tensors, 1))
+    monkeypatch.setattr(slices, "_write", checked(slices._write, 1))
     for arguments in (("-o", "new/run"), ("-o", "old", "--overwrite")):
         result = supra("uptrain", "--recipe", path, *arguments)
         assert result.code == 1, result.err
@@ -226,7 +226,7 @@ def test_an_interrupt_at_the_start_leaves_everything_as_it_was(supra, recipe, ol
 
     shutil.copytree(old_run, tmp_path / "old", symlinks=True)
     before = contents(tmp_path)
-    monkeypatch.setattr(checkpoint, "load", refuse(KeyboardInterrupt()))
+    monkeypatch.setattr(checkpoint, "convert", refuse(KeyboardInterrupt()))
     for arguments in (("-o", "new/run"), ("-o", "old", "--overwrite")):
         assert supra("uptrain", "--recipe", recipe(), *arguments).code == 130
         assert contents(tmp_path) == before

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from supra_cli.core import checkpoint
-from supra_cli.core.checkpoint import conversion, files, record, writing
+from supra_cli.core.checkpoint import conversion, record, slices, writing
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 
 SHAPE = {
@@ -261,7 +261,7 @@ def test_a_save_that_fails_leaves_what_was_there(converted, tmp_path, monkeypatc
     def fail(*_, **__):
         raise failure
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(slices, "_write", fail)
     with pytest.raises(SupraError if isinstance(failure, OSError) else KeyboardInterrupt):
         checkpoint.save(model, output, source=converted, provenance={"tokens": 2}, overwrite=True)
     assert contents(output) == before
@@ -463,7 +463,7 @@ def test_the_identity_of_weights_is_that_of_every_copy_and_of_nothing_else(conve
 def test_files_as_old_as_recorded_are_not_hashed_again(converted, tmp_path, monkeypatch):
     identity, model = checkpoint.identity(converted), checkpoint.load(converted)
     hashed = []
-    sha256 = files.sha256
+    sha256 = record.sha256
     monkeypatch.setattr(record, "sha256", lambda file: hashed.append(file.name) or sha256(file))
     assert checkpoint.identity(converted) == identity
     assert checkpoint.read_provenance(converted)["files"]

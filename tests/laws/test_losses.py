@@ -22,8 +22,8 @@ from supra_cli.core.train.step import Computing, begin, take
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5}
 BASE = "gpt_neox"
-"""Its norms compute in the format that they are given: Llama's round to fp32, and turn a last bit of float64 into one of
-fp32's."""
+"""Its norms compute in the format that they are given; Llama's round to fp32, which turns a last bit of float64 into
+one of fp32."""
 CUTS = ((3, 1), (1, 1, 1, 1))
 LENGTHS = ((24,), (9, 15), (1, 4, 19), (7, *[1] * 17))
 """Of the documents in each of four rows, the last of which is cut: a document, then padding."""

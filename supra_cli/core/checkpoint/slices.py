@@ -1,8 +1,8 @@
 """Tensors in safetensors files, written and read by rows: of a tensor that ranks share, each its own.
 
-The header of such a file is known before any number is, and so is the place of every row. Ranks therefore write side by
-side into one file, nobody gathers a tensor, and what is written does not show how many wrote it. One rank by itself goes
-the same way.
+The header of such a file is known before any number is, and so is the place of every row. Ranks therefore write side
+by side into one file, nobody gathers a tensor, and what is written does not show how many wrote it. One rank by itself
+goes the same way.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def headers(directory: Path, files: Iterable[str]) -> dict[str, Entry]:
 
 @torch.no_grad()
 def fill(tensors: Mapping[str, Tensor], directory: Path, stored: Mapping[str, Entry]) -> None:
-    """Put the numbers that are `stored` in a directory into `tensors` of the same shapes, cast to their formats: of those
-    that ranks share, only this rank's rows.
+    """Put the numbers that are `stored` in a directory into `tensors` of the same shapes, cast to their formats: of
+    those that ranks share, only this rank's rows.
     """
     for name, tensor in tensors.items():
         entry = stored[name]

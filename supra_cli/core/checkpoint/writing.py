@@ -92,9 +92,9 @@ def write(
     else:
         base = revert_weight_conversion(model, {name: value for name, value in state.items() if name not in mixers})
         groups = {"model-base": base, **groups}
-    for stem, tensors in groups.items():
-        size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-        files, hashes = write_shards(tensors.items(), directory, stem, size, dtype=dtype, world=world)
+    for stem, members in groups.items():
+        size = sum(tensor.numel() for tensor in members.values()) * dtype.itemsize
+        files, hashes = write_shards(members.items(), directory, stem, size, dtype=dtype, world=world)
         placed, known = placed | files, known | hashes
     if world.leads:
         parent = {"parent": None if source is None else digest(read_provenance(source).get("files"))}

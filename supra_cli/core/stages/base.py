@@ -37,8 +37,9 @@ class Stage(ABC):
 
     teacher: ClassVar[Literal["none", "shared", "separate"]] = "none"
     inside: ClassVar[bool] = False
-    """Whether `loss` calls `backward` while the student's own forward pass is going on. Such a stage trains mixers alone,
-    and each part of its loss depends on the calls of one: on several ranks no other parameter would get a gradient."""
+    """Whether `loss` calls `backward` while the student's own forward pass is going on. Such a stage trains mixers
+    alone, and each part of its loss depends on the calls of one: on several ranks no other parameter would get a
+    gradient."""
 
     def __init__(self, options: Options):
         self.options = options

@@ -1,4 +1,4 @@
-"""A stage builds its student: from a saved model, the stage's spec and the world, the model, its teacher, its optimizer."""
+"""A stage builds its student: a saved model, the stage's spec and the world make the model, teacher and optimizer."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Built:
-    """The stage of `spec` on the model in the directory `saved`, in training mode, its weights in fp32: the masters that
-    a run saves beside rounded ones, where there are any.
+    """The stage of `spec` on the model in the directory `saved`, in training mode, its weights in fp32: the masters
+    that a run saves beside rounded ones, where there are any.
 
     `teacher` is the directory of the model that the stage learns from, if that is a second one. `dtype` is what the
     passes compute in.

@@ -64,8 +64,8 @@ def uptrain(
 
     `model` starts from a converted model instead of converting the base; `dtype` is what the passes compute in (weights
     stay fp32), by default what the run began with, and for a new one bf16 on CUDA and fp32 elsewhere. When `stop` is
-    set on any rank, the step in progress is finished, everything is saved and Stopped is raised. Processes that torchrun
-    started again resume. Raises UsageError for an occupied directory or a recipe, model or dtype that changed,
+    set on any rank, the step in progress is finished, everything is saved and Stopped is raised. Processes that
+    torchrun started again resume. Raises UsageError for an occupied directory or a recipe, model or dtype that changed,
     SupraError for a loss that is not finite.
     """
     run = RunDirectory(output)
@@ -230,7 +230,7 @@ class Trainer:
             )
 
     def _same_machine(self) -> Iterator[Event]:
-        """Say where versions, processors, ranks or threads differ from the run's so far: then its last bits may, too."""
+        """Say where versions, processors, ranks or threads are not the run's so far: then its last bits may differ."""
         with suppress(SupraError, OSError):
             before, now = read_json(self.run.path / "env.json"), environment(str(self.device))
             now["ranks"] = self.world.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,8 @@ def leave_out(
         f"step {number}; nothing was updated and the batch is kept in {kept}"
     )
     own = ((name, getattr(p, "_local_tensor", p)) for name, p in student.named_parameters())
-    spoilt = sorted(sum(world.gathered([name for name, parameter in own if not parameter.isfinite().all()]), []))
+    found = world.gathered([name for name, parameter in own if not parameter.isfinite().all()])
+    spoilt = sorted(itertools.chain(*found))
     if spoilt:
         raise SupraError(f"{told}; the weight {spoilt[0]} is not finite: start over, with a lower learning rate")
     if policy == "stop":

@@ -1,8 +1,8 @@
 """A model shared out among the ranks by FSDP2: each holds its rows of every parameter, gradient and moment.
 
-What is computed is what one rank computes under autocast, to the bit for each micro-batch. Autocast goes on choosing the
-number format of every operation; the policies here choose in which format weights travel, and round only those that
-autocast would round: the weights of linear maps, and of those not the mixers'.
+What is computed is what one rank computes under autocast, which goes on choosing the number format of every operation.
+The policies here choose in which format weights travel, and round only those that autocast would round: the weights of
+linear maps, and of those not the mixers'.
 """
 
 from __future__ import annotations
