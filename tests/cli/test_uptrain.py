@@ -180,7 +180,7 @@ def test_a_number_that_cannot_be_is_exit_2_planned_or_run(key, supra, recipe, tm
     [
         ("stages.0.lr", 1e308, 1),
         ("stages.0.weight_decay", 1e308, 1),
-        ("stages.0.lr", 1e-320, 1),
+        ("stages.0.lr", 1e-320, 0),
         ("stages.0.warmup_steps", 10**30, 0),
         ("stages.0.clip_norm", 1e308, 0),
         ("stages.0.final_lr_fraction", 1e-320, 0),

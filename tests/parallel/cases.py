@@ -1,0 +1,129 @@
+"""The runs that tests/parallel/test_world.py compares, each by all ranks of one world in turn: `torchrun cases.py FOLDER`,
+or `run(FOLDER, ALONE)` for a world of one.
+
+FOLDER/runs.json is a list of {"recipe": path, "output": path, "after": output, "stop_after": step, "dtype": name, "trick":
+name}, all but the first two optional. A run keeps the gradients of its first step in `gradients.safetensors`, and a
+SupraError that ends it in `error.txt`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from supra_cli.core import parallel
+from supra_cli.core import recipe as recipes
+from supra_cli.core.data import rows
+from supra_cli.core.data.tokens import Tokens
+from supra_cli.core.errors import Stopped, SupraError
+from supra_cli.core.lookup import lookup
+from supra_cli.core.parallel import World
+from supra_cli.core.stages.transfer import Transfer
+from supra_cli.core.train import loop
+from supra_cli.core.train.events import Step
+
+
+def run(folder: Path, world: World) -> None:
+    for task in json.loads((folder / "runs.json").read_text()):
+        output = Path(task["output"])
+        if "after" in task and world.leads:
+            shutil.copytree(task["after"], output, symlinks=True)
+        world.barrier()
+        stop = threading.Event()
+        settings = {"dtype": getattr(torch, task["dtype"])} if "dtype" in task else {}
+        recipe = recipes.load(Path(task["recipe"]), lookup=lookup)
+        tricks = {"none": _nothing, "hub": _hub, "rows apart": _rows_apart, "outside": _outside}
+        try:
+            with tricks[task.get("trick", "none")](output, world), _first_gradients(output, world):
+                # One rank alone is asked to stop.
+                for event in loop.uptrain(recipe, output, resume="after" in task, stop=stop, world=world, **settings):
+                    if (
+                        isinstance(event, Step)
+                        and event.step == task.get("stop_after")
+                        and world.rank == world.size - 1
+                    ):
+                        stop.set()
+        except Stopped:
+            pass
+        except SupraError as error:
+            if world.leads:
+                (output.parent / f"{output.name}.error").write_text(str(error))
+
+
+@contextmanager
+def _first_gradients(output: Path, world: World) -> Iterator[None]:
+    """Of the first step that any optimizer takes, whole, before it is taken."""
+    original, seen = torch.optim.AdamW.step, []
+
+    def step(optimizer: torch.optim.Optimizer, *given: object) -> object:
+        if not seen:
+            seen.append(True)
+            pairs = [p for g in optimizer.param_groups for p in zip(g["names"], g["params"], strict=True)]
+            gradients = {name: _whole(parameter.grad) for name, parameter in pairs}
+            if world.leads:
+                save_file(gradients, output / "gradients.safetensors")
+        return original(optimizer, *given)
+
+    with mock.patch.object(torch.optim.AdamW, "step", step):
+        yield
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone().contiguous()
+
+
+@contextmanager
+def _nothing(output: Path, world: World) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _hub(output: Path, world: World) -> Iterator[None]:
+    """A dataset on the hub is random documents, and each process that opens it leaves a file."""
+
+    def open_hub(source: object, split: str, tokenizer: object, packing: str) -> rows.Documents:
+        (output.parent / f"{output.name}.opened-{world.rank}").touch()
+        ids = np.random.default_rng(0).integers(4, 300, 5000)
+        return rows.Documents(Tokens(ids, np.arange(50, 5001, 50), "random"), (0,), packing)
+
+    with mock.patch.object(rows, "_open_hub", open_hub):
+        yield
+
+
+@contextmanager
+def _rows_apart(output: Path, world: World) -> Iterator[None]:
+    """Rank 1 has other text in its third step."""
+    original, calls = rows.Mixture.batch, []
+
+    def batch(mixture: rows.Mixture, *given: int) -> object:
+        calls.append(True)
+        drawn = original(mixture, *given)
+        if world.rank == 1 and len(calls) == 3:
+            drawn.input_ids[0, 0] += 1
+        return drawn
+
+    with mock.patch.object(rows.Mixture, "batch", batch):
+        yield
+
+
+@contextmanager
+def _outside(output: Path, world: World) -> Iterator[None]:
+    """Transfer, if nobody knew that it goes backward inside of the student's forward pass."""
+    with mock.patch.object(Transfer, "inside", False):
+        yield
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with parallel.joined("cpu") as joined:
+        run(Path(sys.argv[1]), joined)

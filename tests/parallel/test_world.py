@@ -1,0 +1,249 @@
+"""One result whatever the world: two, three and four ranks against one, in the loss, the gradients, the weights and the
+rows; and a run that changes their number on its way.
+
+Each world is started once, and makes all of its runs before the first test looks at any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from supra_cli.core import corpus
+from supra_cli.core.data import tokenizer as bpe
+from supra_cli.core.parallel import ALONE
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import cases  # noqa: E402
+
+SIZES = (2, 3, 4)
+KINDS = ("transfer", "distill", "finetune")
+TIED = {"tied": True, "untied": False}
+TEXT = "".join(document.text for document in corpus.documents("validation"))[:60_000]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases, recipes and the runs of every world, which is made once."""
+    root = tmp_path_factory.mktemp("worlds")
+    (root / "text.txt").write_text(TEXT, encoding="utf-8")
+    words = bpe.train([TEXT], 300)
+    for name, tied in TIED.items():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=50,  # which neither three nor four ranks share evenly
+            tie_word_embeddings=tied,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(root / name)
+        words.save_pretrained(root / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUPRA_CACHE", str(root / "cache"))
+        run_in_worlds(root)
+    return root
+
+
+def recipe(root: Path, name: str, base: str, stages: list[dict[str, Any]], **more: Any) -> Path:
+    """Steps of seven rows, which no world shares evenly, at most two in a pass."""
+    shared = {"batch_tokens": 7 * 32, "micro_batch_tokens": 64, "lr": 1e-3, "warmup_steps": 5, "clip_norm": 1e6}
+    path = root / f"{name}.toml"
+    described = {
+        "base": str(root / base),
+        "mixer": {"name": "supra", "gain": "head"},
+        "data": {
+            "seq_len": 32,
+            "sources": [
+                {"path": str(root / "text.txt"), "weight": 2.0},
+                {"path": str(root / "text.txt"), "repeat": "text"},
+            ],
+            "validation": [{"path": str(root / "text.txt")}],
+            "validation_tokens": 160,
+        },
+        "checkpoint": {"every_steps": 50, "keep_last": 2},
+        "validate_every_steps": 10,
+        "stages": [{**shared, **stage} for stage in stages],
+    }
+    path.write_text(tomli_w.dumps(described | more), encoding="utf-8")
+    return path
+
+
+def run_in_worlds(root: Path) -> None:
+    tokens = 20 * 7 * 32
+    single = {
+        f"{kind}-{base}": {"recipe": recipe(root, f"{kind}-{base}", base, [{"kind": kind, "tokens": tokens}])}
+        for kind in KINDS
+        for base in TIED
+    }
+    offloaded = [{"kind": "finetune", "tokens": tokens, "optimizer": "adamw-offload"}]
+    single["offload"] = {"recipe": recipe(root, "offload", "tied", offloaded)}
+    single["bfloat16"] = {"recipe": single["finetune-tied"]["recipe"], "dtype": "bfloat16"}
+    more = {"kind": "finetune", "tokens": 5 * 7 * 32, "activation_checkpointing": True, "untie": True}
+    single["untying"] = {"recipe": recipe(root, "untying", "tied", [{**more, "tokens": tokens}])}
+    data = {"seq_len": 32, "sources": [{"path": "someone/dataset"}]}
+    single["hub"] = {"recipe": recipe(root, "hub", "tied", [more], data=data), "trick": "hub"}
+    stages = [{"kind": kind, "tokens": 5 * 7 * 32} for kind in KINDS]
+    rounded = {"every_steps": 50, "keep_last": 2, "dtype": "bfloat16"}
+    long = {"recipe": recipe(root, "long", "tied", stages, checkpoint=rounded)}
+    single["long"] = long
+    refused = {
+        "rows apart": {"recipe": long["recipe"], "trick": "rows apart"},
+        "outside": {"recipe": single["transfer-tied"]["recipe"], "trick": "outside"},
+        "eight bits": {
+            "recipe": recipe(root, "eight", "tied", [{"kind": "finetune", "tokens": 1000, "optimizer": "adamw8bit"}])
+        },
+    }
+    for size in (1, *SIZES):
+        tasks = {name: dict(task) for name, task in single.items()}
+        if size == 2:
+            for step in (7, 12):  # in the midst of the second stage and of the third
+                tasks[f"stopped-{step}"] = {**long, "stop_after": step}
+            tasks |= refused
+        for step in (7, 12):
+            tasks[f"resumed-{step}"] = {**long, "after": root / "2" / f"stopped-{step}"}
+        if size == 1:  # after the world of two
+            continue
+        make(root, size, tasks)
+    make(
+        root,
+        1,
+        {**single, **{f"resumed-{step}": {**long, "after": root / "2" / f"stopped-{step}"} for step in (7, 12)}},
+    )
+
+
+def make(root: Path, size: int, tasks: dict[str, dict[str, Any]]) -> None:
+    folder = root / str(size)
+    folder.mkdir()
+    runs = [{**task, "output": folder / name} for name, task in tasks.items()]
+    (folder / "runs.json").write_text(json.dumps(runs, default=str))
+    if size == 1:
+        cases.run(folder, ALONE)
+        return
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(size),
+        str(HERE / "cases.py"),
+        str(folder),
+    ]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    masters = output / "last" / "training" / "masters.safetensors"
+    if masters.exists():
+        return load_file(masters)
+    files = sorted((output / "last").glob("*.safetensors"))
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def far(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest difference, of the largest number of all."""
+    assert ours.keys() == theirs.keys()
+    largest = max(float(value.abs().max()) for value in theirs.values())
+    return max(float((ours[name] - value).abs().max()) for name, value in theirs.items()) / largest
+
+
+RUNS = [f"{kind}-{base}" for kind in KINDS for base in TIED] + ["offload", "untying", "hub"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_is_the_same_on_any_number_of_ranks(run: str, size: int, folder: Path) -> None:
+    ours, theirs = folder / str(size) / run, folder / "1" / run
+    first, wanted = metrics(ours)[1 if "hub" not in run else 0], metrics(theirs)[1 if "hub" not in run else 0]
+    assert first["event"] == "step"
+    assert first["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+    gradients = load_file(theirs / "gradients.safetensors")
+    assert any(gradient.any() for gradient in gradients.values())
+    assert far(load_file(ours / "gradients.safetensors"), gradients) < 1e-5
+    assert far(weights(ours), weights(theirs)) < 1e-4
+    for one, other in zip(metrics(ours), metrics(theirs), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_in_bfloat16_is_autocast_s_on_one_rank(size: int, folder: Path) -> None:
+    """The weights that travel in bf16 are those that autocast rounds, so only sums over rows differ: each rank's gradient
+    of a rounded weight is rounded before it is added, to 2^-8 of itself."""
+    ours, theirs = folder / str(size) / "bfloat16", folder / "1" / "bfloat16"
+    assert metrics(ours)[1]["loss"] == pytest.approx(metrics(theirs)[1]["loss"], rel=1e-6)
+    assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-8
+
+
+@pytest.mark.parametrize("size", (1, *SIZES))
+@pytest.mark.parametrize("step", [7, 12])
+def test_a_run_that_was_saved_on_two_ranks_goes_on_at_the_exact_next_row(step: int, size: int, folder: Path) -> None:
+    resumed, whole = folder / str(size) / f"resumed-{step}", folder / "2" / "long"
+    steps = [line for line in metrics(resumed) if line["event"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, 16))
+    wanted = [line for line in metrics(whole) if line["event"] == "step"]
+    for one, other in zip(steps, wanted, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["sources"] == other["sources"]
+    assert far(weights(resumed), weights(whole)) < 1e-4
+
+
+@pytest.mark.parametrize("step", [7, 12])
+def test_a_run_that_goes_on_in_the_same_world_ends_with_the_same_bits(step: int, folder: Path) -> None:
+    resumed, whole = folder / "2" / f"resumed-{step}" / "last", folder / "2" / "long" / "last"
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
+    assert {path.name for path in files} >= {"optimizer.safetensors", "masters.safetensors"}
+    for path in files:
+        assert (resumed / path).read_bytes() == (whole / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_dataset_on_the_hub_is_read_by_one_rank(size: int, folder: Path) -> None:
+    assert [path.name for path in (folder / str(size)).glob("hub.opened-*")] == ["hub.opened-0"]
+
+
+@pytest.mark.parametrize(
+    ("run", "sentence"),
+    [
+        ("rows apart", "the ranks have drawn different rows"),
+        ("outside", "the loss does not depend on"),
+        ("eight bits", "'adamw8bit' trains on one rank, got 2"),
+    ],
+)
+def test_what_cannot_be_right_on_several_ranks_is_refused(run: str, sentence: str, folder: Path) -> None:
+    assert sentence in (folder / "2" / f"{run}.error").read_text()
+
+
+def test_what_several_ranks_save_is_a_model_like_any_other(folder: Path, tmp_path: Path) -> None:
+    from supra_cli.core import checkpoint
+
+    for size in SIZES:
+        saved = folder / str(size) / "finetune-untied" / "last"
+        checkpoint.verify(saved)
+        assert (
+            checkpoint.load(saved).num_parameters()
+            == checkpoint.load(folder / "1" / "finetune-untied" / "last").num_parameters()
+        )
+        assert not list((folder / str(size) / "finetune-untied").glob(".writing*"))
