@@ -26,7 +26,7 @@ from supra_cli.core.parallel import ALONE
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-import cases  # noqa: E402
+import worlds  # noqa: E402
 
 SIZES = [2, 3, 4]
 KINDS = ("transfer", "distill", "finetune")
@@ -143,7 +143,7 @@ def make(root: Path, size: int, tasks: dict[str, dict[str, Any]]) -> None:
     runs = [{**task, "output": folder / name} for name, task in tasks.items()]
     (folder / "runs.json").write_text(json.dumps(runs, default=str))
     if size == 1:
-        cases.run(folder, ALONE)
+        worlds.run(folder, ALONE)
         return
     command = [
         sys.executable,
@@ -151,7 +151,7 @@ def make(root: Path, size: int, tasks: dict[str, dict[str, Any]]) -> None:
         "torch.distributed.run",
         "--nproc-per-node",
         str(size),
-        str(HERE / "cases.py"),
+        str(HERE / "worlds.py"),
         str(folder),
     ]
     paths = os.pathsep.join(path for path in sys.path if path)

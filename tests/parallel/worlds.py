@@ -1,4 +1,4 @@
-"""The runs that tests/parallel/test_world.py compares, each by all ranks of a world: `torchrun cases.py FOLDER`, or
+"""The runs that tests/parallel/test_world.py compares, each by all ranks of a world: `torchrun worlds.py FOLDER`, or
 `run(FOLDER, ALONE)` for a world of one.
 
 FOLDER/runs.json is a list of {"recipe": path, "output": path, "after": output, "stop_after": step, "dtype": name,
