@@ -7,6 +7,8 @@ every function here is the identity and torch.distributed is not used.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from supra_cli.core.errors import Elsewhere, ResourceError, Stopped, SupraError, UsageError, first_line
+from supra_cli.core.errors import Elsewhere, ResourceError, Stopped, SupraError, UsageError
 
 T = TypeVar("T")
 
@@ -26,6 +28,9 @@ LEAST_TORCH = (2, 13)
 """Before it, FSDP2 leaves the last rank's part of tied weights untrained (pytorch#176076)."""
 _PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that downloads, converts or tokenises. One that dies breaks its connections at once."""
+
+_LAST_WORDS = 2.0
+"""Seconds in which the rank that has something to tell does so: when one ends, torchrun ends the others."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +117,50 @@ def joined(device: str) -> Iterator[World]:
     if kind == "cuda":
         torch.cuda.set_device(torch.device(device))
     store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    mesh = dist.init_device_mesh(kind, (size,))
+    store = _fresh(store, rank, size)
     try:
+        groups = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(groups, store=store, rank=rank, world_size=size)
+        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        counts: list[int | None] = [None] * size
+        dist.all_gather_object(counts, restarts, group=control)
+        restarts = max((count for count in counts if count is not None), default=None)  # each node counts its own
+        mesh = dist.init_device_mesh(kind, (size,))
         yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
     except Stopped as stopped:
-        raise stopped if rank == 0 else Elsewhere(stopped.exit_code) from None
+        if rank == 0:
+            raise
+        time.sleep(_LAST_WORDS)
+        raise Elsewhere(stopped.exit_code) from None
     except Exception as error:
         if not _is_first_to_fail(store, rank):
+            time.sleep(_LAST_WORDS)
             raise Elsewhere(SupraError.exit_code) from error
         if _is_broken_connection(error):
             raise SupraError(
-                f"another rank of this run ended without a word ({first_line(error)}); go on with --resume"
+                "another rank of this run ended without a word: killed, crashed or cut off; go on with --resume"
             ) from error
         raise
     dist.destroy_process_group()
+
+
+def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """The part of the store that nobody has written to before these ranks came.
+
+    torchrun keeps one store for all of its attempts (pytorch#135712), in which ranks that it starts again would find
+    the addresses of their dead predecessors. So each says under which new name it has come, and rank 0 answers there.
+    """
+    token = name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"supra.came.{rank}", name)
+        token = store.get(name).decode()
+        store.set(f"{token}.{rank}", "")
+        return dist.PrefixStore(token, store)
+    for other in range(1, size):
+        while not store.check([f"{token}.{other}"]):
+            store.set(store.get(f"supra.came.{other}").decode(), token)  # a predecessor's name is nobody's
+            time.sleep(0.05)
+    return dist.PrefixStore(token, store)
 
 
 def local_device(device: str) -> str:

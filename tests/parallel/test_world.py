@@ -18,15 +18,11 @@ import pytest
 import tomli_w
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from supra_cli.core import corpus
-from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.parallel import ALONE
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import worlds  # noqa: E402
+from tests.parallel import worlds
+from tests.tiny import save_base
 
 SIZES = [2, 3, 4]
 KINDS = ("transfer", "distill", "finetune")
@@ -43,32 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "made").exists():
             root.mkdir()
-            make_bases(root)
+            (root / "text.txt").write_text(TEXT, encoding="utf-8")
+            for name, tied in TIED.items():  # of a width that neither three nor four ranks share evenly
+                save_base(root / name, [TEXT], tie_word_embeddings=tied, intermediate_size=50)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("SUPRA_CACHE", str(root / "cache"))
                 run_in_worlds(root)
             (root / "made").touch()
     return root
-
-
-def make_bases(root: Path) -> None:
-    (root / "text.txt").write_text(TEXT, encoding="utf-8")
-    words = bpe.train([TEXT], 300)
-    for name, tied in TIED.items():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=50,  # which neither three nor four ranks share evenly
-            tie_word_embeddings=tied,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-        )
-        LlamaForCausalLM(config).save_pretrained(root / name)
-        words.save_pretrained(root / name)
 
 
 def recipe(root: Path, name: str, base: str, stages: list[dict[str, Any]], **more: Any) -> Path:
@@ -151,7 +129,7 @@ def make(root: Path, size: int, tasks: dict[str, dict[str, Any]]) -> None:
         "torch.distributed.run",
         "--nproc-per-node",
         str(size),
-        str(HERE / "worlds.py"),
+        worlds.__file__,
         str(folder),
     ]
     paths = os.pathsep.join(path for path in sys.path if path)

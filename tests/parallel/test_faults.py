@@ -1,0 +1,183 @@
+"""What goes wrong while several ranks train, each time with real processes: nobody waits for the dead, one sentence
+says what happened, what was saved is whole, and the run goes on to the bits of one that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.parallel import soak
+from tests.parallel.faulty import Fault
+from tests.parallel.launching import finish, start
+
+STEPS = 12
+"""Of which every fifth and each stage's last are saved: 3, 5, 6, 10, 12."""
+
+MISSED = "error: another rank of this run ended without a word: killed, crashed or cut off; go on with --resume"
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe and its run on two ranks; made by one of pytest's processes, while the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults"
+    with Path(f"{root}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "made").exists():
+            root.mkdir()
+            ended = soak.launch(soak.prepare(root, STEPS), root / "run", 2, None)
+            assert ended.returncode == 0, ended.stderr
+            (root / "made").touch()
+    return root
+
+
+@pytest.fixture
+def recipe(shared: Path) -> Path:
+    return shared / "recipe.toml"
+
+
+@pytest.fixture
+def wanted(shared: Path) -> dict[str, bytes]:
+    return soak.bits(shared / "run")
+
+
+def errors(ended: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+
+
+def exit_codes(ended: subprocess.CompletedProcess[str]) -> list[str]:
+    """As torchrun reports them."""
+    return re.findall(r"exitcode\s*: (-?\d+)", ended.stderr)
+
+
+def steps(output: Path) -> list[int]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if line["event"] == "step"]
+
+
+def saves(output: Path) -> list[str]:
+    return sorted(path.parent.name for path in output.glob("step-*/COMPLETE"))
+
+
+def test_torchrun_starts_a_run_again_of_which_a_rank_was_killed(recipe: Path, wanted: dict, tmp_path: Path) -> None:
+    ended = soak.launch(recipe, tmp_path / "run", 2, Fault("kill", 8, rank=0), options=("--max-restarts", "1"))
+    assert ended.returncode == 0, ended.stderr
+    assert errors(ended) == [MISSED]
+    assert "resuming from step-000006" in ended.stderr
+    assert soak.bits(tmp_path / "run") == wanted
+    assert steps(tmp_path / "run") == list(range(1, STEPS + 1))
+
+
+def test_nothing_of_a_save_that_was_killed_is_taken_for_one(recipe: Path, wanted: dict, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 2, Fault("kill in save", 10))
+    assert set(exit_codes(ended)) == {"-9"}
+    assert list(output.glob(".writing-*"))
+    assert saves(output) == ["step-000005", "step-000006"]
+    ended = soak.launch(recipe, output, 2, None, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert soak.bits(output) == wanted
+    assert not list(output.glob(".writing-*"))
+
+
+def test_all_refuse_a_step_that_is_not_finite_on_one(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 2, Fault("nan", 8, rank=1))
+    assert ended.returncode == 1
+    (error,) = errors(ended)
+    assert "loss nan and gradient norm nan in stage 2 (finetune), step 8; nothing was updated" in error
+    assert steps(output) == list(range(1, 8))
+    assert (output / "non-finite" / "step-000008" / "batch.safetensors").exists()
+    assert set(exit_codes(ended)) == {"1"}
+
+
+def test_a_full_disk_on_one_and_then_a_damaged_save(recipe: Path, wanted: dict, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 2, Fault("full disk", 10, rank=1))
+    assert ended.returncode == 1
+    (error,) = errors(ended)
+    assert "cannot write" in error
+    assert "No space left on device" in error
+    assert saves(output) == ["step-000005", "step-000006"]
+    assert not list(output.glob(".writing-*"))
+
+    weights = next((output / "step-000006").glob("model*.safetensors"))
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size - 1)
+    ended = soak.launch(recipe, output, 2, None, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert "checkpoint step-000006 is damaged" in ended.stderr
+    assert "resuming from step-000005" in ended.stderr
+    assert soak.bits(output) == wanted
+
+
+def test_one_of_four_that_is_asked_to_stop_stops_all_and_stays_stopped(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 4, Fault("term", 8, rank=3), options=("--max-restarts", "1"))
+    assert ended.returncode == 1  # torchrun's own, whatever its processes'
+    assert errors(ended) == [
+        "error: stopped after step 8 with everything saved; go on with --resume",
+        f"error: {output} was asked to stop, so that it is not started again; launch it anew to go on",
+    ]
+    assert "75" in exit_codes(ended)
+    assert (output / "stopped").exists()
+    assert steps(output) == list(range(1, 9))
+    ended = soak.launch(recipe, output, 2, None, "--resume")  # on fewer
+    assert ended.returncode == 0, ended.stderr
+    assert steps(output) == list(range(1, STEPS + 1))
+    assert not (output / "stopped").exists()
+
+
+def test_of_two_launches_into_one_directory_one_is_refused(
+    recipe: Path, shared: Path, wanted: dict, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    script = ["-m", "supra_cli", "uptrain", "--recipe", str(recipe), "--output", str(output)]
+    both = [finish(process) for process in [start(2, script, cache=shared / "cache") for _ in range(2)]]
+    winner, refused = sorted(both, key=lambda ended: ended.returncode)
+    assert (winner.returncode, refused.returncode) == (0, 1), [ended.stderr for ended in both]
+    (error,) = errors(refused)
+    assert "another run is writing to" in error or "is not empty" in error
+    assert "2" in exit_codes(refused)
+    assert soak.bits(output) == wanted
+
+
+def test_two_nodes_meet_by_rendezvous(recipe: Path, shared: Path, wanted: dict, tmp_path: Path) -> None:
+    """Two agents on this machine, of one rank each; one of the ranks is killed, and both agents start theirs again."""
+    output = tmp_path / "run"
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "meeting", "--max-restarts", "1"]
+    fault = Fault("kill", 8, rank=1)._asdict()
+    script = [soak.faulty.__file__, json.dumps(fault)]
+    script += ["uptrain", "--recipe", str(recipe), "--output", str(output)]
+    place = ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    agents = [start(1, script, *meeting, *place, cache=shared / "cache") for _ in range(2)]
+    both = [finish(agent) for agent in agents]
+    assert [ended.returncode for ended in both] == [0, 0], [ended.stderr for ended in both]
+    assert sorted(line for ended in both for line in errors(ended)) == [MISSED]
+    assert any("resuming from step-000006" in ended.stderr for ended in both)
+    assert soak.bits(output) == wanted
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_soak(tmp_path: Path) -> None:
+    """`make soak` with three faults."""
+    recipe = soak.prepare(tmp_path, 24)
+    soak.disturbed(recipe, tmp_path / "undisturbed", 3, [])
+    faults = [Fault("kill in save", 5, rank=1), Fault("usr1", 12, rank=2), Fault("truncated", 17, rank=0)]
+    soak.disturbed(recipe, tmp_path / "disturbed", 3, faults)
+    assert soak.bits(tmp_path / "disturbed") == soak.bits(tmp_path / "undisturbed")
+    assert steps(tmp_path / "disturbed") == list(range(1, 25))
