@@ -27,7 +27,10 @@ T = TypeVar("T")
 LEAST_TORCH = (2, 13)
 """Before it, FSDP2 leaves the last rank's part of tied weights untrained (pytorch#176076)."""
 _PATIENCE = timedelta(hours=12)
-"""How long ranks wait for one that downloads, converts or tokenises. One that dies breaks its connections at once."""
+"""How long ranks wait for one that downloads, converts, tokenises or writes; within a step torch's own timeout holds.
+One that dies breaks its connections at once."""
+_REFUSED = "supra.refused"
+"""The key in torchrun's store, which outlives the ranks, that says so."""
 
 _LAST_WORDS = 2.0
 """Seconds in which the rank that has something to tell does so: when one ends, torchrun ends the others."""
@@ -78,7 +81,7 @@ class World:
         values = values.detach().cpu()
         if self.size > 1:
             values = values.clone()
-            dist.all_reduce(values, group=self.control)
+            dist.all_reduce(values)
         return values
 
     @contextmanager
@@ -99,7 +102,8 @@ def joined(device: str) -> Iterator[World]:
     """The world of the ranks that torchrun started, `device` being the one that this rank computes on.
 
     An error is told by the rank that has it first; on the others it becomes `Elsewhere`, which says nothing. A rank
-    whose connections break although none has told an error raises a SupraError: another one was killed.
+    whose connections break although none has told an error raises a SupraError: another one was killed. Ranks that
+    torchrun starts again after a UsageError end at once: they would repeat it, or go on with what was refused.
     """
     size, count = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     restarts = None if count is None else int(count)
@@ -116,8 +120,10 @@ def joined(device: str) -> Iterator[World]:
         raise UsageError(f"{size} ranks cannot share the one device '{device}'; use cuda or cpu, or run one process")
     if kind == "cuda":
         torch.cuda.set_device(torch.device(device))
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = _fresh(store, rank, size)
+    launch, rank, size = next(dist.rendezvous("env://"))
+    if launch.check([_REFUSED]):
+        raise Elsewhere(UsageError.exit_code)
+    store = _fresh(launch, rank, size)
     try:
         groups = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(groups, store=store, rank=rank, world_size=size)
@@ -133,6 +139,8 @@ def joined(device: str) -> Iterator[World]:
         time.sleep(_LAST_WORDS)
         raise Elsewhere(stopped.exit_code) from None
     except Exception as error:
+        if isinstance(error, UsageError):
+            launch.set(_REFUSED, "")
         if not _is_first_to_fail(store, rank):
             time.sleep(_LAST_WORDS)
             raise Elsewhere(SupraError.exit_code) from error
