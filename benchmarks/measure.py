@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from supra_cli.core.bench.timing import machine, tables
+from supra_cli.core.bench.timing import machine, tables, target
 
-__all__ = ["machine", "options", "report"]
+__all__ = ["machine", "options", "report", "target"]
 
 
 def options(description: str, rounds: int) -> argparse.ArgumentParser:
