@@ -1,4 +1,4 @@
-"""Do two processes train twice as fast as one?   python benchmarks/parallel.py [--json] [--output FILE] [--rounds 20]
+"""Do two processes train twice as fast as one?   python benchmarks/parallel.py [--output FILE] [--rounds 20]
 
 Two processes of one thread, started by torchrun, drive `uptrain` of the bundled model in three forms, which take turns
 step by step: one process takes all rows of a step while the other sleeps (`alone`), both take half of them and share
@@ -77,12 +77,17 @@ def row(stage: str, rows: int, seconds: dict[str, list[float]]) -> dict:
     rates = {f"{form}_tokens_per_s": step / statistics.median(taken) for form, taken in seconds.items()}
     low, middle, high = statistics.quantiles(over["together"], n=4)
     faster = {"times_faster": middle, "lower_quartile": low, "upper_quartile": high}
-    return {"stage": stage, "tokens_per_step": step, **rates, **faster, "apart_times_faster": statistics.median(over["apart"])}
+    return {
+        "stage": stage,
+        "tokens_per_step": step,
+        **rates,
+        **faster,
+        "apart_times_faster": statistics.median(over["apart"]),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("--rounds", type=int, default=20)
     given = parser.parse_args()
@@ -100,7 +105,7 @@ def main() -> None:
         target(f"{one['stage']}, {one['tokens_per_step']} tokens, times faster", "at least", 1.6, one["times_faster"])
         for one in rows
     ]
-    report(result, given.output, given.json)
+    report(result, given.output)
 
 
 if __name__ == "__main__":
