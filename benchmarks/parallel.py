@@ -1,4 +1,4 @@
-"""Do two processes train twice as fast as one?   python benchmarks/parallel.py [--output FILE] [--rounds 20]
+"""Do two processes train twice as fast as one?   python -m benchmarks.parallel [--output FILE] [--rounds 20]
 
 Two processes of one thread, started by torchrun, drive `uptrain` of the bundled model in three forms, which take turns
 step by step: one process takes all rows of a step while the other sleeps (`alone`), both take half of them and share
@@ -6,29 +6,25 @@ the model over gloo (`together`), and both take half of them in runs that know n
 machine itself allows). Wall time from barrier to barrier; ratios are within a round, medians over rounds are shown.
 """
 
+import argparse
+import json
 import os
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = PATHS = [ROOT, os.path.join(ROOT, "kernels")]
+import torch
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import torch  # noqa: E402
-
-from benchmarks.measure import machine, report, target  # noqa: E402
-from supra_cli.core import parallel  # noqa: E402
-from supra_cli.core import recipe as recipes  # noqa: E402
-from supra_cli.core.parallel import ALONE, World  # noqa: E402
-from supra_cli.core.train import loop  # noqa: E402
-from supra_cli.core.train.events import Step  # noqa: E402
+from benchmarks.measure import machine, report, target
+from supra_cli.core import parallel
+from supra_cli.core import recipe as recipes
+from supra_cli.core.parallel import ALONE, World
+from supra_cli.core.train import loop
+from supra_cli.core.train.events import Step
 
 LENGTH, WARM = 512, 2
 CASES = (("finetune", 8), ("finetune", 32), ("distill", 32), ("transfer", 32))
@@ -92,15 +88,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
     with tempfile.TemporaryDirectory() as folder:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command = [*launch, __file__, "--work", str(given.rounds), folder]
-        subprocess.run(command, env=environment, check=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command = [*torchrun, "-m", "benchmarks.parallel", "--work", str(given.rounds), folder]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         found = json.loads((Path(folder) / "found.json").read_text())
     rows = [row(*case, seconds) for case, seconds in zip(CASES, found, strict=True)]
-    result = {"benchmark": "parallel", "command": " ".join(["python benchmarks/parallel.py", *sys.argv[1:]])}
-    result |= {**machine(), "clock": "wall time", "rounds": given.rounds, "rows": rows}
+    result = {"benchmark": "parallel", "command": f"python -m benchmarks.parallel --rounds {given.rounds}"}
+    result |= {**machine(), "clock": "wall time", "rows": rows}
     result["targets"] = [
         target(f"{one['stage']}, {one['tokens_per_step']} tokens, times faster", "at least", 1.6, one["times_faster"])
         for one in rows
