@@ -55,11 +55,12 @@ def test_the_benchmarks_run_with_little_installed(tmp_path):
     """Every command of `make gpu` on a tiny model: as it is there, but for device, model and sizes."""
     small = {
         "operator": ["--tokens", "65"],
+        "step": ["--batches", "1", "2"],
         "decode": ["--model", "tiny", "--layers", "2", "--positions", "3", "5", "--batch", "2"],
         "train": ["--model", "tiny", "--layers", "2", "--shapes", "2x9"],
     }
     wanted = [arguments[1:] for _, arguments in gpu.PARTS.values() if arguments[0] == gpu.MEASURE]
-    given = [[*asked, *small[asked[0]]] for asked in wanted if asked[0] in small]
+    given = [[*asked, *small[asked[0]]] for asked in wanted]
     assert {asked[0] for asked in given} == set(small)
     code = f"""
 import runpy
@@ -75,6 +76,34 @@ for number, given in enumerate({given}):
         if asked[0] == "train":
             assert [(row["mixer"], row["layers"]) for row in rows] == [("softmax", 2), ("supra", 2)]
             assert rows[0]["over_softmax"] == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "measured"),
+    [
+        (
+            {
+                "benchmark": "operator",
+                "rows": [
+                    {"tokens": 8192, "ms": 2.0, "over_softmax": 6.0, "over_fla": None, "share_of_copy_rate": 0.7},
+                    {"tokens": 32768, "ms": 7.0, "over_softmax": 20.0, "over_fla": None, "share_of_copy_rate": 0.8},
+                ],
+            },
+            [6.0, None, 0.7, 3.5],
+        ),
+        (
+            {"benchmark": "step", "rows": [{"batch": b, "share_of_copy_rate": s} for b, s in ((4, 0.1), (16, 0.9))]},
+            [0.9],
+        ),
+        (
+            {"benchmark": "decode", "model": "m", "rows": [{"over_softmax": 1.0}, {"over_softmax": 3.5}]},
+            [3.5],
+        ),
+    ],
+    ids=lambda given: given.get("benchmark") if isinstance(given, dict) else "",
+)
+def test_what_is_asked_of_a_gpu_is_held_against_its_rows(found, measured):
+    assert [target["measured"] for target in measure.asked(found, "cuda")] == measured
 
 
 def test_the_share_of_a_data_sheet_is_that_of_the_card(monkeypatch):
