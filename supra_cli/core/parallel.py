@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -106,41 +106,61 @@ def joined(device: str) -> Iterator[World]:
     torchrun starts again after a UsageError end at once: they would repeat it, or go on with what was refused.
     """
     size, count = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    restarts = None if count is None else int(count)
-    if size == 1:
-        yield World(restarts=restarts)
+    if size > 1:
+        _check(device, size)
+    elif count is None:
+        yield ALONE
         return
-    kind = torch.device(device).type
-    if (found := tuple(int(part) for part in torch.__version__.split(".")[:2])) < LEAST_TORCH:
+    restarts = None if count is None else int(count)
+    launch, rank, size = next(dist.rendezvous("env://"))
+    with _refused_once(launch), nullcontext() if size == 1 else _connected(launch, rank, size, device) as control:
+        if control is not None:  # each node counts its own
+            restarts = max(World(rank, size, control=control).gathered(restarts or 0))
+            mesh = dist.init_device_mesh(torch.device(device).type, (size,))
+            yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
+        else:
+            yield World(restarts=restarts)
+
+
+def _check(device: str, size: int) -> None:
+    kind, found = torch.device(device).type, tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < LEAST_TORCH:
         raise UsageError(
             f"{size} ranks need torch {'.'.join(map(str, LEAST_TORCH))} or later, got {'.'.join(map(str, found))}; "
             "upgrade it, or run one process"
         )
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"{size} ranks cannot share the one device '{device}'; use cuda or cpu, or run one process")
-    if kind == "cuda":
-        torch.cuda.set_device(torch.device(device))
-    launch, rank, size = next(dist.rendezvous("env://"))
+
+
+@contextmanager
+def _refused_once(launch: dist.Store) -> Iterator[None]:
+    """Ranks that torchrun starts again after a UsageError end at once."""
     if launch.check([_REFUSED]):
         raise Elsewhere(UsageError.exit_code)
-    store = _fresh(launch, rank, size)
+    try:
+        yield
+    except UsageError:
+        launch.set(_REFUSED, "")
+        raise
+
+
+@contextmanager
+def _connected(launch: dist.Store, rank: int, size: int, device: str) -> Iterator[dist.ProcessGroup]:
+    """The process groups of the ranks; the one for what is not a tensor of the model."""
+    store, kind = _fresh(launch, rank, size), torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(device))
     try:
         groups = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(groups, store=store, rank=rank, world_size=size)
-        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        counts: list[int | None] = [None] * size
-        dist.all_gather_object(counts, restarts, group=control)
-        restarts = max((count for count in counts if count is not None), default=None)  # each node counts its own
-        mesh = dist.init_device_mesh(kind, (size,))
-        yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
+        yield dist.new_group(backend="gloo", timeout=_PATIENCE)
     except Stopped as stopped:
         if rank == 0:
             raise
         time.sleep(_LAST_WORDS)
         raise Elsewhere(stopped.exit_code) from None
     except Exception as error:
-        if isinstance(error, UsageError):
-            launch.set(_REFUSED, "")
         if not _is_first_to_fail(store, rank):
             time.sleep(_LAST_WORDS)
             raise Elsewhere(SupraError.exit_code) from error

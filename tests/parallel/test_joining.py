@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from supra_cli.core import parallel
-from supra_cli.core.errors import ResourceError, UsageError
+from supra_cli.core.errors import Elsewhere, ResourceError, UsageError
 
 
 @pytest.fixture
@@ -26,10 +26,20 @@ def test_a_process_by_itself_is_a_world_of_one_and_connects_to_nothing() -> None
         assert world.total(torch.tensor(2.0)) == 2
 
 
-def test_a_process_that_torchrun_started_knows_how_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+def test_one_process_of_torchrun_knows_how_often_it_started_and_is_refused_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agents = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agents.port)}
+    for name, value in {**given, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
     with parallel.joined("cpu") as world:
         assert (world.size, world.restarts) == (1, 3)
+    with pytest.raises(UsageError, match="occupied"), parallel.joined("cpu"):
+        raise UsageError("occupied")
+    with pytest.raises(Elsewhere) as refused, parallel.joined("cpu"):
+        pass
+    assert refused.value.exit_code == UsageError.exit_code
 
 
 @pytest.mark.usefixtures("two_ranks")
