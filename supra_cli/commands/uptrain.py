@@ -51,11 +51,9 @@ def run(
     from supra_cli.core.errors import UsageError
     from supra_cli.core.lookup import lookup
 
-    if resume and overwrite:
-        raise UsageError("--resume goes on with what --overwrite would delete; give one of them")
-    parsed = recipes.load(recipe, overrides or (), lookup=lookup)
     output = output or Path("runs") / recipe.stem
     if dry_run:
+        parsed = recipes.load(recipe, overrides or (), lookup=lookup)
         _show_plan(parsed, json, dtype, device, shlex.join(["uptrain", "--recipe", str(recipe)]))
         return
 
@@ -64,8 +62,12 @@ def run(
 
     target = parallel.local_device(devices.resolve(device))
     with parallel.joined(target) as world, _stop_on_signals() as stop:
+        if not world.leads:  # the first rank speaks for all
+            logging.getLogger("supra_cli").setLevel(logging.ERROR)
+        if resume and overwrite:
+            raise UsageError("--resume goes on with what --overwrite would delete; give one of them")
         events = loop.uptrain(
-            parsed,
+            recipes.load(recipe, overrides or (), lookup=lookup),
             output,
             model=model,
             resume=resume,
@@ -75,8 +77,7 @@ def run(
             stop=stop,
             world=world,
         )
-        if not world.leads:  # the first rank speaks for all
-            logging.getLogger("supra_cli").setLevel(logging.ERROR)
+        if not world.leads:
             for _ in events:
                 pass
             return

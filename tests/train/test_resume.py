@@ -516,7 +516,7 @@ def _reached(output: Path, step: int) -> bool:
 
 
 def test_a_checkpoint_that_holds_random_state_is_gone_on_from(recipe_file, whole: dict[str, bytes], tmp_path) -> None:
-    """As supra wrote it when one device was all it knew: beside the moments, the generators' states, under their hash."""
+    """As supra wrote it when it knew one device only: beside the moments the generators' states, under their hash."""
     output = tmp_path / "older"
     run(recipe_file(), output, stop_after=5)
     training = output / "last" / "training"
