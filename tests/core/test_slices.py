@@ -18,6 +18,8 @@ from supra_cli.core.errors import SupraError
 from supra_cli.core.parallel import World
 from tests.parallel.launching import finish, start
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first to come makes what all look at
+
 LIMIT = 400
 """Bytes in a file, which some tensors exceed."""
 

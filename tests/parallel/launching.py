@@ -29,7 +29,7 @@ def start(ranks: int, script: Sequence[str], *options: str, cache: Path) -> subp
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 120) -> subprocess.CompletedProcess[str]:
+def finish(process: subprocess.Popen[str], seconds: float = 300) -> subprocess.CompletedProcess[str]:
     """What it did; one that still runs after so many seconds hangs, and is killed."""
     try:
         out, err = process.communicate(timeout=seconds)

@@ -18,6 +18,8 @@ from tests.parallel import soak
 from tests.parallel.faulty import Fault
 from tests.parallel.launching import finish, start
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first to come makes what all look at
+
 STEPS = 12
 """Of which every fifth and each stage's last are saved: 3, 5, 6, 10, 12."""
 
@@ -173,7 +175,6 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
     """`make soak` with three faults."""
     recipe = soak.prepare(tmp_path, 24)

@@ -24,6 +24,8 @@ from supra_cli.core.parallel import ALONE
 from tests.parallel import worlds
 from tests.tiny import save_base
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first to come makes what all look at
+
 SIZES = [2, 3, 4]
 KINDS = ("transfer", "distill", "finetune")
 TIED = {"tied": True, "untied": False}
@@ -134,7 +136,7 @@ def make(root: Path, size: int, tasks: dict[str, dict[str, Any]]) -> None:
     ]
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-4000:]
 
 
