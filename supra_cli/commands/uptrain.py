@@ -63,7 +63,7 @@ def run(
     from supra_cli.core.train import loop
 
     target = parallel.local_device(devices.resolve(device))
-    with _stop_on_signals() as stop, parallel.joined(target) as world:
+    with parallel.joined(target) as world, _stop_on_signals() as stop:
         events = loop.uptrain(
             parsed,
             output,
@@ -96,7 +96,10 @@ def _show_plan(recipe: Any, json: bool, dtype: str, device: str, run: str) -> No
 
 @contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the loop to finish its step and save; a second SIGINT interrupts at once."""
+    """SIGINT, SIGTERM and SIGUSR1 ask the loop to finish its step and save; a second SIGINT interrupts at once.
+
+    Once one rank has ended, torchrun sends the others SIGTERM: these are ending too, and are to say why undisturbed.
+    """
     stop = threading.Event()
 
     def ask(number: int, frame: object) -> None:
@@ -112,7 +115,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else handler)
 
 
 def _follow(events: Iterator[Any]) -> dict[str, Any]:

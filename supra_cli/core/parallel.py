@@ -7,6 +7,7 @@ every function here is the identity and torch.distributed is not used.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ T = TypeVar("T")
 LEAST_TORCH = (2, 13)
 """Before it, FSDP2 leaves the last rank's part of tied weights untrained (pytorch#176076)."""
 _PATIENCE = timedelta(hours=12)
-"""How long ranks wait for one that downloads, converts or tokenises. One that dies breaks its connections at once."""
+"""How long ranks wait for one that downloads, converts, tokenises or writes; within a step torch's own timeout holds. One
+that dies breaks its connections at once."""
+
+_REFUSED = "supra refused"
+"""The key in torchrun's store that says so."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class World:
         values = values.detach().cpu()
         if self.size > 1:
             values = values.clone()
-            dist.all_reduce(values, group=self.control)
+            dist.all_reduce(values)
         return values
 
     @contextmanager
@@ -94,7 +99,8 @@ def joined(device: str) -> Iterator[World]:
     """The world of the ranks that torchrun started, `device` being the one that this rank computes on.
 
     An error is told by the rank that has it first; on the others it becomes `Elsewhere`, which says nothing. A rank
-    whose connections break although none has told an error raises a SupraError: another one was killed.
+    whose connections break although none has told an error raises a SupraError: another one was killed. Ranks that
+    torchrun starts again after a UsageError, which they would only repeat, end at once.
     """
     size, count = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     restarts = None if count is None else int(count)
@@ -111,20 +117,26 @@ def joined(device: str) -> Iterator[World]:
         raise UsageError(f"{size} ranks cannot share the one device '{device}'; use cuda or cpu, or run one process")
     if kind == "cuda":
         torch.cuda.set_device(torch.device(device))
-    store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    mesh = dist.init_device_mesh(kind, (size,))
+    launch, rank, size = next(dist.rendezvous("env://"))  # torchrun's own store, which outlives the ranks
+    if launch.check([_REFUSED]):
+        raise Elsewhere(UsageError.exit_code)
+    store = dist.PrefixStore(f"start {restarts}", launch)  # the addresses of an earlier start are there too
     try:
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        mesh = dist.init_device_mesh(kind, (size,))
         yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
     except Stopped as stopped:
         raise stopped if rank == 0 else Elsewhere(stopped.exit_code) from None
     except Exception as error:
+        if isinstance(error, UsageError):
+            launch.set(_REFUSED, "")
         if not _is_first_to_fail(store, rank):
             raise Elsewhere(SupraError.exit_code) from error
         if _is_broken_connection(error):
             raise SupraError(
-                f"another rank of this run ended without a word ({first_line(error)}); go on with --resume"
+                f"another rank of this run ended without a word ({_connection(error)}); go on with --resume"
             ) from error
         raise
     dist.destroy_process_group()
@@ -150,6 +162,11 @@ def _is_first_to_fail(store: dist.Store, rank: int) -> bool:
         return store.compare_set("supra.failed", "", str(rank)) == str(rank).encode()
     except (dist.DistError, RuntimeError):  # whoever held the store is gone, and with it who could have told
         return True
+
+
+def _connection(error: Exception) -> str:
+    """What gloo says of a connection, without its source file and its advice."""
+    return re.sub(r"^.*?\.cc:\d+\] |\. This is .*", "", first_line(error))
 
 
 def _is_broken_connection(error: Exception) -> bool:
