@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel for a card that need not be there: registers, spills, shared memory, and how
 many programs one multiprocessor holds. Triton brings its assembler.
 
-    python benchmarks/compiled.py [--target 80] [--json] [--output FILE] [--cases mha packed ...] [--kernels states ...]
+    python benchmarks/compiled.py [--target 80] [--output FILE] [--cases mha packed ...] [--kernels states ...]
 
 The target is a compute capability: 80 (A100), 86 (A10, RTX 3090), 89 (L4, RTX 4090) or 90 (H100, H200). The launcher
 runs as on that card, with every launch compiled and none made, so the arguments, the tiles and the options are those of
@@ -210,7 +210,6 @@ CASES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, choices=tuple(TARGETS), default=90, help="compute capability, times ten")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--kernels", nargs="+", default=[""], help="only those whose names begin so")
@@ -231,7 +230,6 @@ def main() -> int:
     report(
         {"benchmark": "compiled", "command": command, **limit, **machine(), "rows": rows, "targets": []},
         arguments.output,
-        arguments.json,
     )
     over = [row for row in rows if row["shared_bytes"] > target.card.shared_bytes]
     for row in over:

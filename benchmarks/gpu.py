@@ -22,17 +22,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider"]
 TESTS = [*PYTEST, "tests/kernels/test_triton_gpu.py"]
 END_TO_END = "tests/gpu/test_end_to_end.py"
+MEASURE = "benchmarks/measure.py"
+UPTRAIN = [MEASURE, "train", "--mixers", "softmax", "supra", "--rounds", "5"]
 PARTS = {
     # First, since nothing measured means anything where a model cannot be converted, trained, resumed and read back.
     **({"end-to-end": (150, [*PYTEST, END_TO_END])} if (ROOT / END_TO_END).is_file() else {}),
-    "operator": (80, ["benchmarks/operator_speed.py", "--lengths", "2048", "8192", "32768"]),
-    "decode-step": (40, ["benchmarks/decode.py", "--what", "step", "--rounds", "50"]),
-    "decode-model": (100, ["benchmarks/decode.py", "--what", "model"]),
-    "train": (40, ["benchmarks/train.py"]),
-    "train-1b": (
-        45,
-        ["benchmarks/train.py", "--model", "tinyllama-1.1b", "--shapes", "4x2048", "1x8192", "--rounds", "3"],
+    "operator": (80, [MEASURE, "operator", "--rounds", "7"]),
+    "decode-step": (40, [MEASURE, "step", "--rounds", "50"]),
+    # Both models and the base's 16 × 32,768 keys and values would take some 100 GB with all 32 layers.
+    "decode-7b": (
+        100,
+        [MEASURE, "decode", "--model", "mistral-7b", "--layers", "20", "--positions", "32768", "--batch", "16"],
     ),
+    # fp32 weights, gradients and moments of both models are on the GPU at once: 35 GB of 1B, 50 GB of 6 layers of 7B.
+    "uptrain-1b": (45, [*UPTRAIN, "--model", "tinyllama-1.1b", "--shapes", "4x2048"]),
+    "uptrain-7b": (45, [*UPTRAIN, "--model", "mistral-7b", "--layers", "6", "--shapes", "2x2048"]),
     "tests": (135, TESTS),  # last, since compiling is most of it: what the others leave of their time is its
 }
 """Name of a part -> (seconds that are kept for it, arguments of the interpreter)."""
@@ -55,11 +59,11 @@ def run(name: str, seconds: int, arguments: list[str], output: Path) -> dict:
     return {"part": name, "verdict": verdict, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def targets(output: Path, began: float) -> list[dict]:
-    """Of the results written since `began`, in seconds since the epoch."""
-    files = [output / f"{name}-gpu.json" for name in PARTS]
-    fresh = [path for path in files if path.is_file() and path.stat().st_mtime >= began]
-    return [target for path in fresh for target in json.loads(path.read_text(encoding="utf-8"))["targets"]]
+def results(output: Path, began: float) -> dict[str, dict]:
+    """Part -> result, of those written since `began`, in seconds since the epoch."""
+    files = {name: output / f"{name}-gpu.json" for name in PARTS}
+    fresh = {name: path for name, path in files.items() if path.is_file() and path.stat().st_mtime >= began}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in fresh.items()}
 
 
 def main() -> int:
@@ -74,14 +78,19 @@ def main() -> int:
         kept -= seconds
         left = int(TOTAL - kept - (time.time() - began))  # a part may use what those before it did not
         parts.append(run(name, max(seconds, left), arguments, output))
-    met = targets(output, began)
+    found = results(output, began)
+    met = [target for result in found.values() for target in result["targets"]]
     (output / "gpu.json").write_text(json.dumps({"parts": parts, "targets": met}, indent=1) + "\n", encoding="utf-8")
     print("== summary")
     for part in parts:
         print(f"{part['part']:14} {part['verdict']:12} {part['seconds']:6.1f} s")
+    for row in [row for name in found if name.startswith("uptrain") for row in found[name]["rows"]]:
+        mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.3f}"
+        rates = f"{row['tokens_per_s']:.0f} tokens/s, MFU {mfu}, {row['over_softmax']:.2f} × softmax"
+        print(f"{row['mixer']}, {row['layers']} layers, {row['batch']} × {row['tokens']}: {rates}")
     for target in met:
-        found = "not measured" if target["measured"] is None else f"{target['measured']:.3g}"
-        print(f"{target['what']}: {found} ({target['bound']} {target['target']:g})")
+        measured = "not measured" if target["measured"] is None else f"{target['measured']:.3g}"
+        print(f"{target['what']}: {measured} ({target['bound']} {target['target']:g})")
     return 0 if all(part["verdict"] == "ok" for part in parts) else 1
 
 

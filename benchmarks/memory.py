@@ -1,4 +1,4 @@
-"""Does a run take the memory that `supra plan` said?   python benchmarks/memory.py [--json] [--output FILE] [CASE ...]
+"""Does a run take the memory that `supra plan` said?   python benchmarks/memory.py [--output FILE] [CASE ...]
 
 Every case is a recipe that runs for two steps on a randomly drawn model, by one process or by two under torchrun.
 Measured is the rise of a process's resident memory (VmHWM of /proc/self/status, reset when the stage begins) over what
@@ -71,7 +71,6 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help="all by default")
     given = parser.parse_args()
@@ -85,7 +84,7 @@ def main() -> None:
         {"what": f"off by: {name}", "bound": "at most", "target": TOLERANCE, "measured": by, "met": by <= TOLERANCE}
         for name, by in off.items()
     ]
-    report(result, given.output, given.json)
+    report(result, given.output)
 
 
 def write_inputs(folder: Path) -> None:

@@ -43,17 +43,7 @@ def demo() -> str:
 
 
 def operator() -> str:
-    found = _found("operator-cpu")
-    rows = [
-        [
-            target["what"],
-            f"{target['bound']} {target['target']:g}",
-            f"{target['measured']:.2f}",
-            "yes" if target["met"] else "no",
-        ]
-        for target in found["targets"]
-    ]
-    return _markdown(["CPU, fp32, one thread, B1 H4 D64", "asked", "measured", "met"], rows)
+    return _targets("operator-cpu", "CPU, fp32, one thread, B1 H4 D64", ".2f")
 
 
 def operator_times() -> str:
@@ -64,7 +54,6 @@ def operator_times() -> str:
         "forward + backward": "forward_backward_ms",
         "SDPA forward": "sdpa_forward_ms",
         "SDPA forward + backward": "sdpa_forward_backward_ms",
-        "naive forward": "naive_forward_ms",
     }
     rows = [
         [f"{row['tokens']}", *(_figure(row.get(key)) for key in list(columns.values())[1:])] for row in found["rows"]
@@ -73,13 +62,13 @@ def operator_times() -> str:
 
 
 def decode() -> str:
-    found = _found("decode-cpu")["rows"]
-    positions = list(dict.fromkeys(row["position"] for row in found))
-    times = {(row["model"], row["position"]): row["ms_per_token"] for row in found}
-    rows = [
-        [model, *(_figure(times[model, at]) for at in positions)]
-        for model in dict.fromkeys(row["model"] for row in found)
-    ]
+    times = {
+        (row["model"] + form, row["position"]): row["ms"]
+        for form, name in (("", "decode-cpu"), (", compiled", "decode-compiled-cpu"))
+        for row in _found(name)["rows"]
+    }
+    positions = list(dict.fromkeys(at for _, at in times))
+    rows = [[model, *(_figure(times[model, at]) for at in positions)] for model in dict.fromkeys(m for m, _ in times)]
     return _markdown(["model, ms per token", *(f"after {at:,} tokens" for at in positions)], rows)
 
 
@@ -168,6 +157,48 @@ def memory() -> str:
     return _markdown(["a step of", "planned MiB", "measured MiB", "planned / measured"], rows)
 
 
+def overhead() -> str:
+    return _targets("overhead-cpu", "the loop on one rank", ".4f")
+
+
+def parallel() -> str:
+    header = ["stage", "tokens a step", "1 process, tokens/s", "2 processes", "times faster", "quartiles", "apart"]
+    rows = [
+        [
+            row["stage"],
+            f"{row['tokens_per_step']:,}",
+            *(f"{row[f'{form}_tokens_per_s']:,.0f}" for form in ("alone", "together")),
+            f"{row['times_faster']:.2f}",
+            f"{row['lower_quartile']:.2f} to {row['upper_quartile']:.2f}",
+            f"{row['apart_times_faster']:.2f}",
+        ]
+        for row in _found("parallel-cpu")["rows"]
+    ]
+    return _markdown(header, rows)
+
+
+def saving() -> str:
+    found = _found("saving-cpu")
+    forms = {
+        "plain": "safetensors.save_file and fsync",
+        "alone": "a save of a run, 1 rank",
+        "together": "a save of a run, 2 ranks",
+        "dcp": "torch.distributed.checkpoint, 2 ranks",
+    }
+    rows = [
+        [
+            forms[row["form"]],
+            f"{row['seconds']:.2f}",
+            f"{row['over_plain']:.2f}",
+            f"{row['least']:.2f} to {row['most']:.2f}",
+            *(_figure(row.get(f"{when}_peak_mib")) for when in ("step", "save")),
+        ]
+        for row in found["rows"]
+    ]
+    header = [f"{found['bytes'] / 1e6:,.0f} MB", "seconds", "over the plain write", "least to most"]
+    return _markdown([*header, "peak MiB of the step", "of the save"], rows)
+
+
 def curves() -> str:
     found = _found("curves")
     ends = {(entry["mixer"], bool(entry["transferred"])): entry for entry in found["runs"]}
@@ -202,9 +233,25 @@ def render(text: str) -> str:
         "compiled-blocks": compiled_blocks,
         "compiled-cards": compiled_cards,
         "memory": memory,
+        "overhead": overhead,
+        "parallel": parallel,
+        "saving": saving,
         "curves": curves,
     }
     return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)
+
+
+def _targets(name: str, title: str, form: str) -> str:
+    rows = [
+        [
+            target["what"],
+            f"{target['bound']} {target['target']:g}",
+            format(target["measured"], form),
+            "yes" if target["met"] else "no",
+        ]
+        for target in _found(name)["targets"]
+    ]
+    return _markdown([title, "asked", "measured", "met"], rows)
 
 
 def _found(name: str) -> dict:

@@ -20,6 +20,9 @@ _Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
+_Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Build only so many, where memory is small.")]
+
+
 @app.command("operator")
 def operator(
     lengths: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="A length; repeatable.")] = None,
@@ -29,39 +32,34 @@ def operator(
     json: _Json = False,
 ) -> None:
     """Time linear attention, forward and backward, beside softmax attention."""
-    from supra_cli.core.bench import operator as bench
+    from supra_cli.core import bench
 
-    _show(bench.measure(_device(device), rounds=rounds, lengths=lengths or bench.LENGTHS), output, json)
+    _show(bench.operator(_device(device), lengths or [2048, 8192, 32768], rounds), output, json)
 
 
 @app.command("decode")
 def decode(
     model: _Model = "tiny",
     positions: Annotated[
-        list[int] | None, typer.Option("--position", min=1, help="Tokens before the timed one; repeatable on a CPU.")
+        list[int] | None,
+        typer.Option(
+            "--position", min=1, help="Tokens before the timed one; repeatable. [CPU: 100, 16000; GPU: 32768]"
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Texts at once, on a GPU.")] = 16,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="On a CPU, time the compiled step of both models as well.")
-    ] = False,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Texts at once. [CPU: 1; GPU: 16]")] = None,
+    layers: _Layers = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Time the step of generate --compile.")] = False,
     device: _Device = "auto",
     rounds: _Rounds = 20,
     output: _Output = None,
     json: _Json = False,
 ) -> None:
-    """Time one more token beside the softmax base: at each position on a CPU, in a CUDA graph at one on a GPU."""
-    from supra_cli.core.bench import decode as bench
+    """Time one more token at each position, beside the softmax base; on a GPU in a CUDA graph."""
+    from supra_cli.core import bench
 
-    if _device(device) == "cpu":
-        found = bench.measure(
-            "cpu", model=model, rounds=rounds, positions=positions or bench.POSITIONS, compile=compile
-        )
-    elif compile:
-        raise UsageError("--compile is for --device cpu; on a GPU the step is timed in a CUDA graph")
-    else:
-        context = max(positions or [32768])
-        found = bench.measure_graphed(model=model, batch=batch, context=context, rounds=rounds)
-    _show(found, output, json)
+    here = _device(device)
+    usual = ([100, 16000], 1) if here == "cpu" else ([32768], 16)
+    _show(bench.decode(here, model, positions or usual[0], batch or usual[1], layers, compile, rounds), output, json)
 
 
 @app.command("train")
@@ -70,16 +68,18 @@ def train(
     shapes: Annotated[
         list[str] | None, typer.Option("--shape", help="Batch and tokens, like 8x512; repeatable.")
     ] = None,
+    mixers: Annotated[list[str] | None, typer.Option("--mixer", help="Repeatable. [softmax, supra, t2r]")] = None,
+    layers: _Layers = None,
     device: _Device = "auto",
     rounds: _Rounds = 5,
     output: _Output = None,
     json: _Json = False,
 ) -> None:
-    """Time forward and backward of a model with each mixer, beside its softmax base."""
-    from supra_cli.core.bench import train as bench
+    """Time a step of uptraining with each mixer, beside the softmax base."""
+    from supra_cli.core import bench
 
-    wanted = [_shape(shape) for shape in shapes] if shapes else bench.SHAPES
-    _show(bench.measure(_device(device), model=model, rounds=rounds, shapes=wanted), output, json)
+    wanted, named = [_shape(shape) for shape in shapes or ["8x512", "1x4096"]], mixers or ["softmax", "supra", "t2r"]
+    _show(bench.train(_device(device), model, wanted, layers, named, rounds), output, json)
 
 
 def _device(name: str) -> str:
@@ -101,18 +101,21 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _show(found: dict[str, Any], output: Path | None, json: bool) -> None:
-    import json as jsonlib
-
-    from supra_cli.core.bench.timing import tables
+    from supra_cli.core.files import write_json
 
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(jsonlib.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(output, found)
     if json:
         console.document(found)
         return
-    for header, cells in tables(found):
-        console.table(cells, header)
-        console.result("")
+    names = [name for name in found["rows"][0] if any(row[name] is not None for row in found["rows"])]
+    console.table([[_cell(row[name]) for name in names] for row in found["rows"]], names)
     machine = found["hardware"]
-    console.result(f"{machine.get('gpu', machine['cpu'])}, {found['clock']}, {found['rounds']} rounds")
+    console.result(f"{', '.join(machine['gpus']) or machine['cpu']}, {found['clock']}, {found['rounds']} rounds")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "-" if value is None else str(value)

@@ -98,7 +98,7 @@ def _show_plan(recipe: Any, json: bool, dtype: str, device: str, run: str) -> No
 def _stop_on_signals() -> Iterator[threading.Event]:
     """SIGINT, SIGTERM and SIGUSR1 ask the loop to finish its step and save; a second SIGINT interrupts at once.
 
-    Once one rank has ended, torchrun sends the others SIGTERM: these are ending too, and are to say why undisturbed.
+    When one rank has ended, torchrun sends the others SIGTERM: these are ending too, and are to say why undisturbed.
     """
     stop = threading.Event()
 

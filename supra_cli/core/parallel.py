@@ -7,9 +7,10 @@ every function here is the identity and torch.distributed is not used.
 from __future__ import annotations
 
 import os
-import re
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,18 +20,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from supra_cli.core.errors import Elsewhere, ResourceError, Stopped, SupraError, UsageError, first_line
+from supra_cli.core.errors import Elsewhere, ResourceError, Stopped, SupraError, UsageError
 
 T = TypeVar("T")
 
 LEAST_TORCH = (2, 13)
 """Before it, FSDP2 leaves the last rank's part of tied weights untrained (pytorch#176076)."""
 _PATIENCE = timedelta(hours=12)
-"""How long ranks wait for one that downloads, converts, tokenises or writes; within a step torch's own timeout holds. One
-that dies breaks its connections at once."""
+"""How long ranks wait for one that downloads, converts, tokenises or writes; within a step torch's own timeout holds.
+One that dies breaks its connections at once."""
+_REFUSED = "supra.refused"
+"""The key in torchrun's store, which outlives the ranks, that says so."""
 
-_REFUSED = "supra refused"
-"""The key in torchrun's store that says so."""
+_LAST_WORDS = 2.0
+"""Seconds in which the rank that has something to tell does so: when one ends, torchrun ends the others."""
 
 
 @dataclass(frozen=True)
@@ -100,46 +103,94 @@ def joined(device: str) -> Iterator[World]:
 
     An error is told by the rank that has it first; on the others it becomes `Elsewhere`, which says nothing. A rank
     whose connections break although none has told an error raises a SupraError: another one was killed. Ranks that
-    torchrun starts again after a UsageError, which they would only repeat, end at once.
+    torchrun starts again after a UsageError end at once: they would repeat it, or go on with what was refused.
     """
     size, count = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    restarts = None if count is None else int(count)
-    if size == 1:
-        yield World(restarts=restarts)
+    if size > 1:
+        _check(device, size)
+    elif count is None:
+        yield ALONE
         return
-    kind = torch.device(device).type
-    if (found := tuple(int(part) for part in torch.__version__.split(".")[:2])) < LEAST_TORCH:
+    restarts = None if count is None else int(count)
+    launch, rank, size = next(dist.rendezvous("env://"))
+    with _refused_once(launch), nullcontext() if size == 1 else _connected(launch, rank, size, device) as control:
+        if control is not None:  # each node counts its own
+            restarts = max(World(rank, size, control=control).gathered(restarts or 0))
+            mesh = dist.init_device_mesh(torch.device(device).type, (size,))
+            yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
+        else:
+            yield World(restarts=restarts)
+
+
+def _check(device: str, size: int) -> None:
+    kind, found = torch.device(device).type, tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < LEAST_TORCH:
         raise UsageError(
             f"{size} ranks need torch {'.'.join(map(str, LEAST_TORCH))} or later, got {'.'.join(map(str, found))}; "
             "upgrade it, or run one process"
         )
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"{size} ranks cannot share the one device '{device}'; use cuda or cpu, or run one process")
-    if kind == "cuda":
-        torch.cuda.set_device(torch.device(device))
-    launch, rank, size = next(dist.rendezvous("env://"))  # torchrun's own store, which outlives the ranks
+
+
+@contextmanager
+def _refused_once(launch: dist.Store) -> Iterator[None]:
+    """Ranks that torchrun starts again after a UsageError end at once."""
     if launch.check([_REFUSED]):
         raise Elsewhere(UsageError.exit_code)
-    store = dist.PrefixStore(f"start {restarts}", launch)  # the addresses of an earlier start are there too
     try:
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        mesh = dist.init_device_mesh(kind, (size,))
-        yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
+        yield
+    except UsageError:
+        launch.set(_REFUSED, "")
+        raise
+
+
+@contextmanager
+def _connected(launch: dist.Store, rank: int, size: int, device: str) -> Iterator[dist.ProcessGroup]:
+    """The process groups of the ranks; the one for what is not a tensor of the model."""
+    store, kind = _fresh(launch, rank, size), torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(device))
+    try:
+        groups = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(groups, store=store, rank=rank, world_size=size)
+        yield dist.new_group(backend="gloo", timeout=_PATIENCE)
     except Stopped as stopped:
-        raise stopped if rank == 0 else Elsewhere(stopped.exit_code) from None
+        if rank == 0:
+            raise
+        time.sleep(_LAST_WORDS)
+        raise Elsewhere(stopped.exit_code) from None
     except Exception as error:
         if isinstance(error, UsageError):
             launch.set(_REFUSED, "")
         if not _is_first_to_fail(store, rank):
+            time.sleep(_LAST_WORDS)
             raise Elsewhere(SupraError.exit_code) from error
         if _is_broken_connection(error):
             raise SupraError(
-                f"another rank of this run ended without a word ({_connection(error)}); go on with --resume"
+                "another rank of this run ended without a word: killed, crashed or cut off; go on with --resume"
             ) from error
         raise
     dist.destroy_process_group()
+
+
+def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """The part of the store that nobody has written to before these ranks came.
+
+    torchrun keeps one store for all of its attempts (pytorch#135712), in which ranks that it starts again would find
+    the addresses of their dead predecessors. So each says under which new name it has come, and rank 0 answers there.
+    """
+    token = name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"supra.came.{rank}", name)
+        token = store.get(name).decode()
+        store.set(f"{token}.{rank}", "")
+        return dist.PrefixStore(token, store)
+    for other in range(1, size):
+        while not store.check([f"{token}.{other}"]):
+            store.set(store.get(f"supra.came.{other}").decode(), token)  # a predecessor's name is nobody's
+            time.sleep(0.05)
+    return dist.PrefixStore(token, store)
 
 
 def local_device(device: str) -> str:

@@ -13,12 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig
 
-from benchmarks import gpu
-from supra_cli.core.bench import decode
-from supra_cli.core.bench.models import draw
-from supra_cli.core.bench.roofline import counted_flops
+from benchmarks import gpu, measure
+from supra_cli.core import bench
 from supra_cli.core.flops import operator_flops
-from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.generate import steps
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.ops import linear_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,23 +52,66 @@ def test_the_end_to_end_file_runs_with_little_installed():
 
 
 def test_the_benchmarks_run_with_little_installed(tmp_path):
+    """Every command of `make gpu` on a tiny model: as it is there, but for device, model and sizes."""
+    small = {
+        "operator": ["--tokens", "65"],
+        "step": ["--batches", "1", "2"],
+        "decode": ["--model", "tiny", "--layers", "2", "--positions", "3", "5", "--batch", "2"],
+        "train": ["--model", "tiny", "--layers", "2", "--shapes", "2x9"],
+    }
+    wanted = [arguments[1:] for _, arguments in gpu.PARTS.values() if arguments[0] == gpu.MEASURE]
+    given = [[*asked, *small[asked[0]]] for asked in wanted]
+    assert {asked[0] for asked in given} == set(small)
     code = f"""
 import runpy
-for name, *given in (
-    ("operator_speed", "--lengths", "65"),
-    ("decode", "--positions", "3", "5"),
-    ("train", "--shapes", "1x9"),
-):
-    sys.argv = [name, "--device", "cpu", "--rounds", "1", "--output", "{tmp_path}/" + name + ".json", *given]
-    runpy.run_path("benchmarks/" + name + ".py", run_name="__main__")
-from supra_cli.core.bench import decode
-decode.measure_graphed(model="tiny", batch=2, context=8, rounds=1, device="cpu")
+for number, given in enumerate({given}):
+    sys.argv = ["measure", *given, "--device", "cpu", "--rounds", "1", "--output", f"{tmp_path}/{{number}}.json"]
+    runpy.run_path("benchmarks/measure.py", run_name="__main__")
 """
     done = alone(code)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("operator_speed", "decode", "train"):
-        found = json.loads((tmp_path / f"{name}.json").read_text())
-        assert all(row["matrix_gflops"] > 0 and row["roofline_ms"] > 0 for row in found["rows"])
+    for number, asked in enumerate(given):
+        rows = json.loads((tmp_path / f"{number}.json").read_text())["rows"]
+        assert all(row["matrix_gflops"] > 0 and row["roofline_ms"] > 0 for row in rows)
+        if asked[0] == "train":
+            assert [(row["mixer"], row["layers"]) for row in rows] == [("softmax", 2), ("supra", 2)]
+            assert rows[0]["over_softmax"] == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "measured"),
+    [
+        (
+            {
+                "benchmark": "operator",
+                "rows": [
+                    {"tokens": 8192, "ms": 2.0, "over_softmax": 6.0, "over_fla": None, "share_of_copy_rate": 0.7},
+                    {"tokens": 32768, "ms": 7.0, "over_softmax": 20.0, "over_fla": None, "share_of_copy_rate": 0.8},
+                ],
+            },
+            [6.0, None, 0.7, 3.5],
+        ),
+        (
+            {"benchmark": "step", "rows": [{"batch": b, "share_of_copy_rate": s} for b, s in ((4, 0.1), (16, 0.9))]},
+            [0.9],
+        ),
+        (
+            {"benchmark": "decode", "model": "m", "rows": [{"over_softmax": 1.0}, {"over_softmax": 3.5}]},
+            [3.5],
+        ),
+    ],
+    ids=lambda given: given.get("benchmark") if isinstance(given, dict) else "",
+)
+def test_what_is_asked_of_a_gpu_is_held_against_its_rows(found, measured):
+    assert [target["measured"] for target in measure.asked(found, "cuda")] == measured
+
+
+def test_the_share_of_a_data_sheet_is_that_of_the_card(monkeypatch):
+    shares = {}
+    for card in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 3090"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda card=card: card)
+        shares[card] = measure.with_mfu([{"gflops": 312_000.0}])[0]["mfu"]
+    assert list(shares.values()) == [pytest.approx(312 / 989), 1.0, None]
 
 
 def test_all_parts_fit_in_ten_minutes_and_exist():
@@ -124,33 +166,17 @@ class HostTraffic(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["softmax", "supra"])
 def test_a_decode_step_can_be_captured(kind):
-    model = draw(SupraConfig.from_base(SMALL, mixer=kind), "cpu", torch.float32).eval()
-    step, cache = decode._one_token(model, 2, 16)
+    torch.manual_seed(0)
+    model = SupraForCausalLM._from_config(SupraConfig.from_base(SMALL, mixer=kind)).eval()
+    token, cache = torch.zeros(2, dtype=torch.long), bench._read(model, 2, 16)
+    given = (model, token, torch.full_like(token, 15), None, cache)
+    steps.decode(*given)
     before = [layer.state.S if kind == "supra" else layer.keys for layer in cache.layers]
     with HostTraffic() as traffic:
-        step()
+        steps.decode(*given)
     assert not traffic.seen
     after = [layer.state.S if kind == "supra" else layer.keys for layer in cache.layers]
     assert [x.data_ptr() for x in before] == [x.data_ptr() for x in after]
-
-
-def test_both_models_are_timed_with_as_many_layers(monkeypatch):
-    """Though the second is built when the first has taken its memory."""
-    asked = []
-
-    def fits(config, batch, context):
-        asked.append(config)
-        return 2 - len(asked[1:])
-
-    monkeypatch.setattr(decode, "_layers_that_fit", fits)
-    monkeypatch.setattr(decode, "draw", lambda config, device, dtype: draw(config, "cpu", torch.float32))
-    monkeypatch.setattr(decode, "_graph", lambda step: step)
-    monkeypatch.setattr(decode, "result", lambda name, device, rounds, **found: found)
-    monkeypatch.setattr(decode, "measured", lambda runs, rounds, device: {name: [1.0] for name in runs})
-    monkeypatch.setattr(decode, "rate_runs", lambda device, dtype: {"matrix": None, "copy": None})
-    found = decode.measure_graphed(model="tiny", batch=2, context=8, rounds=1, device="cuda")
-    assert len(asked) == 1
-    assert [row["layers_timed"] for row in found["rows"]] == [2, 2]
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
@@ -160,5 +186,5 @@ def test_flops_are_counted_inside_the_operator_too(path):
     device = "cuda" if path == "triton" and torch.cuda.is_available() else "cpu"
     q, k, v = (torch.randn(1, 128, 2, 64, device=device, requires_grad=True) for _ in range(3))
     forward, backward = operator_flops(128 * 2, 64, 64, 64)
-    assert counted_flops(lambda: linear_attention(q, k, v, path=path)) == forward
-    assert counted_flops(lambda: linear_attention(q, k, v, path=path)[0].sum().backward()) == forward + backward
+    assert bench.counted_flops(lambda: linear_attention(q, k, v, path=path)) == forward
+    assert bench.counted_flops(lambda: linear_attention(q, k, v, path=path)[0].sum().backward()) == forward + backward

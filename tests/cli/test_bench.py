@@ -21,12 +21,26 @@ def test_the_document_has_figures_beside_the_machines_rates(given, capfd, tmp_pa
     assert json.loads(path.read_text())["rows"] == found["rows"]
 
 
-def test_the_compiled_step_of_both_models_is_timed_beside_the_plain_one(capfd, monkeypatch):
-    monkeypatch.setattr("torch.compile", lambda step, options: step)
+def test_a_compiled_step_is_timed_where_it_is_asked_for(capfd, monkeypatch):
+    seen = []
+    monkeypatch.setattr("torch.compile", lambda step, options: seen.append(step) or step)
     given = ("--position", "3", "--compile", "--device", "cpu", "--rounds", "1", "--json", "--quiet")
     assert main(["bench", "decode", *given]) == 0
-    timed = [row["model"] for row in json.loads(capfd.readouterr().out)["rows"]]
-    assert timed == ["softmax", "supra", "softmax, compiled", "supra, compiled"]
+    found = json.loads(capfd.readouterr().out)
+    assert [row["model"] for row in found["rows"]] == ["softmax", "supra"]
+    assert found["compiled"] is True
+    assert len(seen) == 2
+
+
+def test_a_converted_model_keeps_its_own_mixer_and_layers(capfd, tmp_path):
+    student = str(tmp_path / "student")
+    assert main(["convert", "tiny", "--mixer", "gated", "--keep", "every:2", "--output", student, "--quiet"]) == 0
+    capfd.readouterr()
+    given = ("--position", "3", "--layers", "4", "--device", "cpu", "--rounds", "1", "--json", "--quiet")
+    assert main(["bench", "decode", student, *given]) == 0
+    softmax, gated = json.loads(capfd.readouterr().out)["rows"]
+    assert (softmax["model"], gated["model"], gated["layers"]) == ("softmax", "gated", 4)
+    assert 0 < softmax["cache_bytes"] < gated["cache_bytes"]
 
 
 def test_the_table_names_the_machine(capfd):

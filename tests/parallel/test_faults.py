@@ -1,142 +1,184 @@
-"""Ranks that are stopped, killed, spoilt, short of disk or refused: real processes, started by torchrun.
-
-Each ends with one sentence of ours, before torchrun's own report, in no more time than a wait may take, and with a run
-that goes on as if nothing had been.
+"""What goes wrong while several ranks train, each time with real processes: nobody waits for the dead, one sentence
+says what happened, what was saved is whole, and the run goes on to the bits of one that nothing happened to.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-import signal
+import os
+import re
 import socket
-import sys
-from collections.abc import Mapping
+import subprocess
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import faults
-import soak
-from faults import bits, checkpoints, launched, run, steps
+from tests.parallel import soak
+from tests.parallel.faulty import Fault
+from tests.parallel.launching import finish, start
 
-from supra_cli.core import checkpoint
+STEPS = 12
+"""Of which every fifth and each stage's last are saved: 3, 5, 6, 10, 12."""
 
-STEPS, EVERY = 24, 5
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return faults.recipe(tmp_path_factory.mktemp("faults"), STEPS, EVERY)
+MISSED = "error: another rank of this run ended without a word: killed, crashed or cut off; go on with --resume"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(recipe: Path) -> Mapping[str, bytes]:
-    """The bits of a run on two ranks: here of two agents that meet on loopback, as on two nodes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    nodes = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "faults"]
-    output = recipe.parent / "undisturbed"
-    with (
-        launched(recipe, output, ranks=1, options=nodes) as one,
-        launched(recipe, output, ranks=1, options=nodes) as other,
-    ):
-        assert (one.wait(), other.wait()) == (0, 0), one.said() + other.said()
-    spoken = [launch.said().count("finished: ") for launch in (one, other)]
-    assert sorted(spoken) == [0, 1]
-    assert json.loads((output / "env.json").read_text())["ranks"] == 2
-    return bits(output)
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe and its run on two ranks; made by one of pytest's processes, while the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults"
+    with Path(f"{root}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "made").exists():
+            root.mkdir()
+            ended = soak.launch(soak.prepare(root, STEPS), root / "run", 2, None)
+            assert ended.returncode == 0, ended.stderr
+            (root / "made").touch()
+    return root
 
 
-def test_a_stop_asked_of_one_rank_of_four_is_all_ranks_and_is_not_undone(recipe: Path) -> None:
-    output = recipe.parent / "stopped"
-    asked = run(recipe, output, ranks=4, fault="SIGTERM@7:2", options=["--max-restarts", "1"])
-    first, again = asked.errors()
-    assert first == "error: stopped after step 7 with everything saved; go on with --resume"
-    assert "was asked to stop, so that it is not started again" in again
-    assert asked.wait() == 1  # by torchrun, which has seen 75
-    assert "exitcode  : 75" in asked.said()
-    assert (steps(output), checkpoints(output)) == ([*range(1, 8)], [5, 7])
+@pytest.fixture
+def recipe(shared: Path) -> Path:
+    return shared / "recipe.toml"
+
+
+@pytest.fixture
+def wanted(shared: Path) -> dict[str, bytes]:
+    return soak.bits(shared / "run")
+
+
+def errors(ended: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+
+
+def exit_codes(ended: subprocess.CompletedProcess[str]) -> list[str]:
+    """As torchrun reports them."""
+    return re.findall(r"exitcode\s*: (-?\d+)", ended.stderr)
+
+
+def steps(output: Path) -> list[int]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if line["event"] == "step"]
+
+
+def saves(output: Path) -> list[str]:
+    return sorted(path.parent.name for path in output.glob("step-*/COMPLETE"))
+
+
+def test_torchrun_starts_a_run_again_of_which_a_rank_was_killed(recipe: Path, wanted: dict, tmp_path: Path) -> None:
+    ended = soak.launch(recipe, tmp_path / "run", 2, Fault("kill", 8, rank=0), options=("--max-restarts", "1"))
+    assert ended.returncode == 0, ended.stderr
+    assert errors(ended) == [MISSED]
+    assert "resuming from step-000006" in ended.stderr
+    assert soak.bits(tmp_path / "run") == wanted
+    assert steps(tmp_path / "run") == list(range(1, STEPS + 1))
+
+
+def test_nothing_of_a_save_that_was_killed_is_taken_for_one(recipe: Path, wanted: dict, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 2, Fault("kill in save", 10))
+    assert set(exit_codes(ended)) == {"-9"}
+    assert list(output.glob(".writing-*"))
+    assert saves(output) == ["step-000005", "step-000006"]
+    ended = soak.launch(recipe, output, 2, None, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert soak.bits(output) == wanted
+    assert not list(output.glob(".writing-*"))
+
+
+def test_all_refuse_a_step_that_is_not_finite_on_one(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 2, Fault("nan", 8, rank=1))
+    assert ended.returncode == 1
+    (error,) = errors(ended)
+    assert "loss nan and gradient norm nan in stage 2 (finetune), step 8; nothing was updated" in error
+    assert steps(output) == list(range(1, 8))
+    assert (output / "non-finite" / "step-000008" / "batch.safetensors").exists()
+    assert set(exit_codes(ended)) == {"1"}
+
+
+def test_a_full_disk_on_one_and_then_a_damaged_save(recipe: Path, wanted: dict, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 2, Fault("full disk", 10, rank=1))
+    assert ended.returncode == 1
+    (error,) = errors(ended)
+    assert "cannot write" in error
+    assert "No space left on device" in error
+    assert saves(output) == ["step-000005", "step-000006"]
+    assert not list(output.glob(".writing-*"))
+
+    weights = next((output / "step-000006").glob("model*.safetensors"))
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size - 1)
+    ended = soak.launch(recipe, output, 2, None, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert "checkpoint step-000006 is damaged" in ended.stderr
+    assert "resuming from step-000005" in ended.stderr
+    assert soak.bits(output) == wanted
+
+
+def test_one_of_four_that_is_asked_to_stop_stops_all_and_stays_stopped(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 4, Fault("term", 8, rank=3), options=("--max-restarts", "1"))
+    assert ended.returncode == 1  # torchrun's own, whatever its processes'
+    assert errors(ended) == [
+        "error: stopped after step 8 with everything saved; go on with --resume",
+        f"error: {output} was asked to stop, so that it is not started again; launch it anew to go on",
+    ]
+    assert "75" in exit_codes(ended)
     assert (output / "stopped").exists()
-
-    asked = run(recipe, output, "--resume", ranks=4, fault="SIGUSR1@9:3")
-    assert asked.errors() == ["error: stopped after step 9 with everything saved; go on with --resume"]
-    assert (steps(output), checkpoints(output)) == ([*range(1, 10)], [7, 9])
-
-    assert run(recipe, output, "--resume").wait() == 0  # on two
-    assert steps(output) == [*range(1, STEPS + 1)]
+    assert steps(output) == list(range(1, 9))
+    ended = soak.launch(recipe, output, 2, None, "--resume")  # on fewer
+    assert ended.returncode == 0, ended.stderr
+    assert steps(output) == list(range(1, STEPS + 1))
     assert not (output / "stopped").exists()
 
 
-def test_a_run_goes_on_by_itself_after_a_rank_was_killed(recipe: Path, undisturbed: Mapping[str, bytes]) -> None:
-    output = recipe.parent / "restarted"
-    killed = run(recipe, output, fault="SIGKILL@14:1", options=["--max-restarts", "1"])
-    assert killed.wait() == 0, killed.said()
-    (sentence,) = killed.errors()
-    assert "another rank of this run ended without a word (" in sentence
-    assert "resuming from step-000012" in killed.said()  # the end of the first stage
-    assert steps(output) == [*range(1, STEPS + 1)]
-    assert bits(output) == undisturbed
-
-
-def test_kills_and_damage_cost_no_more_than_the_steps_since_a_save(
-    recipe: Path, undisturbed: Mapping[str, bytes]
+def test_of_two_launches_into_one_directory_one_is_refused(
+    recipe: Path, shared: Path, wanted: dict, tmp_path: Path
 ) -> None:
-    output = recipe.parent / "killed"
-    killed = run(recipe, output, fault="SIGKILL@12:0")  # the one that speaks
-    assert killed.wait() == 1
-    (sentence,) = killed.errors()
-    assert "another rank of this run ended without a word (" in sentence
-    assert "Traceback" not in killed.said().partition(sentence)[0]
-
-    with launched(recipe, output, "--resume", fault="hold@13:1") as held:
-        held.until((output / "held").exists)
-        before = checkpoints(output)
-        second = run(recipe, output, "--resume", options=["--max-restarts", "1"])
-        assert second.wait() == 1
-        assert second.errors() == [
-            f"error: another run is writing to {output}; wait for it or choose another --output"
-        ]  # once: a refusal is not tried again
-        assert "exitcode  : 2" in second.said()
-        assert checkpoints(output) == before
-        held.process.send_signal(signal.SIGTERM)
-        held.wait()
-    assert held.errors() == ["error: stopped after step 13 with everything saved; go on with --resume"]
-
-    killed = run(recipe, output, "--resume", fault="SIGKILL-in-save@15:0,1")
-    assert killed.errors() == []  # nobody is left to say it
-    assert (output / ".writing-000015" / "training").is_dir()
-    assert checkpoints(output) == [12, 13]
-
-    assert faults.truncate(output) == 13
-    resumed = run(recipe, output, "--resume")
-    assert resumed.wait() == 0, resumed.said()
-    assert "checkpoint step-000013 is damaged (" in resumed.said()
-    assert "resuming from step-000012" in resumed.said()
-    assert not list(output.glob(".writing-*"))
-    assert steps(output) == [*range(1, STEPS + 1)]
-    assert bits(output) == undisturbed
+    output = tmp_path / "run"
+    script = ["-m", "supra_cli", "uptrain", "--recipe", str(recipe), "--output", str(output)]
+    launches = [start(2, script, "--max-restarts", "1", cache=shared / "cache") for _ in range(2)]
+    both = [finish(process) for process in launches]
+    winner, refused = sorted(both, key=lambda ended: ended.returncode)
+    assert (winner.returncode, refused.returncode) == (0, 1), [ended.stderr for ended in both]
+    (error,) = errors(refused)  # not again by those that torchrun started again, nor did they go on
+    assert "another run is writing to" in error or "is not empty" in error
+    assert "2" in exit_codes(refused)
+    assert soak.bits(output) == wanted
 
 
-def test_what_one_rank_cannot_do_ends_all_with_its_sentence(recipe: Path) -> None:
-    output = recipe.parent / "refused"
-    spoilt = run(recipe, output, fault="nan@7:1")
-    assert spoilt.wait() == 1
-    (sentence,) = spoilt.errors()
-    assert sentence.startswith("error: loss nan and gradient norm nan in stage 0 (transfer), step 7; nothing was updated")
-    assert (steps(output), checkpoints(output)) == ([*range(1, 7)], [5])
-    assert (output / "non-finite" / "step-000007" / "batch.safetensors").exists()
-
-    full = run(recipe, output, "--resume", fault="full@10:1")
-    assert full.wait() == 1
-    (sentence,) = full.errors()
-    assert "cannot write" in sentence
-    assert "No space left on device); make room" in sentence
-    assert checkpoints(output) == [5]
-    assert not list(output.glob(".writing-*"))
-    checkpoint.verify(output / "last")
+def test_two_nodes_meet_by_rendezvous(recipe: Path, shared: Path, wanted: dict, tmp_path: Path) -> None:
+    """Two agents on this machine, of one rank each; one of the ranks is killed, and both agents start theirs again."""
+    output = tmp_path / "run"
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "meeting", "--max-restarts", "1"]
+    fault = Fault("kill", 8, rank=1)._asdict()
+    script = [soak.faulty.__file__, json.dumps(fault)]
+    script += ["uptrain", "--recipe", str(recipe), "--output", str(output)]
+    place = ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    agents = [start(1, script, *meeting, *place, cache=shared / "cache") for _ in range(2)]
+    both = [finish(agent) for agent in agents]
+    assert [ended.returncode for ended in both] == [0, 0], [ended.stderr for ended in both]
+    assert sorted(line for ended in both for line in errors(ended)) == [MISSED]
+    assert any("resuming from step-000006" in ended.stderr for ended in both)
+    assert soak.bits(output) == wanted
 
 
-def test_a_short_soak(tmp_path: Path) -> None:
-    soak.soak(tmp_path, steps=32, every=8, saved=4)
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_soak(tmp_path: Path) -> None:
+    """`make soak` with three faults."""
+    recipe = soak.prepare(tmp_path, 24)
+    soak.disturbed(recipe, tmp_path / "undisturbed", 3, [])
+    faults = [Fault("kill in save", 5, rank=1), Fault("usr1", 12, rank=2), Fault("truncated", 17, rank=0)]
+    soak.disturbed(recipe, tmp_path / "disturbed", 3, faults)
+    assert soak.bits(tmp_path / "disturbed") == soak.bits(tmp_path / "undisturbed")
+    assert steps(tmp_path / "disturbed") == list(range(1, 25))

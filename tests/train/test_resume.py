@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
+from supra_cli.core.checkpoint.files import sha256
 from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.train import loop
@@ -512,3 +513,16 @@ def test_a_disk_that_is_full_while_saving_costs_nothing_but_the_save(
 def _reached(output: Path, step: int) -> bool:
     metrics = output / "metrics.jsonl"
     return metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+
+def test_a_checkpoint_that_holds_random_state_is_gone_on_from(recipe_file, whole: dict[str, bytes], tmp_path) -> None:
+    """As supra wrote it when one device was all it knew: beside the moments, the generators' states, under their hash."""
+    output = tmp_path / "older"
+    run(recipe_file(), output, stop_after=5)
+    training = output / "last" / "training"
+    save_file({"torch": torch.get_rng_state(), "numpy": torch.zeros(624)}, training / "random.safetensors")
+    state = json.loads((training / "state.json").read_text())
+    state["files"]["random.safetensors"] = sha256(training / "random.safetensors")
+    (training / "state.json").write_text(json.dumps(state))
+    run(recipe_file(), output, resume=True)
+    assert weights(output) == whole

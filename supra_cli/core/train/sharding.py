@@ -30,8 +30,9 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
 
     Units that are whole while they compute: each mixer and the norms of each block in fp32, the rest of each block in
     `dtype`, and the root in fp32: embeddings, last norm and head, which may be tied, and which the chunked losses call
-    again in the backward pass. With `inside`, where the loss goes backward in mid-forward, mixers are no units of
-    FSDP2's but whole during their own calls. With `offload`, shards lie in CPU memory between their uses.
+    again in the backward pass. Where `dtype` is fp32 too, a block is one unit, for half as many messages. With
+    `inside`, where the loss goes backward in mid-forward, mixers are no units of FSDP2's but whole during their own
+    calls. With `offload`, shards lie in CPU memory between their uses.
     """
     if world.size == 1:
         return
@@ -51,7 +52,7 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
         if inside:
             _whole_during_calls(mixer, world.mesh)
             apart.update(mixer.parameters())
-        elif any(True for _ in mixer.parameters()):
+        elif dtype != torch.float32 and any(True for _ in mixer.parameters()):
             unit(mixer)
     of_mixers = {part for mixer in mixers for part in mixer.modules()}
     for block in model.arch.layers(model):

@@ -1,9 +1,9 @@
-"""The runs that tests/parallel/test_world.py compares, each by all ranks of one world in turn: `torchrun cases.py FOLDER`,
-or `run(FOLDER, ALONE)` for a world of one.
+"""The runs that tests/parallel/test_world.py compares, each by all ranks of a world: `torchrun worlds.py FOLDER`, or
+`run(FOLDER, ALONE)` for a world of one.
 
-FOLDER/runs.json is a list of {"recipe": path, "output": path, "after": output, "stop_after": step, "dtype": name, "trick":
-name}, all but the first two optional. A run keeps the gradients of its first step in `gradients.safetensors`, and a
-SupraError that ends it in `error.txt`.
+FOLDER/runs.json is a list of {"recipe": path, "output": path, "after": output, "stop_after": step, "dtype": name,
+"trick": name}, all but the first two optional. A run keeps the gradients of its first step in `gradients.safetensors`,
+and a SupraError that ends it in a file beside it, `OUTPUT.error`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from supra_cli.core.data import rows
 from supra_cli.core.data.tokens import Tokens
 from supra_cli.core.errors import Stopped, SupraError
 from supra_cli.core.lookup import lookup
+from supra_cli.core.mixers.supra import Supra
 from supra_cli.core.parallel import World
-from supra_cli.core.stages.transfer import Transfer
 from supra_cli.core.train import loop
 from supra_cli.core.train.events import Step
 
@@ -42,7 +42,7 @@ def run(folder: Path, world: World) -> None:
         stop = threading.Event()
         settings = {"dtype": getattr(torch, task["dtype"])} if "dtype" in task else {}
         recipe = recipes.load(Path(task["recipe"]), lookup=lookup)
-        tricks = {"none": _nothing, "hub": _hub, "rows apart": _rows_apart, "outside": _outside}
+        tricks = {"none": _nothing, "hub": _hub, "rows apart": _rows_apart, "unused": _unused}
         try:
             with tricks[task.get("trick", "none")](output, world), _first_gradients(output, world):
                 # One rank alone is asked to stop.
@@ -117,9 +117,15 @@ def _rows_apart(output: Path, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def _outside(output: Path, world: World) -> Iterator[None]:
-    """Transfer, if nobody knew that it goes backward inside of the student's forward pass."""
-    with mock.patch.object(Transfer, "inside", False):
+def _unused(output: Path, world: World) -> Iterator[None]:
+    """A mixer has a parameter that its forward pass has forgotten."""
+    original = Supra.__init__
+
+    def begin(mixer: Supra, *given: object, **named: object) -> None:
+        original(mixer, *given, **named)
+        mixer.forgotten = torch.nn.Parameter(torch.zeros(6))
+
+    with mock.patch.object(Supra, "__init__", begin):
         yield
 
 

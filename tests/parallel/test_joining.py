@@ -1,0 +1,70 @@
+"""Which ranks may train together, and on what; read from the environment before any of them is connected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from supra_cli.core import parallel
+from supra_cli.core.errors import Elsewhere, ResourceError, UsageError
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun tells the second of two."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_by_itself_is_a_world_of_one_and_connects_to_nothing() -> None:
+    with parallel.joined("cpu") as world:
+        assert world == parallel.ALONE
+        assert not torch.distributed.is_initialized()
+        assert world.leads
+        assert world.shared("said") == "said"
+        assert world.gathered("said") == ["said"]
+        assert world.total(torch.tensor(2.0)) == 2
+
+
+def test_one_process_of_torchrun_knows_how_often_it_started_and_is_refused_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agents = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agents.port)}
+    for name, value in {**given, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with parallel.joined("cpu") as world:
+        assert (world.size, world.restarts) == (1, 3)
+    with pytest.raises(UsageError, match="occupied"), parallel.joined("cpu"):
+        raise UsageError("occupied")
+    with pytest.raises(Elsewhere) as refused, parallel.joined("cpu"):
+        pass
+    assert refused.value.exit_code == UsageError.exit_code
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize(
+    ("device", "version", "sentence"),
+    [
+        ("cpu", "2.12.1", r"2 ranks need torch 2\.13 or later, got 2\.12; upgrade it, or run one process"),
+        ("mps", "2.13.0", "2 ranks cannot share the one device 'mps'; use cuda or cpu, or run one process"),
+    ],
+)
+def test_what_several_ranks_cannot_run_on_is_refused(
+    device: str, version: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(UsageError, match=sentence), parallel.joined(device):
+        pass
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parallel.local_device("cuda") == "cuda:1"
+    assert parallel.local_device("cpu") == "cpu"
+    with pytest.raises(UsageError, match="each of 2 ranks takes its own GPU; say --device cuda"):
+        parallel.local_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ResourceError, match="rank 1 of this machine has no GPU: there are 1"):
+        parallel.local_device("cuda")
