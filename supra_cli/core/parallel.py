@@ -161,8 +161,6 @@ def _connected(launch: dist.Store, rank: int, size: int, device: str) -> Iterato
         time.sleep(_LAST_WORDS)
         raise Elsewhere(stopped.exit_code) from None
     except Exception as error:
-        if isinstance(error, UsageError):
-            launch.set(_REFUSED, "")
         if not _is_first_to_fail(store, rank):
             time.sleep(_LAST_WORDS)
             raise Elsewhere(SupraError.exit_code) from error
@@ -213,11 +211,6 @@ def _is_first_to_fail(store: dist.Store, rank: int) -> bool:
         return store.compare_set("supra.failed", "", str(rank)) == str(rank).encode()
     except (dist.DistError, RuntimeError):  # whoever held the store is gone, and with it who could have told
         return True
-
-
-def _connection(error: Exception) -> str:
-    """What gloo says of a connection, without its source file and its advice."""
-    return re.sub(r"^.*?\.cc:\d+\] |\. This is .*", "", first_line(error))
 
 
 def _is_broken_connection(error: Exception) -> bool:
