@@ -82,14 +82,19 @@ def launch(
     options: tuple[str, ...] = (),
     seconds: float = 120,
 ) -> subprocess.CompletedProcess[str]:
-    """`torchrun ... supra uptrain`, in which `fault` strikes; it hangs if it takes more than `seconds`."""
+    """`torchrun ... supra uptrain`, in which `fault` strikes; an error where a rank hangs.
+
+    One that all wait for hangs if it takes more than `seconds`, one that is left over if torchrun has to kill it.
+    """
     script = ["-m", "supra_cli"]
     if fault is not None:
         # Of "kill all" every rank dies; a file is truncated once the run has been killed.
         kind = {"kill all": "kill", "truncated": "kill"}.get(fault.kind, fault.kind)
         script = [faulty.__file__, json.dumps(fault._replace(kind=kind)._asdict())]
     script += ["uptrain", "--recipe", str(recipe), "--output", str(output), *more]
-    return finish(start(ranks, script, *options, cache=recipe.parent / "cache"), seconds)
+    ended = finish(start(ranks, script, *options, cache=recipe.parent / "cache"), seconds)
+    assert "forcefully exiting" not in ended.stderr, ended.stderr
+    return ended
 
 
 def bits(output: Path) -> dict[str, bytes]:
