@@ -31,6 +31,8 @@ def arm(fault: Fault) -> None:
         return
     if fault.kind in _SIGNALS:
         _before_step(fault.step, lambda: os.kill(os.getpid(), _SIGNALS[fault.kind]))
+    elif fault.kind == "usr1 to torchrun":
+        _before_step(fault.step, lambda: os.kill(os.getppid(), signal.SIGUSR1))
     elif fault.kind == "nan":
         _before_step(fault.step, _spoil_next_loss)
     elif fault.kind == "kill in save":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -61,7 +62,7 @@ def disturbed(recipe: Path, output: Path, ranks: int, faults: list[Fault]) -> No
     """Make the run in as many launches as it takes, and see that each ends as its fault should end it."""
     for fault in [*faults, None]:
         before, more = time.perf_counter(), ["--resume"] if (output / "last").exists() else []
-        ended = launch(recipe, output, ranks, fault, *more)
+        ended = launch(recipe, output, ranks, fault, *more, seconds=1200)  # all steps may be one launch's
         assert (ended.returncode == 0) == (fault is None), ended.stderr
         assert "internal error" not in ended.stderr, ended.stderr
         if fault is not None and fault.kind == "truncated":
@@ -72,15 +73,28 @@ def disturbed(recipe: Path, output: Path, ranks: int, faults: list[Fault]) -> No
         print(f"{told} ({time.perf_counter() - before:.0f} s)", flush=True)
 
 
-def launch(recipe: Path, output: Path, ranks: int, fault: Fault | None, *more: str, options: tuple[str, ...] = ()):
-    """`torchrun ... supra uptrain`, in which `fault` strikes."""
+def launch(
+    recipe: Path,
+    output: Path,
+    ranks: int,
+    fault: Fault | None,
+    *more: str,
+    options: tuple[str, ...] = (),
+    seconds: float = 120,
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun ... supra uptrain`, in which `fault` strikes; an error where a rank hangs.
+
+    One that all wait for hangs if it takes more than `seconds`, one that is left over if torchrun has to kill it.
+    """
     script = ["-m", "supra_cli"]
     if fault is not None:
         # Of "kill all" every rank dies; a file is truncated once the run has been killed.
         kind = {"kill all": "kill", "truncated": "kill"}.get(fault.kind, fault.kind)
         script = [faulty.__file__, json.dumps(fault._replace(kind=kind)._asdict())]
     script += ["uptrain", "--recipe", str(recipe), "--output", str(output), *more]
-    return finish(start(ranks, script, *options, cache=recipe.parent / "cache"))
+    ended = finish(start(ranks, script, *options, cache=recipe.parent / "cache"), seconds)
+    assert "forcefully exiting" not in ended.stderr, ended.stderr
+    return ended
 
 
 def bits(output: Path) -> dict[str, bytes]:

@@ -138,6 +138,18 @@ def test_one_of_four_that_is_asked_to_stop_stops_all_and_stays_stopped(recipe: P
     assert not (output / "stopped").exists()
 
 
+def test_a_signal_to_torchrun_is_one_to_all_ranks(tmp_path: Path) -> None:
+    output, fault = tmp_path / "run", Fault("usr1 to torchrun", 3, rank=1)
+    options = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--max-restarts", "1")
+    ended = soak.launch(soak.prepare(tmp_path, 400), output, 2, fault, options=options)
+    assert ended.returncode == 1
+    last = steps(output)[-1]
+    assert errors(ended) == [f"error: stopped after step {last} with everything saved; go on with --resume"]
+    assert last < 400
+    assert saves(output)[-1] == f"step-{last:06d}"
+    assert (output / "stopped").exists()
+
+
 def test_of_two_launches_into_one_directory_one_is_refused(
     recipe: Path, shared: Path, wanted: dict, tmp_path: Path
 ) -> None:
