@@ -80,7 +80,7 @@ def launch(
     fault: Fault | None,
     *more: str,
     options: tuple[str, ...] = (),
-    seconds: float = 120,
+    seconds: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun ... supra uptrain`, in which `fault` strikes; an error where a rank hangs.
 
