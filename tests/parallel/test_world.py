@@ -181,8 +181,8 @@ def test_a_run_is_the_same_on_any_number_of_ranks(run: str, size: int, folder: P
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_in_bfloat16_is_autocast_s_on_one_rank(size: int, folder: Path) -> None:
-    """The weights that travel in bf16 are those that autocast rounds, so only sums over rows differ: each rank's
-    gradient of a rounded weight is rounded, to 2^-9 of itself, before it is added; it may be larger than the sum."""
+    """The weights that travel in bf16 are those that autocast rounds, so the loss is the same. Gradients of weights are
+    rounded in every pass, to 2^-9 of themselves, and passes hold other rows in another world."""
     ours, theirs = folder / str(size) / "bfloat16", folder / "1" / "bfloat16"
     assert metrics(ours)[1]["loss"] == pytest.approx(metrics(theirs)[1]["loss"], rel=1e-6)
     assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-7
