@@ -19,8 +19,11 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "kernels")]
 import argparse  # noqa: E402
 import ctypes  # noqa: E402
 import json  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -48,6 +51,24 @@ def report(result: dict, path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
+
+
+def arguments(about: str, count: str, default: int) -> argparse.Namespace:
+    """`--output`, and `--rounds` or another count, of a script that `about` describes."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    parser.add_argument(f"--{count}", type=int, default=default)
+    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def by_two_ranks(script: str, rounds: int) -> Any:
+    """found.json, as `python -m benchmarks.SCRIPT --work ROUNDS FOLDER` leaves it, run by two ranks of one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command = [*torchrun, "-m", f"benchmarks.{script}", "--work", str(rounds), folder]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        return json.loads((Path(folder) / "found.json").read_text())
 
 
 def step(device: str, batches: list[int], rounds: int) -> dict:

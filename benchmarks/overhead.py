@@ -7,7 +7,6 @@ same student takes the same rows through forward, the same loss, backward and Ad
 time, the loop's with all that it does between two steps; shown are medians. What waited is told by the loop's `Step`.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import machine, report, target
+from benchmarks.measure import arguments, machine, report, target
 from supra_cli.core import checkpoint, hub
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
@@ -27,11 +26,7 @@ ROWS, LENGTH, WARM = 8, 256, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
-    parser.add_argument("--steps", type=int, default=40)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    given = arguments(__doc__, "steps", 40)
     spec = {"kind": "finetune", "tokens": (given.steps + WARM) * ROWS * LENGTH, "batch_tokens": ROWS * LENGTH}
     data = {"seq_len": LENGTH, "sources": [{"path": "python-stdlib"}]}
     recipe = recipes.validate({"base": "tiny", "data": data, "stages": [spec]})

@@ -6,20 +6,16 @@ the model over gloo (`together`), and both take half of them in runs that know n
 machine itself allows). Wall time from barrier to barrier; ratios are within a round, medians over rounds are shown.
 """
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import machine, report, target
+from benchmarks.measure import arguments, by_two_ranks, machine, report, target
 from supra_cli.core import parallel
 from supra_cli.core import recipe as recipes
 from supra_cli.core.parallel import ALONE, World
@@ -83,16 +79,8 @@ def row(stage: str, rows: int, seconds: dict[str, list[float]]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
-    parser.add_argument("--rounds", type=int, default=20)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command = [*torchrun, "-m", "benchmarks.parallel", "--work", str(given.rounds), folder]
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-        found = json.loads((Path(folder) / "found.json").read_text())
+    given = arguments(__doc__, "rounds", 20)
+    found = by_two_ranks("parallel", given.rounds)
     rows = [row(*case, seconds) for case, seconds in zip(CASES, found, strict=True)]
     result = {"benchmark": "parallel", "command": f"python -m benchmarks.parallel --rounds {given.rounds}"}
     result |= {**machine(), "clock": "wall time", "rows": rows}

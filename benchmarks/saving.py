@@ -10,14 +10,10 @@ consolidation, and fsync of what it leaves. Memory is the peak of the first rank
 save and in the step before it.
 """
 
-import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import machine, report, target
+from benchmarks.measure import arguments, by_two_ranks, machine, report, target
 from supra_cli.core import checkpoint, hub, parallel
 from supra_cli.core import recipe as recipes
 from supra_cli.core.files import sync, sync_tree
@@ -140,16 +136,8 @@ def work(rounds: int, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
-    parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command = [*torchrun, "-m", "benchmarks.saving", "--work", str(given.rounds), folder]
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-        found = json.loads((Path(folder) / "found.json").read_text())
+    given = arguments(__doc__, "rounds", 7)
+    found = by_two_ranks("saving", given.rounds)
     rows = []
     for form, ranks in (("plain", 1), ("alone", 1), ("together", 2), ("dcp", 2)):
         taken = found["seconds"][form]

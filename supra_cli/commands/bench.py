@@ -15,12 +15,10 @@ app = typer.Typer(help="Time the operator, decoding and training here, with the 
 
 _Model = Annotated[str, typer.Argument(help="Directory, alias or hub id; only its shape counts, weights are drawn.")]
 _Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+_Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Build only so many, where memory is small.")]
 _Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Interleaved rounds; medians are shown.")]
 _Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-
-
-_Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Build only so many, where memory is small.")]
 
 
 @app.command("operator")

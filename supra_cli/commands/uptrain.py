@@ -51,10 +51,14 @@ def run(
     from supra_cli.core.errors import UsageError
     from supra_cli.core.lookup import lookup
 
+    def parsed() -> recipes.Recipe:
+        if resume and overwrite:
+            raise UsageError("--resume goes on with what --overwrite would delete; give one of them")
+        return recipes.load(recipe, overrides or (), lookup=lookup)
+
     output = output or Path("runs") / recipe.stem
     if dry_run:
-        parsed = recipes.load(recipe, overrides or (), lookup=lookup)
-        _show_plan(parsed, json, dtype, device, shlex.join(["uptrain", "--recipe", str(recipe)]))
+        _show_plan(parsed(), json, dtype, device, shlex.join(["uptrain", "--recipe", str(recipe)]))
         return
 
     from supra_cli.core import parallel
@@ -64,10 +68,8 @@ def run(
     with parallel.joined(target) as world, _stop_on_signals() as stop:
         if not world.leads:  # the first rank speaks for all
             logging.getLogger("supra_cli").setLevel(logging.ERROR)
-        if resume and overwrite:
-            raise UsageError("--resume goes on with what --overwrite would delete; give one of them")
         events = loop.uptrain(
-            recipes.load(recipe, overrides or (), lookup=lookup),
+            parsed(),  # here, where what all ranks would say alike is said once
             output,
             model=model,
             resume=resume,

@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -113,13 +113,14 @@ def joined(device: str) -> Iterator[World]:
         return
     restarts = None if count is None else int(count)
     launch, rank, size = next(dist.rendezvous("env://"))
-    with _refused_once(launch), nullcontext() if size == 1 else _connected(launch, rank, size, device) as control:
-        if control is not None:  # each node counts its own
-            restarts = max(World(rank, size, control=control).gathered(restarts or 0))
+    with _refused_once(launch):
+        if size == 1:
+            yield World(restarts=restarts)
+            return
+        with _connected(launch, rank, size, device) as control:
+            restarts = max(World(rank, size, control=control).gathered(restarts or 0))  # each node counts its own
             mesh = dist.init_device_mesh(torch.device(device).type, (size,))
             yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
-        else:
-            yield World(restarts=restarts)
 
 
 def _check(device: str, size: int) -> None:

@@ -1,13 +1,16 @@
-"""Ranks started by torchrun, as a user starts them."""
+"""Ranks started by torchrun, as a user starts them, and what they make for many tests at once."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,3 +44,16 @@ def finish(process: subprocess.Popen[str], seconds: float = 300) -> subprocess.C
             process.kill()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` has filled, in one of pytest's processes, while the others wait."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with Path(f"{root}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "made").exists():
+            root.mkdir()
+            make(root)
+            (root / "made").touch()
+    return root

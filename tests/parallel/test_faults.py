@@ -4,9 +4,7 @@ says what happened, what was saved is whole, and the run goes on to the bits of 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import socket
 import subprocess
@@ -16,7 +14,7 @@ import pytest
 
 from tests.parallel import soak
 from tests.parallel.faulty import Fault
-from tests.parallel.launching import finish, start
+from tests.parallel.launching import finish, made_once, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first to come makes what all look at
 
@@ -28,17 +26,13 @@ MISSED = "error: another rank of this run ended without a word: killed, crashed 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe and its run on two ranks; made by one of pytest's processes, while the others wait."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults"
-    with Path(f"{root}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / "made").exists():
-            root.mkdir()
-            ended = soak.launch(soak.prepare(root, STEPS), root / "run", 2, None)
-            assert ended.returncode == 0, ended.stderr
-            (root / "made").touch()
-    return root
+    """A recipe and its run on two ranks."""
+
+    def make(root: Path) -> None:
+        ended = soak.launch(soak.prepare(root, STEPS), root / "run", 2, None)
+        assert ended.returncode == 0, ended.stderr
+
+    return made_once(tmp_path_factory, "faults", make)
 
 
 @pytest.fixture
