@@ -210,6 +210,8 @@ def test_resume_and_overwrite_exclude_each_other(supra, recipe, tmp_path):
     assert result.code == 2
     assert "give one of them" in result.error
     assert not (tmp_path / "out").exists()
+    planned = supra("uptrain", "--recipe", recipe(), "--resume", "--overwrite", "--dry-run")
+    assert (planned.code, planned.error) == (2, result.error)
 
 
 def test_an_occupied_directory_is_exit_2_and_left_alone(supra, recipe, tmp_path):
