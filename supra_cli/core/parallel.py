@@ -29,8 +29,8 @@ LEAST_TORCH = (2, 13)
 _PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that downloads, converts, tokenises or writes; within a step torch's own timeout holds.
 One that dies breaks its connections at once."""
-_REFUSED = "supra.refused"
-"""The key in torchrun's store, which outlives the ranks, that says so."""
+_REFUSED, _LAUNCH = "supra.refused", "supra.launch"
+"""Keys in torchrun's store, which outlives the ranks: that a UsageError ended them, and what the launch is known by."""
 
 _LAST_WORDS = 2.0
 """Seconds in which the rank that has something to tell does so: when one ends, torchrun ends the others."""
@@ -46,6 +46,8 @@ class World:
     """Its number on its own machine."""
     restarts: int | None = None
     """How often torchrun has started these processes again; None for a process that it did not start."""
+    launch: str | None = None
+    """What is the same each time that it starts them, and never again."""
     mesh: DeviceMesh | None = None
     """All ranks in a row, of the kind of device that is computed on; None in a world of one."""
     control: Any = None
@@ -112,15 +114,16 @@ def joined(device: str) -> Iterator[World]:
         yield ALONE
         return
     restarts = None if count is None else int(count)
-    launch, rank, size = next(dist.rendezvous("env://"))
-    with _refused_once(launch):
+    store, rank, size = next(dist.rendezvous("env://"))
+    with _refused_once(store):
+        launch = store.compare_set(_LAUNCH, "", uuid.uuid4().hex).decode()
         if size == 1:
-            yield World(restarts=restarts)
+            yield World(restarts=restarts, launch=launch)
             return
-        with _connected(launch, rank, size, device) as control:
+        with _connected(store, rank, size, device) as control:
             restarts = max(World(rank, size, control=control).gathered(restarts or 0))  # each node counts its own
             mesh = dist.init_device_mesh(torch.device(device).type, (size,))
-            yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, mesh, control)
+            yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, launch, mesh, control)
 
 
 def _check(device: str, size: int) -> None:
@@ -135,21 +138,21 @@ def _check(device: str, size: int) -> None:
 
 
 @contextmanager
-def _refused_once(launch: dist.Store) -> Iterator[None]:
+def _refused_once(store: dist.Store) -> Iterator[None]:
     """Ranks that torchrun starts again after a UsageError end at once."""
-    if launch.check([_REFUSED]):
+    if store.check([_REFUSED]):
         raise Elsewhere(UsageError.exit_code)
     try:
         yield
     except UsageError:
-        launch.set(_REFUSED, "")
+        store.set(_REFUSED, "")
         raise
 
 
 @contextmanager
-def _connected(launch: dist.Store, rank: int, size: int, device: str) -> Iterator[dist.ProcessGroup]:
+def _connected(launched: dist.Store, rank: int, size: int, device: str) -> Iterator[dist.ProcessGroup]:
     """The process groups of the ranks; the one for what is not a tensor of the model."""
-    store, kind = _fresh(launch, rank, size), torch.device(device).type
+    store, kind = _fresh(launched, rank, size), torch.device(device).type
     if kind == "cuda":
         torch.cuda.set_device(torch.device(device))
     try:
@@ -215,8 +218,10 @@ def _is_first_to_fail(store: dist.Store, rank: int) -> bool:
 
 
 def _is_broken_connection(error: Exception) -> bool:
-    words = ("gloo", "connection closed", "connection reset", "broken pipe", "nccl")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    """By its words: gloo's have the source file of its transport in front, NCCL's the name of the error."""
+    said = str(error).lower()
+    words = ("/gloo/", "connection closed", "connection reset", "broken pipe", "ncclremote", "ncclsystem", "aborted")
+    return isinstance(error, RuntimeError) and any(word in said for word in words)
 
 
 @contextmanager

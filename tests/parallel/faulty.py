@@ -1,7 +1,8 @@
 """`supra`, and one thing that goes wrong in it: `torchrun faulty.py FAULT uptrain ...`.
 
 FAULT is JSON: {"kind": kind, "rank": number, "step": number}. It strikes when that step is about to be taken, or while
-its save is written, on that rank or, without `rank`, on all, and not again in processes that torchrun started anew.
+its save is written, or before a run begins, on that rank or, without `rank`, on all, and not again in processes that
+torchrun started anew.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def arm(fault: Fault) -> None:
         _before_step(fault.step, lambda: os.kill(os.getpid(), _SIGNALS[fault.kind]))
     elif fault.kind == "usr1 to torchrun":
         _before_step(fault.step, lambda: os.kill(os.getppid(), signal.SIGUSR1))
+    elif fault.kind == "kill at start":
+        _before_anything_is_cleared(lambda: os.kill(os.getpid(), signal.SIGKILL))
     elif fault.kind == "nan":
         _before_step(fault.step, _spoil_next_loss)
     elif fault.kind == "kill in save":
@@ -55,6 +58,10 @@ def _before_step(number: int, strike: Callable[[], None]) -> None:
         yield from original(trainer, *given)
 
     loop.Trainer._step = step
+
+
+def _before_anything_is_cleared(strike: Callable[[], None]) -> None:
+    loop.RunDirectory.starting = lambda run: strike()
 
 
 def _spoil_next_loss() -> None:

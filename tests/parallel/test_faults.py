@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -70,6 +71,20 @@ def test_torchrun_starts_a_run_again_of_which_a_rank_was_killed(recipe: Path, wa
     assert "resuming from step-000006" in ended.stderr
     assert soak.bits(tmp_path / "run") == wanted
     assert steps(tmp_path / "run") == list(range(1, STEPS + 1))
+
+
+def test_what_torchrun_starts_again_overwrites_the_run_that_was_to_be_overwritten(
+    recipe: Path, shared: Path, tmp_path: Path
+) -> None:
+    """Killed before the old run was cleared, processes started again do not take that for theirs and go on with it."""
+    output = tmp_path / "run"
+    shutil.copytree(shared / "run", output, symlinks=True)
+    (output / "last").resolve().joinpath("mark").touch()
+    fault, options = Fault("kill at start", 0, rank=0), ("--max-restarts", "1")
+    ended = soak.launch(recipe, output, 2, fault, "--overwrite", options=options)
+    assert ended.returncode == 0, ended.stderr
+    assert "resuming" not in ended.stderr and "finished: " in ended.stderr
+    assert not list(output.glob("step-*/mark"))
 
 
 def test_nothing_of_a_save_that_was_killed_is_taken_for_one(recipe: Path, wanted: dict, tmp_path: Path) -> None:

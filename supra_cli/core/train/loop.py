@@ -65,11 +65,11 @@ def uptrain(
     `model` starts from a converted model instead of converting the base; `dtype` is what the passes compute in (weights
     stay fp32), by default what the run began with, and for a new one bf16 on CUDA and fp32 elsewhere. When `stop` is
     set on any rank, the step in progress is finished, everything is saved and Stopped is raised. Processes that
-    torchrun started again resume. Raises UsageError for an occupied directory or a recipe, model or dtype that changed,
-    SupraError for a loss that is not finite.
+    torchrun started again go on with what they had begun. Raises UsageError for an occupied directory or a recipe,
+    model or dtype that changed, SupraError for a loss that is not finite.
     """
     run = RunDirectory(output)
-    if world.restarts:
+    if world.restarts and world.shared(run.is_of(world.launch)):
         resume, overwrite = True, False
     if world.leads:
         run.check_free(replace=resume or overwrite)
@@ -137,7 +137,7 @@ class Trainer:
                 origin.same_start(self.run, self.origin, model)
                 yield from self._same_machine()
                 self.run.trim_metrics(self.counters.step)
-                self._describe(self.run)
+                write_json(self.run.path / "env.json", self._conditions())
             return
         if resume:
             yield Note(f"no complete checkpoint in {self.run.path}; starting from the beginning")
@@ -152,7 +152,7 @@ class Trainer:
             self.counters.teacher_loss = self._held_out_loss(teacher)
         if leads:
             with self.run.starting() as beside:
-                self._describe(beside)
+                write_json(beside.path / "env.json", self._conditions())
                 (beside.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
                 self.origin = origin.begin(start, self.recipe, beside, model)
         self.origin = world.shared(getattr(self, "origin", None))
@@ -162,8 +162,8 @@ class Trainer:
             self._same = {"dtype": _word(self.dtype), "held_out": _digest(self.held_out), "models": weights}
         self._same = world.shared(self._same)
 
-    def _describe(self, run: RunDirectory) -> None:
-        write_json(run.path / "env.json", environment(str(self.device)) | {"ranks": self.world.size})
+    def _conditions(self) -> dict[str, Any]:
+        return environment(str(self.device)) | {"ranks": self.world.size, "launch": self.world.launch}
 
     def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
         """Open the data, and raise whatever else would end the run later than it could be known."""
@@ -232,9 +232,8 @@ class Trainer:
     def _same_machine(self) -> Iterator[Event]:
         """Say where versions, processors, ranks or threads are not the run's so far: then its last bits may differ."""
         with suppress(SupraError, OSError):
-            before, now = read_json(self.run.path / "env.json"), environment(str(self.device))
-            now["ranks"] = self.world.size
-            keys = [key for key in now if key not in ("command", "cpus") and before.get(key, now[key]) != now[key]]
+            before, now = read_json(self.run.path / "env.json"), self._conditions()
+            keys = [key for key in now.keys() - {"command", "cpus", "launch"} if before.get(key, now[key]) != now[key]]
             if keys:
                 changed = ", ".join(f"{key} {before[key]} → {now[key]}" for key in keys)
                 yield Note(f"going on under other conditions ({changed}): the last bits need not be those of one run")

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.errors import Stopped, UsageError
-from supra_cli.core.files import dumps, sync, sync_tree
+from supra_cli.core.errors import Stopped, SupraError, UsageError
+from supra_cli.core.files import dumps, read_json, sync, sync_tree
 from supra_cli.core.parallel import ALONE, World
 
 MARKER = "COMPLETE"
@@ -149,6 +149,12 @@ class RunDirectory:
         """Raise Stopped where torchrun starts processes again that were asked to stop; a launch anew goes on."""
         if world.restarts and world.shared((self.path / STOPPED).exists()):
             raise Stopped(f"{self.path} was asked to stop, so that it is not started again; launch it anew to go on")
+
+    def is_of(self, launch: str | None) -> bool:
+        """Whether the run that is here was begun, or gone on with, by the launch."""
+        with suppress(SupraError, OSError):
+            return read_json(self.path / "env.json").get("launch") == launch
+        return False
 
     def clear(self) -> None:
         """Remove what a run writes, checkpoints first, the newest last, and nothing else; env.json stays, whose run it

@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from supra_cli.core.errors import UsageError
@@ -92,12 +94,52 @@ def _whole_during_calls(mixer: nn.Module, mesh: DeviceMesh) -> None:
     plain = _Plain(mixer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        gathered = {
-            f"mixer.{name}": rows.full_tensor(grad_placements=[Partial()]) for name, rows in mixer.named_parameters()
-        }
-        return torch.func.functional_call(plain, gathered, args, kwargs)
+        named = {f"mixer.{name}": parameter for name, parameter in mixer.named_parameters()}
+        shapes = [parameter.shape for parameter in named.values()]
+        whole = _Whole.apply(mesh.get_group(), shapes, *(parameter.to_local() for parameter in named.values()))
+        return torch.func.functional_call(plain, dict(zip(named, whole, strict=True)), args, kwargs)
 
-    mixer.forward = forward
+    if shards:
+        mixer.forward = forward
+
+
+class _Whole(torch.autograd.Function):
+    """Parameters from each rank's rows of them; backward, their gradients' sums over ranks, to each rank its rows.
+
+    All parameters of a call travel in one message. Of n rows each of W ranks has ⌈n/W⌉, the last ones fewer, and sends
+    as many as the first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, shapes: list[torch.Size], *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.own = group, [part.shape for part in rows]
+        ctx.set_materialize_grads(False)  # a parameter that the loss does not reach is to have no gradient
+        ctx.widths = [-(-shape[0] // group.size()) * shape[1:].numel() for shape in shapes]
+        sent = torch.cat([_widened(part, width) for part, width in zip(rows, ctx.widths, strict=True)])
+        every = sent.new_empty(group.size() * len(sent))
+        dist.all_gather_single(every, sent, group=group)
+        parts = zip(every.view(group.size(), -1).split(ctx.widths, dim=1), shapes, strict=True)
+        return tuple(part.reshape(-1)[: shape.numel()].view(shape) for part, shape in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        size, some = ctx.group.size(), next(part for part in gradients if part is not None)
+        sent = torch.cat(
+            [
+                (some.new_zeros(size * width) if part is None else _widened(part, size * width)).view(size, width)
+                for part, width in zip(gradients, ctx.widths, strict=True)
+            ],
+            dim=1,
+        )
+        own = sent.new_empty(sent.shape[1])
+        dist.reduce_scatter_single(own, sent.view(-1), group=ctx.group)
+        parts = zip(own.split(ctx.widths), ctx.own, gradients, strict=True)
+        return None, None, *(None if g is None else part[: shape.numel()].view(shape) for part, shape, g in parts)
+
+
+def _widened(part: Tensor, width: int) -> Tensor:
+    """All numbers of `part` in a row, and zeros up to `width`."""
+    return pad(part.reshape(-1), (0, width - part.numel()))
 
 
 class _Plain(nn.Module):
