@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from supra_cli.core import cache as caches
+from supra_cli.core.archs import archs
 from supra_cli.core.layout import Layout, derive, softmax_mask
 from supra_cli.core.recipe.keep import SOFTMAX
 from supra_cli.core.swap import base_class
 
 
 class SwappedBackbone(nn.Module):
-    """The base's own decoder stack, `model.base_model`, its class exchanged for a subclass of that class and of this.
+    """The base's own decoder stack, its class exchanged for a subclass of that class and of this.
 
     Whoever runs the blocks comes through here, the language model's head or a caller without one, so that:
     - padding and documents are read from mask and positions once, and every swapped layer gets the same layout;
@@ -40,13 +41,23 @@ class SwappedBackbone(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """As the base's, for every mask [B, past + T] and every position_ids [B, T], where 0 begins a document."""
-        kinds = self.config.swap.layers
+        swap = self.config.swap
+        kinds, limit = swap.layers, archs.get(swap.base).limit(self.config)
         attends = SOFTMAX in kinds
         batch, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         cache = caches.handed(kwargs)
         recurrent = [] if cache is None else caches.prepare(cache, kinds)
         check_mask(attention_mask, batch, tokens, recurrent)
+        past = 0 if cache is None else recurrent[0].tokens if recurrent else cache.get_seq_length()
+        if limit is not None and past + tokens > limit:
+            raise ValueError(
+                f"the base has learned {limit} positions, got {past + tokens} columns; pass shorter rows, or choose a "
+                "base with rotary positions"
+            )
         layout, position_ids, packed = derive(attention_mask, position_ids, batch, tokens)
+        if position_ids is None:  # not every base counts them as we do, and some read the mask for it
+            device = (input_ids if inputs_embeds is None else inputs_embeds).device
+            position_ids = past + torch.arange(tokens, device=device)[None]
         if use_cache is None and cache is None and self.training:
             use_cache = False  # a caller who trains asks for no state
         if packed and use_cache is not False:
@@ -71,7 +82,7 @@ class SwappedBackbone(nn.Module):
             position_ids=position_ids,
             use_cache=use_cache,
             **{self.cache_keyword: cache},
-            **({"layout": layout} if self.config.swap.any else {}),
+            **({"layout": layout} if swap.any else {}),
             **caches.without(kwargs),
         )
         for layer, seen in zip(recurrent, before, strict=True):

@@ -30,6 +30,8 @@ class HeadSpec:
     """Factor of q·k in the base's softmax."""
     window: int | None = None
     """Tokens that the base's own attention sees, itself included; None is all."""
+    softcap: float | None = None
+    """c of c·tanh(s / c), which the base takes of its scores s before the softmax."""
 
 
 class Layout(NamedTuple):

@@ -40,7 +40,8 @@ class SupraForCausalLM(PreTrainedModel):
         record = config.swap
         record.check(config.num_hidden_layers)
         self.arch = archs.get(record.base)
-        self.base_model.__class__ = swapped_backbone(type(self.base_model))
+        stack = self.arch.stack(self)
+        stack.__class__ = swapped_backbone(type(stack))
         swap(self, self.arch, mixers.get(record.mixer), parse_options(record.mixer, record.options), record.layers)
 
     @classmethod
@@ -110,14 +111,14 @@ class SupraForCausalLM(PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
-            **({} if cache is None else {self.base_model.cache_keyword: cache}),
+            **({} if cache is None else {self.arch.stack(self).cache_keyword: cache}),
             **kwargs,
         )
         if objective is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **call)
         if cache is None and use_cache is None:
             call["use_cache"] = False
-        return objective(self.base_model(**call).last_hidden_state, partial(self.arch.head, self))
+        return objective(self.arch.stack(self)(**call).last_hidden_state, partial(self.arch.head, self))
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

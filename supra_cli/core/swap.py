@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra_cli.core import cache as caches
-from supra_cli.core.archs import Arch, Rope, archs
-from supra_cli.core.layout import Layout
+from supra_cli.core.archs import Arch, Positions, archs
+from supra_cli.core.layout import Layout, Rotate
 from supra_cli.core.mixers import Mixer
-from supra_cli.core.mixers.softmax import Softmax
 from supra_cli.core.recipe.keep import SOFTMAX
 
 
@@ -29,36 +28,28 @@ class SwappedAttention(nn.Module):
     arch: Arch
     mixer: Mixer
 
+    def inputs(self, hidden_states: Tensor, **call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Rotate]:
+        """What a mixer is called with before state and layout: q, k, v, x and the rotation. `call` is what the block
+        hands to its attention besides.
+        """
+        positions = Positions(call.get("position_embeddings"), call.get("position_ids"))
+        rotation = self.arch.rotation(self, positions)
+        return *self.arch.qkv(self, hidden_states, positions), hidden_states, rotation
+
     def heads(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Rope = None,
-        layout: Layout | None = None,
-        state: NamedTuple | None = None,
+        self, hidden_states: Tensor, layout: Layout | None = None, state: NamedTuple | None = None, **call: Any
     ) -> tuple[Tensor, NamedTuple]:
         """The mixer's heads o [B,T,H,V], before the output projection, and its new state."""
-        q, k, v = self.arch.qkv(self, hidden_states)
-        rope = self.arch.rotation(self, position_embeddings)
-        return self.mixer(q, k, v, hidden_states, rope, state, layout)
+        return self.mixer(*self.inputs(hidden_states, **call), state, layout)
 
-    def softmax_heads(
-        self, hidden_states: Tensor, position_embeddings: Rope = None, layout: Layout | None = None
-    ) -> Tensor:
-        """The base's heads [B,T,H,V], before the output projection: what the mixer replaced."""
-        q, k, v = self.arch.qkv(self, hidden_states)
-        rope = self.arch.rotation(self, position_embeddings)
-        return Softmax(self.mixer.spec, Softmax.Options())(q, k, v, hidden_states, rope, None, layout)[0]
-
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: Rope = None, *, layout: Layout | None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *, layout: Layout | None, **call: Any) -> tuple[Tensor, None]:
         """[B,T,D] -> [B,T,D], and None where the base returns attention weights.
 
         `layout` has no default: a caller that does not know of padding and documents must not pass for one without any.
         """
-        cache = caches.handed(kwargs)
+        cache = caches.handed(call)
         memory = None if cache is None else cache.layers[self.layer_idx]  # put there by `SwappedBackbone`
-        o, state = self.heads(hidden_states, position_embeddings, layout, None if memory is None else memory.state)
+        o, state = self.heads(hidden_states, layout, None if memory is None else memory.state, **call)
         if memory is not None:
             memory.advance(state, hidden_states.shape[1])
         return self.arch.out(self, o.flatten(-2)), None
@@ -79,6 +70,19 @@ def swap(model: nn.Module, arch: Arch, mixer: type[Mixer], options: Mixer.Option
             attention.arch = arch
             attention.mixer = mixer(arch.spec(attention), options)
             attention.mixer.reset_parameters()
+            if not arch.hands_on:
+                block.register_forward_pre_hook(_leave_layout, with_kwargs=True)
+                attention.register_forward_pre_hook(_take_layout, with_kwargs=True)
+
+
+def _leave_layout(block: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+    for part in block.children():
+        if isinstance(part, SwappedAttention):
+            part.left = call["layout"]
+
+
+def _take_layout(layer: SwappedAttention, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[Any, Any]:
+    return args, {**call, "layout": layer.left}
 
 
 def swapped_layers(model: nn.Module) -> Iterator[tuple[str, SwappedAttention]]:

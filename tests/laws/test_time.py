@@ -78,8 +78,8 @@ def test_state_size_does_not_grow(build, recurrent):
 def test_the_initial_state_is_no_state_and_has_a_shape_on_meta(build, recurrent):
     layer, x, tables = a_layer(build("llama", recurrent), 2, 9)
     start = layer.mixer.init_state(2, "cpu")
-    fresh, _ = layer.heads(x, tables)
-    given, _ = layer.heads(x, tables, state=start)
+    fresh, _ = layer.heads(x, position_embeddings=tables)
+    given, _ = layer.heads(x, position_embeddings=tables, state=start)
     assert_close(fresh, given)
     assert [tensor.shape for tensor in layer.mixer.init_state(2, "meta")] == [tensor.shape for tensor in start]
 
@@ -92,10 +92,12 @@ def test_in_bf16_the_error_of_steps_does_not_grow_with_length(build, recurrent):
     """
     length, window = 4096, 32
     layer, x, tables = a_layer(build("llama", recurrent, num_hidden_layers=1).to(torch.bfloat16), 1, length)
-    parallel, _ = layer.heads(x, tables)
+    parallel, _ = layer.heads(x, position_embeddings=tables)
     state, steps = None, []
     for t in range(length):
-        o, state = layer.heads(x[:, t : t + 1], [table[:, t : t + 1] for table in tables], state=state)
+        o, state = layer.heads(
+            x[:, t : t + 1], position_embeddings=[table[:, t : t + 1] for table in tables], state=state
+        )
         steps.append(o)
     error = (torch.cat(steps, dim=1).float() - parallel.float()).square().mean(dim=(0, 2, 3))
     early, late = error[64 - window : 64].mean().sqrt(), error[length - window :].mean().sqrt()
@@ -105,7 +107,7 @@ def test_in_bf16_the_error_of_steps_does_not_grow_with_length(build, recurrent):
 @torch.no_grad()
 def test_a_state_is_left_as_it_was_given(build, recurrent):
     layer, x, tables = a_layer(build("llama", recurrent), 2, 12)
-    _, state = layer.heads(x, tables)
+    _, state = layer.heads(x, position_embeddings=tables)
     before = [tensor.clone() for tensor in state]
-    layer.heads(x, tables, state=state)
+    layer.heads(x, position_embeddings=tables, state=state)
     assert all(map(torch.equal, state, before))

@@ -132,9 +132,10 @@ class _Watch(TorchDispatchMode):
             block.register_forward_hook(partial(leave, "outside"))
             for module in block.modules():
                 module.register_forward_hook(widest)
-        student.base_model.register_forward_pre_hook(partial(count, -1))
-        student.base_model.register_forward_hook(partial(count, 1))
-        student.base_model.register_forward_hook(partial(leave, "loss"))
+        stack = student.arch.stack(student)
+        stack.register_forward_pre_hook(partial(count, -1))
+        stack.register_forward_hook(partial(count, 1))
+        stack.register_forward_hook(partial(leave, "loss"))
         student.get_output_embeddings().register_forward_hook(logits)
 
     def pack(self, x: Tensor) -> Tensor:

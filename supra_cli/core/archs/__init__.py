@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from supra_cli.core.layout import HeadSpec, Rotate
 from supra_cli.core.ops import Rotation
 from supra_cli.core.registry import Registry
 
-Rope = tuple[Tensor, Tensor] | None
-"""The tables (cos, sin), [B, T, rotated dims] each, that a base hands to its attention; None with learned positions."""
+
+class Positions(NamedTuple):
+    """Where tokens stand, as a base tells its attention."""
+
+    tables: tuple[Tensor, Tensor] | None = None
+    """(cos, sin), [B, T, rotated dims] each; None with learned positions."""
+    index: Tensor | None = None
+    """[B or 1, T]: the number of each token in its document; None where the base does not say it."""
 
 
 @dataclass(frozen=True)
 class Arch:
     """How one attention layout is read: one record for each Hugging Face `model_type` of that layout.
 
-    The law that ties the fields, with r = `rotation(attention, tables)`: `out(attention, softmax(r(q) r(k)ᵀ ·
-    spec.scale) v)` is what the base's own attention returns. `qkv` and `out` call the base's submodules and never read
-    their weights, so that adapters, quantised linears and sharding go on working.
+    The law that ties the fields, with r = `rotation(attention, positions)`: `out(attention, softmax(c(r(q) r(k)ᵀ ·
+    spec.scale)) v)` is what the base's own attention returns, c being the soft cap where the spec has one. `qkv` and
+    `out` call the base's submodules and never read their weights, so that adapters, quantised linears and sharding go
+    on working.
     """
 
     layers: Callable[[nn.Module], Sequence[nn.Module]]
@@ -30,16 +39,22 @@ class Arch:
     """Name of the attention submodule in a block."""
     spec: Callable[[nn.Module], HeadSpec]
     """attention -> its shape."""
-    qkv: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
-    """(attention, x [B,T,D]) -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]: projected and normed, neither rotated nor
-    repeated to H heads."""
-    rotation: Callable[[nn.Module, Rope], Rotate]
-    """(attention, tables) -> what puts this base's positions into x [B,T,·,K]: a `Rotation`, which kernels take in
-    whole, or any function; the identity for learned positions."""
+    qkv: Callable[[nn.Module, Tensor, Positions], tuple[Tensor, Tensor, Tensor]]
+    """(attention, x [B,T,D], positions) -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]: projected, normed and scaled,
+    neither rotated nor repeated to H heads."""
+    rotation: Callable[[nn.Module, Positions], Rotate]
+    """(attention, positions) -> what rotates x [B,T,·,K]: a `Rotation`, which kernels take in whole, or any function;
+    the identity where nothing is rotated."""
     out: Callable[[nn.Module, Tensor], Tensor]
-    """(attention, o [B,T,H·V]) -> [B,T,D]."""
+    """(attention, o [B,T,H·V]) -> [B,T,D], dropout of the base's own included."""
     head: Callable[[nn.Module, Tensor], Tensor]
     """(model, hidden [...,D]) -> logits, soft-capping and multipliers included."""
+    stack: Callable[[nn.Module], nn.Module] = lambda model: model.base_model
+    """model -> the module whose forward runs the decoder blocks."""
+    hands_on: bool = True
+    """Whether blocks hand their attention every keyword that they are called with."""
+    limit: Callable[[PreTrainedConfig], int | None] = lambda config: None
+    """config -> how many positions the base has learned; None where positions have no end."""
 
     def __reduce__(self) -> tuple:
         """Pickled and copied by name: its functions cannot be."""
@@ -51,7 +66,12 @@ def _by_name(name: str) -> Arch:
 
 
 def head_spec(
-    attention: nn.Module, *, head_dim: int, kv_heads: int | None = None, window: int | None = None
+    attention: nn.Module,
+    *,
+    head_dim: int,
+    kv_heads: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> HeadSpec:
     """The shape of an attention whose keys and values are equally wide, in the words that transformers uses in all."""
     config = attention.config
@@ -64,12 +84,22 @@ def head_spec(
         layer=attention.layer_idx,
         scale=attention.scaling,
         window=window,
+        softcap=softcap,
     )
 
 
-def rotary(attention: nn.Module, tables: Rope) -> Rotate:
+def rotary(attention: nn.Module, positions: Positions) -> Rotate:
     """Rotary positions by the base's own tables, over as much of a head as they are wide."""
-    return Rotation(*tables)
+    return Rotation(*positions.tables)
+
+
+def unrotated(attention: nn.Module, positions: Positions) -> Rotate:
+    """Learned positions, which are in the layer's input already."""
+    return lambda x: x
+
+
+def plain_head(model: nn.Module, hidden: Tensor) -> Tensor:
+    return model.lm_head(hidden)
 
 
 archs: Registry[Arch] = Registry("base architecture", package="supra_cli.core.archs", group="supra.archs")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, archs, head_spec, rotary
+from supra_cli.core.archs import Arch, Positions, archs, head_spec, plain_head, rotary
 
 
-def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
     heads = attention.query_key_value(x).view(*x.shape[:-1], -1, 3 * attention.head_size)
     q, k, v = heads.chunk(3, dim=-1)
     return q, k, v
@@ -20,7 +20,7 @@ GPT_NEOX = Arch(
     qkv=qkv,
     rotation=rotary,
     out=lambda attention, o: attention.dense(o),
-    head=lambda model, hidden: model.lm_head(hidden),
+    head=plain_head,
 )
 
 archs.register("gpt_neox")(GPT_NEOX)

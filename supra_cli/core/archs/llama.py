@@ -1,4 +1,4 @@
-"""The Llama layout: separate projections, rotary positions over the whole head, grouped queries."""
+"""The Llama layout: separate projections, rotary positions, grouped queries. What other bases share of it is here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, archs, head_spec, rotary
+from supra_cli.core.archs import Arch, Positions, archs, head_spec, plain_head, rotary
 from supra_cli.core.layout import HeadSpec
 
 
@@ -17,13 +17,14 @@ def spec(attention: nn.Module) -> HeadSpec:
     return head_spec(attention, head_dim=attention.head_dim, kv_heads=config.num_key_value_heads, window=window)
 
 
-def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
     heads = (*x.shape[:-1], -1, attention.head_dim)
     return attention.q_proj(x).view(heads), attention.k_proj(x).view(heads), attention.v_proj(x).view(heads)
 
 
-def normed_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv(attention, x)
+def normed_qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys normed head by head."""
+    q, k, v = qkv(attention, x, positions)
     return attention.q_norm(q), attention.k_norm(k), v
 
 
@@ -34,8 +35,8 @@ LLAMA = Arch(
     qkv=qkv,
     rotation=rotary,
     out=lambda attention, o: attention.o_proj(o),
-    head=lambda model, hidden: model.lm_head(hidden),
+    head=plain_head,
 )
 
-archs.register("llama", "mistral", "qwen2")(LLAMA)
-archs.register("qwen3")(replace(LLAMA, qkv=normed_qkv))
+archs.register("llama", "mistral", "mixtral", "qwen2")(LLAMA)
+archs.register("qwen3", "qwen3_moe")(replace(LLAMA, qkv=normed_qkv))

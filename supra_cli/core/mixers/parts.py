@@ -17,6 +17,11 @@ SlopeRule = Literal["alibi", "retnet", "none"]
 Gain = Literal["none", "head"]
 
 
+def capped(scores: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(scores / cap), as some bases have it before the softmax."""
+    return scores if cap is None else cap * (scores / cap).tanh()
+
+
 class MatrixState(NamedTuple):
     S: Tensor
     """[B, H, K, V] fp32."""

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import Layout, Rotate
 from supra_cli.core.mixers import Mixer, mixers
+from supra_cli.core.mixers.parts import capped
 
 BLOCK = 16
 """Fewest queries in a block, unless there are fewer tokens."""
@@ -33,10 +34,10 @@ class WindowState(NamedTuple):
 
 @mixers.register("window")
 class Window(Mixer):
-    """o_i = Σ_j softmax_j(q_i·k_j · scale) v_j  over  i - window < j ≤ i  and  j < sinks,  within i's document
+    """o_i = Σ_j softmax_j(c(q_i·k_j · scale)) v_j  over  i - window < j ≤ i  and  j < sinks,  within i's document
 
-    No parameters; positions stay the base's own. Time and memory are linear in T: each block of queries meets the
-    band of keys that its window reaches, and each query its document's sinks.
+    c is the base's soft cap, if it has one. No parameters; positions stay the base's own. Time and memory are linear in
+    T: each block of queries meets the band of keys that its window reaches, and each query its document's sinks.
 
     Source: StreamingLLM (Xiao et al. 2024, arXiv:2309.17453), without its renumbering of positions inside the cache.
     """
@@ -79,11 +80,11 @@ class Window(Mixer):
 
         q = q.unflatten(2, (self.spec.kv_heads, -1)).unflatten(1, (-1, block))
         near = torch.einsum("bncgrk,bnlgk->bncgrl", q, bands(near_k, window, block))
-        near = hide(near, rows.in_window(state.seen, window, block))
+        near = hide(capped(near, self.spec.softcap), rows.in_window(state.seen, window, block))
         far = torch.einsum("bncgrk,bncsgk->bncgrs", q, take(far_k, sink_at).unflatten(1, (-1, block)))
         # A sink inside the window is in the band already.
         beyond = torch.arange(sinks, device=x.device) <= rows.position[..., None] - window
-        far = hide(far, beyond.unflatten(1, (-1, block)))
+        far = hide(capped(far, self.spec.softcap), beyond.unflatten(1, (-1, block)))
 
         in_fp32 = torch.promote_types(v.dtype, torch.float32)  # or finer
         weights = torch.cat((near, far), dim=-1).softmax(-1, dtype=in_fp32).to(v.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,14 +100,9 @@ def visit(student: nn.Module, batch: Batch, look: Look) -> None:
     """Run the student's layers, without head and cache, as the base that it was; `look` sees each swapped layer."""
 
     def forward(
-        layer: SwappedAttention,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        layout: Layout | None = None,
-        **kwargs: object,
+        layer: SwappedAttention, hidden_states: Tensor, *, layout: Layout | None, **call: Any
     ) -> tuple[Tensor, None]:
-        rope = layer.arch.rotation(layer, position_embeddings)
-        inputs = (*layer.arch.qkv(layer, hidden_states), hidden_states, rope, None, layout)
+        inputs = (*layer.inputs(hidden_states, **call), None, layout)
         taught, _ = Softmax(layer.mixer.spec, Softmax.Options())(*inputs)
         answer = layer.arch.out(layer, taught.flatten(-2))
         look(layer, lambda: layer.mixer(*inputs)[0], taught, answer)

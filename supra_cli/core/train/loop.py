@@ -69,12 +69,13 @@ def uptrain(
     model or dtype that changed, SupraError for a loss that is not finite.
     """
     run = RunDirectory(output)
-    if world.restarts and world.shared(run.is_of(world.launch)):
+    again = bool(world.restarts) and world.shared(run.is_of(world.launch))
+    if again:
         resume, overwrite = True, False
     if world.leads:
         run.check_free(replace=resume or overwrite)
     with run.locked() if world.leads else nullcontext():
-        run.honour_stop(world)
+        run.honour_stop(world, again)
         trainer = Trainer(recipe, run, device, dtype, stop or threading.Event(), world)
         yield from trainer.open(model, resume)
         if trainer.counters.finished:
@@ -242,8 +243,6 @@ class Trainer:
 
     def train(self) -> Iterator[Event]:
         counters = self.counters
-        if self.world.leads:
-            (self.run.path / STOPPED).unlink(missing_ok=True)
         for spec in self.recipe.stages[counters.stage :]:
             if counters.stage_step < self.recipe.steps(spec):
                 yield from self._stage(spec)

@@ -145,10 +145,13 @@ class RunDirectory:
             if world.leads:
                 shutil.rmtree(beside, ignore_errors=True)
 
-    def honour_stop(self, world: World) -> None:
-        """Raise Stopped where torchrun starts processes again that were asked to stop; a launch anew goes on."""
-        if world.restarts and world.shared((self.path / STOPPED).exists()):
+    def honour_stop(self, world: World, again: bool) -> None:
+        """Raise Stopped where torchrun starts processes `again` that were asked to stop; a launch anew goes on."""
+        asked = self.path / STOPPED
+        if again and world.shared(asked.exists()):
             raise Stopped(f"{self.path} was asked to stop, so that it is not started again; launch it anew to go on")
+        if world.leads:
+            asked.unlink(missing_ok=True)
 
     def is_of(self, launch: str | None) -> bool:
         """Whether the run that is here was begun, or gone on with, by the launch."""

@@ -1,0 +1,24 @@
+"""Ministral 3: Llama's layout, in which a query grows with its position."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from supra_cli.core.archs import Arch, Positions, archs
+from supra_cli.core.archs.llama import LLAMA, qkv
+
+
+def scaled_qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    """q_i · (1 + β ln(1 + ⌊i / L⌋)), L being the length that the base was first trained on."""
+    q, k, v = qkv(attention, x, positions)
+    rope = attention.config.rope_parameters
+    lengths = (positions.index / rope["original_max_position_embeddings"]).floor()
+    factor = 1 + rope["llama_4_scaling_beta"] * lengths.log1p()
+    return q * factor[..., None, None].to(q.dtype), k, v
+
+
+MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv)
+
+archs.register("ministral3")(MINISTRAL3)

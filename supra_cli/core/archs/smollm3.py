@@ -1,0 +1,18 @@
+"""SmolLM3: Llama's layout, some layers of which know no positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from supra_cli.core.archs import Positions, archs, rotary, unrotated
+from supra_cli.core.archs.llama import LLAMA
+from supra_cli.core.layout import Rotate
+
+
+def rotation(attention: nn.Module, positions: Positions) -> Rotate:
+    return rotary(attention, positions) if attention.use_rope else unrotated(attention, positions)
+
+
+archs.register("smollm3")(replace(LLAMA, rotation=rotation))

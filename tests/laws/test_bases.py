@@ -1,0 +1,122 @@
+"""Laws of bases: attention computed through an arch's own qkv, rotation, spec and out is the base's own, layer by layer
+and in the logits, with every peculiarity of the base switched on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model, tokens
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from supra_cli.core.archs import archs
+from supra_cli.core.mixers.window import Window
+
+CLOSE = {"atol": 2e-5, "rtol": 2e-4}
+LENGTH = 21
+
+
+@pytest.fixture
+def pair(base: str) -> tuple[nn.Module, nn.Module]:
+    """(the base, the same with every attention computed through its arch).
+
+    `Window` with the base's own window, or one longer than any row, is softmax attention with a cache.
+    """
+    torch.manual_seed(0)
+    ours = tiny_model(base, "window", options={"window": 64, "sinks": 0})
+    for _, layer in ours.swapped_layers():
+        spec = layer.mixer.spec
+        layer.mixer = Window(spec, Window.Options(window=spec.window or 64, sinks=0))
+    plain = AutoModelForCausalLM.from_config(tiny_config(base)).eval()
+    plain.load_state_dict(ours.state_dict())
+    return plain, ours
+
+
+@contextmanager
+def answers(model: nn.Module, base: str) -> Iterator[list[Tensor]]:
+    """What each attention layer returns, pass after pass."""
+    found: list[Tensor] = []
+    arch = archs.get(base)
+    handles = [
+        getattr(block, arch.slot).register_forward_hook(lambda module, args, output: found.append(output[0]))
+        for block in arch.layers(model)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def places(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def test_attention_through_the_arch_is_the_base_s(base, pair):
+    plain, ours = pair
+    ids = tokens(2, LENGTH)
+    with answers(plain, base) as wanted, answers(ours, base) as found:
+        logits = plain(ids).logits
+        assert_close(ours(ids).logits, logits, **CLOSE)
+    assert len(found) == len(wanted) == 3
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one, other, **CLOSE)
+    assert (logits[:, -1] - plain(ids.roll(1, 0)).logits[:, -1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing(base, pair):
+    plain, ours = pair
+    ids, mask = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, :5] = 0
+    real = mask.bool()
+    wanted = plain(ids, attention_mask=mask, position_ids=places(mask)).logits
+    assert_close(ours(ids, attention_mask=mask).logits[real], wanted[real], **CLOSE)
+    assert_close(ours(ids, attention_mask=mask).logits[:1, 5:], plain(ids[:1, 5:]).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_in_pieces_with_a_cache_it_is_the_base_s(base, pair):
+    plain, ours = pair
+    ids = tokens(2, LENGTH)
+    wanted, cache, pieces = plain(ids).logits, None, []
+    for piece in ids.split((9, 1, 1, 10), dim=1):
+        # By whichever name the base takes it.
+        output = ours(piece, use_cache=True, **({} if cache is None else {"past_key_values": cache}))
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    assert_close(torch.cat(pieces, dim=1), wanted, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", ["none", "all", "1"])
+def test_packed_documents_are_the_base_s_documents_apart(base, kept):
+    torch.manual_seed(0)
+    ours = tiny_model(base, "window", kept, options={"window": 64, "sinks": 0})
+    for _, layer in ours.swapped_layers():
+        layer.mixer = Window(layer.mixer.spec, Window.Options(window=layer.mixer.spec.window or 64, sinks=0))
+    plain = AutoModelForCausalLM.from_config(tiny_config(base)).eval()
+    plain.load_state_dict(ours.state_dict())
+    ids, lengths = tokens(1, LENGTH), (8, 13)
+    position = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = ours(ids, position_ids=position, use_cache=False).logits
+    apart = torch.cat([plain(piece).logits for piece in ids.split(lengths, dim=1)], dim=1)
+    assert_close(packed, apart, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_window_longer_than_the_row_is_the_base(base):
+    wide = {"sliding_window": 64} if hasattr(tiny_config(base), "sliding_window") else {}
+    torch.manual_seed(0)
+    ours = tiny_model(base, "window", options={"window": 64}, **wide)
+    plain = AutoModelForCausalLM.from_config(tiny_config(base, **wide)).eval()
+    plain.load_state_dict(ours.state_dict())
+    ids, given = tokens(2, LENGTH), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert_close(ours(ids).logits, plain(ids).logits, **CLOSE)
+    assert torch.equal(ours.generate(ids, **given), plain.generate(ids, **given))
