@@ -13,7 +13,10 @@ from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra_cli.core.data import tokenizer as bpe
+from supra_cli.core.layout import Layout
+from supra_cli.core.mixers.softmax import Softmax
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.swap import SwappedAttention
 
 VOCABULARY = 97
 _SHAPE = {
@@ -31,6 +34,9 @@ _SHAPE = {
     # Large enough for the logits to depend on the whole past, not just on the last token.
     "initializer_range": 0.2,
 }
+
+EXPERTS = ("mixtral", "qwen3_moe")
+"""Bases that are mixtures of experts."""
 
 _SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2, "router_jitter_noise": 0.0}
@@ -71,6 +77,9 @@ def tiny_config(base: str, **changes: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[base]
     known = {field.name for field in fields(kind)}
     shape = _SHAPE | ODDITIES.get(base, {}) | changes
+    for name in ("layer_types", "no_rope_layers"):
+        if shape.get(name) and name not in changes:
+            shape[name] = (shape[name] * shape["num_hidden_layers"])[: shape["num_hidden_layers"]]
     return kind(**{name: value for name, value in shape.items() if kind.attribute_map.get(name, name) in known})
 
 
@@ -90,6 +99,16 @@ def of_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """What the config of a model that speaks the tokenizer's tokens has to say of them."""
     ends = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {"vocab_size": len(tokenizer), **ends}
+
+
+def wide(base: str) -> dict[str, int]:
+    """Changes by which the base's own windows are longer than any row."""
+    return {"sliding_window": 64} if getattr(tiny_config(base), "sliding_window", None) else {}
+
+
+def softmax_heads(layer: SwappedAttention, x: Tensor, layout: Layout | None = None, **call: Any) -> Tensor:
+    """The base's heads [B,T,H,V] in a swapped layer, before the output projection: what the mixer replaced."""
+    return Softmax(layer.mixer.spec, Softmax.Options())(*layer.inputs(x, **call), None, layout)[0]
 
 
 def save_base(path: Path, texts: Iterable[str], **changes: Any) -> Path:

@@ -26,7 +26,8 @@ def run(
         list[str] | None, typer.Option("--set", help="Option of the mixer: --set mixer.key=value, repeatable.")
     ] = None,
     keep: Annotated[
-        str, typer.Option("--keep", help="Layers that stay softmax: none, all, every:N, first:N, last:N or 0,5,7.")
+        str,
+        typer.Option("--keep", help="Layers that stay softmax: none, all, every:N, first:2,last:2, sliding, 0,5,7."),
     ] = "none",
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the new parameters.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,

@@ -77,7 +77,7 @@ class SupraConfig(PreTrainedConfig):
 
     def with_mixer(self, mixer: str, options: Mapping[str, Any] | None = None, keep: str = "none") -> SupraConfig:
         """The base with `mixer` in every layer that `keep`, as `layer_kinds` reads it, does not spare."""
-        layers = layer_kinds(self.num_hidden_layers, mixer, keep)
+        layers = layer_kinds(self.num_hidden_layers, mixer, keep, sliding_layers(self))
         return self.from_base(self, mixer=mixer, options=options, layers=layers)
 
     def plain(self) -> PreTrainedConfig:
@@ -98,6 +98,14 @@ class SupraConfig(PreTrainedConfig):
 
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.swap.base]
         return output | {"model_type": self.swap.base, "architectures": [architecture]}
+
+
+def sliding_layers(config: PreTrainedConfig) -> list[int]:
+    """The numbers of the layers whose own attention sees a window."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else ""] * config.num_hidden_layers
+    return [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -177,6 +177,11 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
     "encoder-decoder": (config(model_type="t5"), 2, "an encoder-decoder model"),
     "speech": (config(model_type="whisper"), 2, "an encoder-decoder model"),
     "encoder": (config(model_type="bert"), 2, "an encoder, which predicts no next token"),
+    "attention sinks": (config(model_type="gpt_oss"), 2, "a model with attention sinks"),
+    "latent attention": (config(model_type="deepseek_v3", kv_lora_rank=64), 2, "latent attention (MLA)"),
+    "hybrid": (config(model_type="qwen3_next"), 2, "a hybrid, some or all of whose layers are recurrent already"),
+    "gates on queries": (config(model_type="qwen3_5"), 2, "a hybrid"),
+    "no causal attention": (config(model_type="gemma3_text", use_bidirectional_attention=True), 2, "that see the ones"),
     "code of its own": (config(model_type="foo", auto_map={"AutoConfig": "c.FooConfig"}), 2, "code of its own"),
     "code of its own under a known name": (
         config(auto_map={"AutoModelForCausalLM": "modeling_foo.Foo"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
+from tiny import softmax_heads, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
@@ -40,7 +40,7 @@ def alone(swapped, ids):
     [
         {"base": "llama"},
         {"base": "mistral", "sliding_window": 5},
-        {"base": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {"base": "qwen2", "sliding_window": 5, "layer_types": None, "max_window_layers": 1},
     ],
     ids=["all", "window", "window in some layers"],
 )
@@ -73,7 +73,7 @@ def test_a_swapped_layer_answers_as_its_base_within_documents_and_window(sliding
     _, expected = heard(plain, **call)
     given, _ = heard(swapped, **call)
     layer = swapped.model.layers[0].self_attn
-    heads = layer.softmax_heads(given["hidden_states"], given["position_embeddings"], given["layout"])
+    heads = softmax_heads(layer, given.pop("hidden_states"), **given)
     assert_close(layer.o_proj(heads.flatten(-2)), expected)
 
 
@@ -156,5 +156,5 @@ def test_layers_must_name_a_kind_for_each(layers):
 
 
 def test_an_architecture_without_a_record_is_named():
-    with pytest.raises(UsageError, match="unknown base architecture 'gpt2'"):
-        SupraConfig.from_base(AutoConfig.for_model("gpt2"))
+    with pytest.raises(UsageError, match="unknown base architecture 'cohere'"):
+        SupraConfig.from_base(AutoConfig.for_model("cohere"))

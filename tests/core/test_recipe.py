@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import tomli_w
+from tiny import tiny_config
 
 from supra_cli.core import recipe as recipes
 from supra_cli.core.errors import UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.mixers import parse_options
+from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import layer_kinds
 from supra_cli.core.recipe.options import read
 
@@ -301,14 +303,27 @@ def test_a_shipped_recipe_is_read_by_its_name_unless_a_file_has_it(tmp_path: Pat
         ("first:2", (0, 1)),
         ("last:1", (5,)),
         ("0,5,3", (0, 3, 5)),
+        ("first:1,last:2", (0, 4, 5)),
+        ("sliding", (1, 2)),
+        ("sliding, every:3,0", (0, 1, 2, 5)),
         ("2", (2,)),
     ],
 )
 def test_keep_names_the_softmax_layers(keep: str, kept: tuple[int, ...]) -> None:
-    assert layer_kinds(6, "supra", keep) == ["softmax" if layer in kept else "supra" for layer in range(6)]
+    assert layer_kinds(6, "supra", keep, sliding=[1, 2]) == [
+        "softmax" if layer in kept else "supra" for layer in range(6)
+    ]
 
 
-@pytest.mark.parametrize("keep", ["every:7", "first:7", "last:7", "6", "0,9"])
+@pytest.mark.parametrize("keep", ["every:7", "first:7", "last:7", "6", "0,9", "first:1,last:7"])
+def test_sliding_layers_are_kept_where_there_are_any() -> None:
+    config = SupraConfig.from_base(tiny_config("gemma2"))
+    assert config.with_mixer("supra", keep="sliding").swap.layers == ["softmax", "supra", "softmax"]
+    assert SupraConfig.from_base(tiny_config("mistral")).with_mixer("supra", keep="sliding").swap.layers[1] == "softmax"
+    with pytest.raises(UsageError, match="no sliding layers"):
+        SupraConfig.from_base(tiny_config("llama")).with_mixer("supra", keep="sliding")
+
+
 def test_a_keep_outside_the_model_names_its_layers(keep: str) -> None:
     assert recipes.validate(changed("keep", keep)).keep == keep  # right for a model with more layers
     with pytest.raises(UsageError, match="the model has 6 layers"):
@@ -317,7 +332,10 @@ def test_a_keep_outside_the_model_names_its_layers(keep: str) -> None:
 
 @pytest.mark.parametrize(
     "keep",
-    ["", "some", "every:0", "every:", "first:-1", "last:x", "-1", "1,,2", "all:1", "every:²", "None", "9" * 5000],
+    [
+        *("", "some", "every:0", "every:", "first:-1", "last:x", "-1", "1,,2", "all:1", "every:²", "None", "9" * 5000),
+        *("none,all", "first:1,", "sliding:2"),
+    ],
 )
 def test_a_keep_that_means_nothing_is_refused_before_a_model_is_known(keep: str) -> None:
     assert "keep: keep is" in complaint(changed("keep", keep))

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model, tokens
+from tiny import tiny_config, tiny_model, tokens, wide
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -21,20 +22,24 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-4}
 LENGTH = 21
 
 
-@pytest.fixture
-def pair(base: str) -> tuple[nn.Module, nn.Module]:
-    """(the base, the same with every attention computed through its arch).
+def two(base: str, keep: str = "none", **changes: Any) -> tuple[nn.Module, nn.Module]:
+    """(the base, the same with the attention of every layer that is not kept computed through its arch).
 
     `Window` with the base's own window, or one longer than any row, is softmax attention with a cache.
     """
     torch.manual_seed(0)
-    ours = tiny_model(base, "window", options={"window": 64, "sinks": 0})
+    ours = tiny_model(base, "window", keep, options={"window": 64, "sinks": 0}, **changes)
     for _, layer in ours.swapped_layers():
         spec = layer.mixer.spec
         layer.mixer = Window(spec, Window.Options(window=spec.window or 64, sinks=0))
-    plain = AutoModelForCausalLM.from_config(tiny_config(base)).eval()
+    plain = AutoModelForCausalLM.from_config(tiny_config(base, **changes)).eval()
     plain.load_state_dict(ours.state_dict())
     return plain, ours
+
+
+@pytest.fixture
+def pair(base: str) -> tuple[nn.Module, nn.Module]:
+    return two(base)
 
 
 @contextmanager
@@ -58,8 +63,9 @@ def places(mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_attention_through_the_arch_is_the_base_s(base, pair):
-    plain, ours = pair
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_through_the_arch_is_the_base_s(base, kv_heads):
+    plain, ours = two(base, num_key_value_heads=kv_heads)
     ids = tokens(2, LENGTH)
     with answers(plain, base) as wanted, answers(ours, base) as found:
         logits = plain(ids).logits
@@ -97,12 +103,7 @@ def test_in_pieces_with_a_cache_it_is_the_base_s(base, pair):
 @torch.no_grad()
 @pytest.mark.parametrize("kept", ["none", "all", "1"])
 def test_packed_documents_are_the_base_s_documents_apart(base, kept):
-    torch.manual_seed(0)
-    ours = tiny_model(base, "window", kept, options={"window": 64, "sinks": 0})
-    for _, layer in ours.swapped_layers():
-        layer.mixer = Window(layer.mixer.spec, Window.Options(window=layer.mixer.spec.window or 64, sinks=0))
-    plain = AutoModelForCausalLM.from_config(tiny_config(base)).eval()
-    plain.load_state_dict(ours.state_dict())
+    plain, ours = two(base, kept)
     ids, lengths = tokens(1, LENGTH), (8, 13)
     position = torch.cat([torch.arange(length) for length in lengths])[None]
     packed = ours(ids, position_ids=position, use_cache=False).logits
@@ -112,10 +113,9 @@ def test_packed_documents_are_the_base_s_documents_apart(base, kept):
 
 @torch.no_grad()
 def test_a_window_longer_than_the_row_is_the_base(base):
-    wide = {"sliding_window": 64} if hasattr(tiny_config(base), "sliding_window") else {}
     torch.manual_seed(0)
-    ours = tiny_model(base, "window", options={"window": 64}, **wide)
-    plain = AutoModelForCausalLM.from_config(tiny_config(base, **wide)).eval()
+    ours = tiny_model(base, "window", options={"window": 64}, **wide(base))
+    plain = AutoModelForCausalLM.from_config(tiny_config(base, **wide(base))).eval()
     plain.load_state_dict(ours.state_dict())
     ids, given = tokens(2, LENGTH), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert_close(ours(ids).logits, plain(ids).logits, **CLOSE)

@@ -33,7 +33,7 @@ NEW, PROMPT, LENGTH = 6, 9, 5
 # Bases whose softmax layers see a part of the past; which layers do is up to the base.
 WINDOWS = {
     "mistral, window": ("mistral", {"sliding_window": 4}),
-    "qwen2, some windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    "qwen2, some windows": ("qwen2", {"sliding_window": 4, "layer_types": None, "max_window_layers": 2}),
 }
 BASES = {**{base: (base, {}) for base in archs}, **WINDOWS}
 
@@ -149,7 +149,7 @@ def greedy(model, ids: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tensor]
         implementation = {} if kind == "dynamic" else {"cache_implementation": kind}
         output = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, **implementation, **call)
         return output.sequences, torch.stack(output.logits)
-    call[model.base_model.cache_keyword] = own(model, kind)
+    call[model.arch.stack(model).cache_keyword] = own(model, kind)
     logits: tuple[Tensor, ...] = ()
     for new in (2, NEW - 2):
         output = model.generate(ids, attention_mask=mask, max_new_tokens=new, **call)
@@ -216,7 +216,7 @@ def test_a_cache_that_cannot_carry_a_state_is_refused_by_name():
 
     for cache in (Quantised(), ((ids, ids),) * 4):
         with pytest.raises(ValueError, match=f"cannot use a {type(cache).__name__}"):
-            model(ids, **{model.base_model.cache_keyword: cache})
+            model(ids, **{model.arch.stack(model).cache_keyword: cache})
     with pytest.raises(ValueError, match="two caches"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 

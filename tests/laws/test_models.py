@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_config, tokens
+from tiny import EXPERTS, tiny_config, tokens
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from supra_cli.core import checkpoint
@@ -50,7 +51,9 @@ def test_save_then_load_gives_the_same_logits(build, base, mixer, keep, tmp_path
     checkpoint.save(model, tmp_path / "model", source=None, provenance={})
     again = checkpoint.load(tmp_path / "model")
     assert again.supra == model.supra
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+    # How an expert's product is rounded depends on where its weights lie in memory.
+    assert_close(again(ids).logits, model(ids).logits, **(CLOSE if base in EXPERTS else {"atol": 0, "rtol": 0}))
 
 
 @torch.no_grad()
@@ -130,10 +133,12 @@ start = time.perf_counter()
 import supra_cli
 assert time.perf_counter() - start < 0.2 and "torch" not in sys.modules
 import torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 """
 TRANSFORMERS_FIRST = """
 import sys, torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 import supra_cli
 """

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tokens
+from tiny import tokens, wide
 from torch.testing import assert_close
 
 from supra_cli.core.layout import derive
+from supra_cli.core.recipe.keep import SOFTMAX
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 LENGTHS = (5, 17, 12)
@@ -41,8 +42,11 @@ def test_left_padding_changes_no_logit(exact, base, mixer, keep):
 @torch.no_grad()
 @pytest.mark.parametrize("explicit", [True, False], ids=["positions given", "positions counted"])
 def test_the_state_handed_on_is_the_one_at_each_rows_last_real_token(exact, base, mixer, explicit):
-    """A batch padded on the right, continued with three tokens more, is each row continued alone."""
-    model = exact(base, mixer)
+    """A batch padded on the right, continued with three tokens more, is each row continued alone.
+
+    A sliding layer of the base keeps its last columns, padding among them, so its window is to hold the row.
+    """
+    model = exact(base, mixer, **(wide(base) if mixer == SOFTMAX else {}))
     rows, more = [tokens(length, seed=length) for length in LENGTHS], tokens(len(LENGTHS), 3)
     ids, mask = (side.flip(1) for side in left_padded([row.flip(0) for row in rows], 18))
     memory = model(ids, attention_mask=mask, use_cache=True).past_key_values

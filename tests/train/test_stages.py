@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCABULARY, tiny_model
+from tiny import VOCABULARY, softmax_heads, tiny_model
 from torch import Tensor, nn
 
 from supra_cli.core import checkpoint
@@ -173,8 +173,8 @@ def test_transfer_compares_every_layer_on_the_teachers_own_input(student, batch:
     start(stage, student, row)
     loss = stage.loss(student, None, row, propagate)
     for number, (layer, hidden) in enumerate(zip(layers, inputs, strict=True)):
-        o, _ = layer.heads(hidden, tables)
-        heads = layer.softmax_heads(hidden, tables)
+        o, _ = layer.heads(hidden, position_embeddings=tables)
+        heads = softmax_heads(layer, hidden, position_embeddings=tables)
         o, taught = o[:, :-1], F.layer_norm(heads, heads.shape[-1:], eps=1e-5)[:, :-1]  # the last predicts nothing
         wanted = 23 * (o - taught).square().sum() / taught.square().sum()
         torch.testing.assert_close(loss.metrics[f"layer.{number}"], wanted.detach(), rtol=1e-4, atol=1e-5)
@@ -208,9 +208,9 @@ def test_transfer_begins_with_the_gains_of_least_squares(base: Path, tmp_path: P
     seen: list[tuple[Tensor, Tensor]] = []
     for _, layer in student.swapped_layers():
 
-        def spy(hidden_states, position_embeddings=None, layout=None, layer=layer, **kwargs):
-            taught = layer.softmax_heads(hidden_states, position_embeddings, layout)
-            seen.append((layer.heads(hidden_states, position_embeddings, layout)[0], taught))
+        def spy(hidden_states, layer=layer, **call):
+            taught = softmax_heads(layer, hidden_states, **call)
+            seen.append((layer.heads(hidden_states, **call)[0], taught))
             return layer.arch.out(layer, taught.flatten(-2)), None
 
         layer.forward = spy

@@ -1,5 +1,5 @@
-"""Gemma: Llama's layout; the second generation has soft caps on scores and logits, the third norms queries and keys head
-by head. Sliding and full layers of the third have rotary tables of their own, which the base hands to each.
+"""Gemma: Llama's layout; the second generation caps scores and logits, the third norms queries and keys head by head.
+Sliding and full layers of the third have rotary tables of their own, which the base hands to each.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ GPT2 = Arch(
     spec=lambda attention: head_spec(attention, head_dim=attention.head_dim),
     qkv=qkv,
     rotation=unrotated,
-    out=lambda attention, o: attention.resid_dropout(attention.c_proj(o)),
+    out=lambda attention, o: attention.resid_dropout(attention.c_proj(o.contiguous())),
     head=plain_head,
     limit=lambda config: config.max_position_embeddings,
 )

@@ -191,8 +191,11 @@ def _refuse_what_cannot_be_converted(file: Path, described: Mapping[str, Any], b
     if base_type not in archs:
         raise UsageError(
             f"unknown base architecture '{base_type}': {file} is of {_what(described, base_type)}; "
-            f"supra converts {', '.join(archs)}"
+            f"supra converts {', '.join(archs)} (docs/adding-a-base-model.md: how to add one)"
         )
+    for key, reason in _UNKEPT.items():
+        if described.get(key):
+            raise UsageError(f"{file} says {key} = {described[key]!r}, {reason}; supra converts causal attention alone")
     if (quantised := described.get("quantization_config", described.get("compression_config"))) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise UsageError(f"{file} is of a model quantised by {method or 'an unnamed method'}; {UNQUANTISED}")
@@ -214,6 +217,20 @@ def _refuse_what_cannot_be_converted(file: Path, described: Mapping[str, Any], b
         )
 
 
+_UNKEPT = {
+    "use_bidirectional_attention": "tokens that see the ones after them",
+    "add_cross_attention": "attention to an encoder",
+}
+"""Keys of bases that have an arch, by which their attention is another, and what that is."""
+
+_SINKS = {"deepseek_v4", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}
+_HYBRIDS = {
+    *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba"),
+    *("mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next", "recurrent_gemma"),
+    *("rwkv", "xlstm", "zamba", "zamba2"),
+}
+
+
 def _what(described: Mapping[str, Any], base_type: str) -> str:
     """What kind of model it is that no arch is for, in words."""
     if isinstance(described.get("audio_config"), dict):
@@ -226,6 +243,13 @@ def _what(described: Mapping[str, Any], base_type: str) -> str:
         or base_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     ):
         return "an encoder-decoder model"
+    if base_type in _SINKS:
+        return "a model with attention sinks, a learned logit in each softmax, which no mixer here has"
+    if "kv_lora_rank" in described:
+        return "a model with latent attention (MLA), which has no keys and values of its own to hand to a mixer"
+    kinds = described.get("layer_types")
+    if base_type in _HYBRIDS or (isinstance(kinds, list) and "linear_attention" in kinds):
+        return "a hybrid, some or all of whose layers are recurrent already"
     if base_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "an encoder, which predicts no next token"
     if base_type in CONFIG_MAPPING:

@@ -12,12 +12,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from supra_cli.core import hub
 from supra_cli.core.checkpoint.describing import UNQUANTISED, check_attention, legible, read_config, skeleton, theirs
 from supra_cli.core.checkpoint.record import identity
-from supra_cli.core.checkpoint.slices import Entry, fill, headers
+from supra_cli.core.checkpoint.slices import Entry, fill, headers, stacked
 from supra_cli.core.data.tokenizer import check_vocabulary
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, first_line
 from supra_cli.core.files import check_whole
@@ -195,9 +195,27 @@ def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:
 
 
 def _renamed(model: SupraForCausalLM, found: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The entries by today's names, of which transformers keeps a table."""
-    renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    return {rename_source_key(name, renames, [])[0]: entry for name, entry in found.items()}
+    """The entries by the names of the model in memory, for which transformers keeps a table: tensors were renamed, have
+    a prefix or none, or are stored expert by expert.
+    """
+    table, expected = get_model_conversion_mapping(model), model.state_dict()
+    renames = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    merges = [entry for entry in table if isinstance(entry, WeightConverter)]
+    entries: dict[str, Entry] = {}
+    apart: dict[str, dict[str, list[Entry]]] = {}
+    for name in sorted(found, key=dot_natural_key):
+        new, pattern = rename_source_key(name, renames, merges, model.base_model_prefix, expected)
+        if pattern is None:
+            entries[new] = found[name]
+        else:
+            apart.setdefault(new, {}).setdefault(pattern, []).append(found[name])
+    for name, columns in apart.items():
+        merge = next(merge for merge in merges if columns.keys() <= set(merge.source_patterns))
+        try:
+            entries[name] = stacked([columns.get(pattern, []) for pattern in merge.source_patterns])
+        except ValueError as error:
+            raise SupraError(f"the checkpoint does not have each expert of '{name}' once ({error})") from error
+    return entries
 
 
 def holds(path: Path | str, weights: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +52,18 @@ class Entry(NamedTuple):
     """As safetensors writes it: F32, BF16, ..."""
     name: str
     """In the file."""
+    parts: tuple[tuple[Entry, ...], ...] = ()
+    """Of a tensor whose rows are stored apart, as experts are: of each row the tensors that follow in it on another."""
+
+
+def stacked(columns: Sequence[Sequence[Entry]]) -> Entry:
+    """The tensor whose row i is columns[0][i], columns[1][i], ... one after the other. ValueError where rows differ."""
+    rows = tuple(zip(*columns, strict=True))
+    if len({tuple((part.shape, part.dtype) for part in row) for row in rows}) != 1:
+        raise ValueError("rows differ in shape or format")
+    first = rows[0][0]
+    width = sum(part.shape[0] for part in rows[0])
+    return Entry(first.file, (len(rows), width, *first.shape[1:]), first.dtype, first.name, rows)
 
 
 def write_shards(
@@ -165,6 +177,12 @@ def fill(tensors: Mapping[str, Tensor], directory: Path, stored: Mapping[str, En
     for name, tensor in tensors.items():
         entry = stored[name]
         rows, first = _own_rows(tensor)
+        if entry.parts:
+            for row, parts in zip(rows, entry.parts[first : first + len(rows)], strict=True):
+                pieces = row.split([part.shape[0] for part in parts])
+                for piece, part in zip(pieces, parts, strict=True):
+                    fill({name: piece}, directory, {name: part})
+            continue
         # Opened for each tensor: what has been read of a mapped file counts as memory until it is closed.
         with safetensors.safe_open(directory / entry.file, "pt") as file:
             if not tensor.dim():

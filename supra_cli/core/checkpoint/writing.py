@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from supra_cli.core.checkpoint.files import atomic_directory, link
 from supra_cli.core.checkpoint.reading import tensors
@@ -90,7 +91,10 @@ def write(
         if world.leads:
             placed, known = link_shards(Path(unchanged), directory, kept)
     else:
-        base = revert_weight_conversion(model, {name: value for name, value in state.items() if name not in mixers})
+        base = {name: value for name, value in state.items() if name not in mixers}
+        # Experts stay together, as in memory: taken apart, each rank would have to gather them.
+        if not any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
+            base = revert_weight_conversion(model, base)
         groups = {"model-base": base, **groups}
     for stem, members in groups.items():
         size = sum(tensor.numel() for tensor in members.values()) * dtype.itemsize

@@ -77,12 +77,18 @@ def stream(
     """The completions of `prompts`, piece by piece as they come, never half a character.
 
     A batch gives what each prompt alone would. `stats` is filled on the way. With `compile` the decode step is compiled
-    first, which a beam search takes none of. UsageError for a prompt without any token, SupraError for one with a token
-    that the model does not have.
+    first, which a beam search takes none of. UsageError for a prompt without any token and for more tokens than a model
+    with learned positions has, SupraError for a token that the model does not have.
     """
     stats = stats if stats is not None else Stats()
     input_ids, mask = encode(tokenizer, prompts, model.device)
     check_ids([int(input_ids.max())], tokenizer, model.config)  # an embedding would read past its end, on CUDA unseen
+    limit, longest = model.arch.limit(model.config), input_ids.shape[1] + sampling.max_new_tokens
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"a prompt of {input_ids.shape[1]} tokens and {sampling.max_new_tokens} new ones are more than the {limit} "
+            "positions that the model has learned; shorten one of them"
+        )
     stats.prompt_tokens = int(mask.sum()) if mask is not None else input_ids.numel()
     if input_ids.shape[1] > 8 * PIECE:
         log.info(f"reading {stats.prompt_tokens:,} prompt tokens")

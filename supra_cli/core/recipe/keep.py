@@ -2,53 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from supra_cli.core.errors import UsageError
 
 SOFTMAX = "softmax"
 """The kind of a layer that keeps the base's own attention."""
 
+_EXPECTED = "expected none, all or, joined by commas, every:N, first:N, last:N (N from 1), sliding and layer numbers"
 
-def layer_kinds(layers: int, mixer: str, keep: str) -> list[str]:
+
+def layer_kinds(layers: int, mixer: str, keep: str, sliding: Collection[int] = ()) -> list[str]:
     """The kind of each layer: `mixer`, or softmax where `keep` says so.
 
-    keep is `none`, `all`, `every:N` (layers N-1, 2N-1, ...), `first:N`, `last:N` or layer numbers like `0,5,7`;
-    anything else, or a number outside the model, is a UsageError.
+    keep is `none`, `all`, or rules joined by commas, of which each keeps some: `every:N` (layers N-1, 2N-1, ...),
+    `first:N`, `last:N`, `sliding` (those that see a window, whose numbers are given) or a layer's number. Anything
+    else, a number outside the model, or `sliding` where none is, is a UsageError.
     """
-    rule, numbers = parse(keep)
-    count = numbers[0] if numbers else 0
-    if max(numbers, default=0) > (layers - 1 if rule == "numbers" else layers):
-        raise UsageError(
-            f"keep is '{keep}' and the model has {layers} layers; N goes from 1 to {layers}, layer numbers from 0 to "
-            f"{layers - 1}"
-        )
-    match rule:
-        case "every":
-            kept = range(count - 1, layers, count)
-        case "last":
-            kept = range(layers - count, layers)
-        case "numbers":
-            kept = numbers
-        case _:
-            kept = range({"none": 0, "all": layers}.get(rule, count))
+    kept: set[int] = set()
+    for rule, number in parse(keep):
+        if number > (layers - 1 if rule == "number" else layers):
+            raise UsageError(
+                f"keep is '{keep}' and the model has {layers} layers; N goes from 1 to {layers}, layer numbers from 0 "
+                f"to {layers - 1}"
+            )
+        if rule == "sliding" and not sliding:
+            raise UsageError(f"keep is '{keep}' and the model has no sliding layers; leave out 'sliding'")
+        chosen = {
+            "none": (),
+            "all": range(layers),
+            "every": range(number - 1, layers, max(1, number)),
+            "first": range(number),
+            "last": range(layers - number, layers),
+            "sliding": sliding,
+            "number": (number,),
+        }
+        kept.update(chosen[rule])
     return [SOFTMAX if layer in kept else mixer for layer in range(layers)]
 
 
-def parse(keep: str) -> tuple[str, list[int]]:
-    """(rule, its numbers), the rule being none, all, every, first, last or numbers.
-
-    UsageError for what means nothing for a model of any size.
-    """
-    rule, colon, number = keep.partition(":")
+def parse(keep: str) -> list[tuple[str, int]]:
+    """The rules with their numbers, 0 where one has none. UsageError for what means nothing for a model of any size."""
     if keep in ("none", "all"):
-        return keep, []
+        return [(keep, 0)]
+    return [_rule(part.strip(), keep) for part in keep.split(",")]
+
+
+def _rule(part: str, keep: str) -> tuple[str, int]:
+    rule, colon, number = part.partition(":")
+    if part == "sliding":
+        return part, 0
+    if _is_number(part):
+        return "number", int(part)
     if colon and rule in ("every", "first", "last") and _is_number(number) and int(number) >= 1:
-        return rule, [int(number)]
-    numbers = [number.strip() for number in keep.split(",")]
-    if all(map(_is_number, numbers)):
-        return "numbers", [int(number) for number in numbers]
-    raise UsageError(
-        f"keep is '{keep}', expected none, all, every:N, first:N, last:N (N from 1) or layer numbers like 0,5,7"
-    )
+        return rule, int(number)
+    raise UsageError(f"keep is '{keep}', {_EXPECTED} like 0,5,7")
 
 
 def _is_number(text: str) -> bool:

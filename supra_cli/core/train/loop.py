@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from supra_cli.core import checkpoint, hub
 from supra_cli.core import device as devices
 from supra_cli.core import recipe as recipes
+from supra_cli.core.archs import archs
 from supra_cli.core.data import rows
 from supra_cli.core.data.packing import Batch
 from supra_cli.core.data.tokenizer import check_ids
@@ -170,7 +171,9 @@ class Trainer:
         """Open the data, and raise whatever else would end the run later than it could be known."""
         recipe = self.recipe
         check_stages(recipe.stages[self.counters.stage :], config, tokenizer, base, self.world)
-        longest = max(map(recipe.seq_len, recipe.stages))
+        longest, limit = max(map(recipe.seq_len, recipe.stages)), archs.get(config.swap.base).limit(config)
+        if limit is not None and longest > limit:
+            raise UsageError(f"seq_len is {longest} and the base has learned {limit} positions; lower data.seq_len")
         self.mixture = rows.training(recipe.data, tokenizer, recipe.seed, longest, self.world)
         held_out = rows.held_out(recipe.data, tokenizer) if self.world.leads else None
         self.held_out: Batch | None = self.world.shared(held_out)
