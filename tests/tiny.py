@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from supra_cli.core.data import tokenizer as bpe
@@ -111,11 +111,12 @@ def softmax_heads(layer: SwappedAttention, x: Tensor, layout: Layout | None = No
     return Softmax(layer.mixer.spec, Softmax.Options())(*layer.inputs(x, **call), None, layout)[0]
 
 
-def save_base(path: Path, texts: Iterable[str], **changes: Any) -> Path:
-    """A plain Llama and a tokenizer of 300 tokens of `texts`, as transformers saves them."""
+def save_base(path: Path, texts: Iterable[str], kind: str = "llama", **changes: Any) -> Path:
+    """A plain base and a tokenizer of 300 tokens of `texts`, as transformers saves them."""
     tokenizer = bpe.train(texts, 300)
     torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config("llama", **of_words(tokenizer), **changes)).save_pretrained(path)
+    config = tiny_config(kind, **of_words(tokenizer), **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -315,7 +315,6 @@ def test_keep_names_the_softmax_layers(keep: str, kept: tuple[int, ...]) -> None
     ]
 
 
-@pytest.mark.parametrize("keep", ["every:7", "first:7", "last:7", "6", "0,9", "first:1,last:7"])
 def test_sliding_layers_are_kept_where_there_are_any() -> None:
     config = SupraConfig.from_base(tiny_config("gemma2"))
     assert config.with_mixer("supra", keep="sliding").swap.layers == ["softmax", "supra", "softmax"]
@@ -324,6 +323,7 @@ def test_sliding_layers_are_kept_where_there_are_any() -> None:
         SupraConfig.from_base(tiny_config("llama")).with_mixer("supra", keep="sliding")
 
 
+@pytest.mark.parametrize("keep", ["every:7", "first:7", "last:7", "6", "0,9", "first:1,last:7"])
 def test_a_keep_outside_the_model_names_its_layers(keep: str) -> None:
     assert recipes.validate(changed("keep", keep)).keep == keep  # right for a model with more layers
     with pytest.raises(UsageError, match="the model has 6 layers"):
@@ -339,5 +339,5 @@ def test_a_keep_outside_the_model_names_its_layers(keep: str) -> None:
 )
 def test_a_keep_that_means_nothing_is_refused_before_a_model_is_known(keep: str) -> None:
     assert "keep: keep is" in complaint(changed("keep", keep))
-    with pytest.raises(UsageError, match="expected none, all, every:N"):
+    with pytest.raises(UsageError, match="expected none, all or"):
         layer_kinds(6, "supra", keep)

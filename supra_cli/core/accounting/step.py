@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import masking_utils
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from supra_cli.core import ops
 from supra_cli.core import recipe as recipes
@@ -67,6 +69,8 @@ def figures(
     with FakeTensorMode(), _CPU, ops.planning("triton" if device == "cuda" else None), as_given, watch:
         student = SupraForCausalLM._from_config(configs[0], dtype=torch.float32).train()
         teachers = [SupraForCausalLM._from_config(config, dtype=dtype).eval() for config in configs[1:]]
+        for model in (student, *teachers):
+            model.config._experts_implementation = _PLANNED_EXPERTS
         stage = stage_of(spec)
         prepare(student, stage, spec.model_copy(update={"activation_checkpointing": False}))
         ids = torch.zeros((recipe.micro_rows(spec), recipe.seq_len(spec)), dtype=torch.long)
@@ -83,6 +87,21 @@ def figures(
     kept = {name: size for name, size in watch.most.items() if isinstance(name, str)}
     kept["outside"] = kept.get("outside", 0) + kept.pop("loss", 0) * (not watch.found["piece"])
     return Figures(flops.get_total_flops(), blocks=sum(blocks), block=max(blocks, default=0), **kept, **watch.found)
+
+
+def _experts(self: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """As much work as a mixture of experts has, whichever a token is sent to: all go to the first.
+
+    hidden [N,D], chosen [N,k] and weights [N,k] -> [N,D].
+    """
+    sent = hidden.repeat_interleave(chosen.shape[1], dim=0)
+    inner = self._apply_gate(linear(sent, self.gate_up_proj[0]))
+    answers = linear(inner, self.down_proj[0]) * weights.reshape(-1, 1)
+    return answers.view(*chosen.shape, -1).sum(1).to(hidden.dtype)
+
+
+_PLANNED_EXPERTS = "supra_plan"
+ALL_EXPERTS_FUNCTIONS.register(_PLANNED_EXPERTS, _experts)
 
 
 class _Watch(TorchDispatchMode):

@@ -7,26 +7,32 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from supra_cli.core import recipe
-from supra_cli.core.swap import mixer_names
+from supra_cli.core.swap import mixer_names, swapped_layers
 from supra_cli.core.train import lowbit
 from supra_cli.core.train.offload import OffloadedAdamW
 
-_OF_MATRICES = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D)
+_OF_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """The names of the parameters that weight decay is for, by what their modules are: the weights of linear maps,
-    convolutions and embeddings, and what a module of another kind names in its `matrices`.
+    """The names of the parameters that weight decay is for: in the base those of two dimensions or more, routers and
+    experts among them; in mixers the weights of linear maps and convolutions, and what a module of another kind names
+    in its `matrices`.
 
-    Neither the number of dimensions nor the name tells: a gain for each head is [H,1], its biases are [H,F].
+    In mixers the number of dimensions does not tell: a gain for each head is [H,1], its biases are [H,F].
     """
-    named = set()
-    for path, module in model.named_modules():
-        own = ("weight",) if isinstance(module, _OF_MATRICES) else getattr(module, "matrices", ())
-        named.update(f"{path}.{name}" if path else name for name in own)
+    of_mixers = mixer_names(model)
+    named = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.dim() > 1 and name not in of_mixers
+    }
+    for path, layer in swapped_layers(model):
+        for part, module in layer.mixer.named_modules(prefix=f"{path}.mixer"):
+            own = ("weight",) if isinstance(module, _OF_MATRICES) else getattr(module, "matrices", ())
+            named.update(f"{part}.{name}" for name in own)
     return named
 
 

@@ -24,8 +24,6 @@ from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraForCausalLM
 from supra_cli.core.parallel import World
 
-_ROUNDED = (nn.Linear, Conv1D)
-
 
 def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: bool, offload: bool) -> None:
     """Share out the parameters of `model`, which may still be on meta; nothing in a world of one.
@@ -59,9 +57,7 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
     of_mixers = {part for mixer in mixers for part in mixer.modules()}
     for block in model.arch.layers(model):
         norms = [
-            part
-            for part in block.modules()
-            if part not in of_mixers and part._parameters and not isinstance(part, _ROUNDED) and part is not block
+            part for part in block.modules() if part is not block and part not in of_mixers and not _is_rounded(part)
         ]
         if norms and dtype != torch.float32:
             unit(norms)
@@ -74,6 +70,12 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
             # makes bf16 gradients zero up to torch 2.13 (pytorch#190745).
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+
+
+def _is_rounded(part: nn.Module) -> bool:
+    """Whether autocast rounds all parameters that a module of a base has itself: linear maps, routers, experts."""
+    own = [parameter for parameter in part._parameters.values() if parameter is not None]
+    return isinstance(part, (nn.Linear, Conv1D)) or all(parameter.dim() > 1 for parameter in own)
 
 
 def _whole_during_calls(mixer: nn.Module, mesh: DeviceMesh) -> None:
