@@ -39,6 +39,7 @@ def make_all(root: Path) -> None:
     (root / "text.txt").write_text(TEXT, encoding="utf-8")
     for name, tied in TIED.items():  # of a width that neither three nor four ranks share evenly
         save_base(root / name, [TEXT], tie_word_embeddings=tied, intermediate_size=50)
+    save_base(root / "experts", [TEXT], "mixtral")  # four, which three ranks do not share evenly
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUPRA_CACHE", str(root / "cache"))
         run_in_worlds(root)
@@ -88,6 +89,7 @@ def run_in_worlds(root: Path) -> None:
     single["bfloat16"] = {"recipe": single["finetune-tied"]["recipe"], "dtype": "bfloat16"}
     more = {"kind": "finetune", "tokens": 5 * 7 * 32, "activation_checkpointing": True, "untie": True}
     single["untying"] = {"recipe": recipe(root, "untying", "tied", [{**more, "tokens": tokens}])}
+    single["experts"] = {"recipe": recipe(root, "experts", "experts", [{"kind": "distill", "tokens": 5 * 7 * 32}])}
     data = {"seq_len": 32, "sources": [{"path": "someone/dataset"}]}
     single["hub"] = {"recipe": recipe(root, "hub", "tied", [more], data=data), "trick": "hub"}
     stages = [{"kind": kind, "tokens": 5 * 7 * 32} for kind in KINDS]
@@ -146,7 +148,7 @@ def far(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float
     return max(float((ours[name] - value).abs().max()) for name, value in theirs.items()) / largest
 
 
-RUNS = [f"{kind}-{base}" for kind in KINDS for base in TIED] + ["fit", "offload", "untying", "hub"]
+RUNS = [f"{kind}-{base}" for kind in KINDS for base in TIED] + ["fit", "offload", "untying", "experts", "hub"]
 
 
 @pytest.mark.parametrize("size", SIZES)
