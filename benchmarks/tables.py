@@ -221,9 +221,22 @@ def curves() -> str:
     return f"{_markdown(header, body)}\n{told}\n"
 
 
+def bases() -> str:
+    """What tests/laws tries of every registered base with every registered mixer; see its conftest.py."""
+    from supra_cli.core.archs import archs
+    from supra_cli.core.mixers import mixers
+
+    def tried(base: str, mixer: str) -> str:
+        return "all" if base == "llama" or mixer in ("supra", "softmax") else "drawn"
+
+    body = [[f"`{base}`", *(tried(base, mixer) for mixer in mixers)] for base in archs]
+    return _markdown(["", *(f"`{mixer}`" for mixer in mixers)], body)
+
+
 def render(text: str) -> str:
     """`text` with every block between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
     tables = {
+        "bases": bases,
         "demo": demo,
         "operator": operator,
         "operator-times": operator_times,

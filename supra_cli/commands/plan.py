@@ -184,6 +184,8 @@ def model_rows(plan: ModelPlan) -> list[tuple[str, str]]:
         rows.append((f"cache at {tokens:,} tokens", now))
     if swapped:
         rows.append(("smaller than the base's cache", f"from {plan.break_even_tokens:,} tokens on"))
+    if plan.dropped:
+        rows.append(("dropped of the base", "; ".join(plan.dropped)))
     return rows
 
 

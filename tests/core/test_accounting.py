@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_config
 from transformers import LlamaConfig, Qwen2Config
 
 from supra_cli.core import accounting, checkpoint, hub
@@ -51,6 +52,20 @@ def test_kept_layers_keep_their_cache():
     assert plan.layers.count("softmax") == 8
     assert plan.cache_bytes(1000) == plan.state_bytes + 8 * 2 * 32 * 128 * 2 * 1000
     assert planned("llama-7b", keep="all").cache_bytes(77) == planned("llama-7b").base_cache_bytes(77)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "keep", "dropped"),
+    [
+        ("supra", "none", ("the window of 7 tokens, in 2 of the layers", "the soft cap of scores, in 3 of the layers")),
+        ("supra", "sliding", ("the soft cap of scores, in 1 of the layers",)),
+        ("window", "none", ("the window of 7 tokens, in 2 of the layers",)),
+        ("softmax", "all", ()),
+    ],
+)
+def test_a_plan_names_what_swapped_layers_do_without(mixer, keep, dropped):
+    base = SupraConfig.from_base(tiny_config("gemma2"))
+    assert accounting.measure(base.with_mixer(mixer, {}, keep)).dropped == dropped
 
 
 def test_unknown_names_are_usage_errors():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from supra_cli.core.archs import archs
+from supra_cli.core.layout import HeadSpec
+from supra_cli.core.mixers import mixers
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe.keep import SOFTMAX
 from supra_cli.core.swap import SwappedAttention, mixer_names
@@ -35,6 +38,8 @@ class ModelPlan:
     softmax_token_bytes: int
     """Keys and values of one token in one softmax layer."""
     base_windows: tuple[int | None, ...]
+    dropped: tuple[str, ...]
+    """What of the base's attention the swapped layers do without, in words."""
 
     def cache_bytes(self, tokens: int) -> int:
         """Recurrent state and the remaining layers' keys and values after `tokens` tokens."""
@@ -63,6 +68,7 @@ def measure(config: SupraConfig, dtype: torch.dtype | None = None) -> ModelPlan:
     attentions = [getattr(block, arch.slot) for block in arch.layers(model)]
     specs = [arch.spec(attention) for attention in attentions]
     kept = [spec.window for spec, kind in zip(specs, config.swap.layers, strict=True) if kind == SOFTMAX]
+    swapped = [spec for spec, kind in zip(specs, config.swap.layers, strict=True) if kind != SOFTMAX]
     states = [a.mixer.init_state(1, torch.device("meta")) for a in attentions if isinstance(a, SwappedAttention)]
     parameters = dict(model.named_parameters())
     new = sum(parameters[name].numel() for name in mixer_names(model))
@@ -79,4 +85,12 @@ def measure(config: SupraConfig, dtype: torch.dtype | None = None) -> ModelPlan:
         softmax_windows=tuple(kept),
         softmax_token_bytes=specs[0].kv_heads * (specs[0].head_dim + specs[0].v_dim) * dtype.itemsize,
         base_windows=tuple(spec.window for spec in specs),
+        dropped=tuple(_dropped(swapped, mixers.get(config.swap.mixer).softens)),
     )
+
+
+def _dropped(swapped: list[HeadSpec], softens: bool) -> Iterator[str]:
+    for window, layers in Counter(spec.window for spec in swapped if spec.window).items():
+        yield f"the window of {window:,} tokens, in {layers} of the layers"
+    if capped := sum(spec.softcap is not None for spec in swapped if not softens):
+        yield f"the soft cap of scores, in {capped} of the layers"

@@ -27,6 +27,8 @@ class Mixer(nn.Module):
     class Options:
         """The keys of `[mixer]` in a recipe besides `name`."""
 
+    softens: ClassVar[bool] = False
+    """Whether its scores go through the base's soft cap and a softmax, as in the base."""
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ()
     """Options at which the laws hold too, where it is numbers that change what runs: the laws find every other choice
     of a Literal or bool by themselves."""

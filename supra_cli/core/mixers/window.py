@@ -55,6 +55,7 @@ class Window(Mixer):
             if not 0 <= self.sinks <= _MOST:
                 raise UsageError(f"mixer.sinks is {self.sinks}, expected a number from 0 to {_MOST}")
 
+    softens = True
     variants = ({"window": 5, "sinks": 2}, {"window": 3, "sinks": 0})
 
     def init_state(self, batch: int, device: torch.device | str) -> WindowState:
