@@ -16,6 +16,30 @@ if TYPE_CHECKING:
     from supra_cli.core.modeling import SupraConfig
 
 
+def _list(wanted: bool) -> None:
+    """The aliases, before anything else is asked of the command line."""
+    if not wanted:
+        return
+    from supra_cli.core import accounting, checkpoint, hub
+
+    rows = []
+    for alias in [*hub.BUNDLED, *hub.ALIASES]:
+        source = hub.resolve(alias)
+        bundled = hub.is_bundled(source)
+        size = accounting.measure(checkpoint.outline(source)) if bundled else None
+        rows.append(
+            (
+                alias,
+                source.repo or "in the package, weights too",
+                "" if size is None else console.number(size.parameters),
+                "" if size is None else console.size(size.weight_bytes),
+                "yes" if bundled else "no",
+            )
+        )
+    console.table(rows, header=("alias", "on the hub", "parameters", "weights", "config bundled"))
+    raise typer.Exit()
+
+
 def run(
     model: Annotated[str, typer.Argument(help="Directory, alias (tiny, llama-7b, mistral-7b, ...) or hub id.")],
     output: Annotated[
@@ -30,6 +54,9 @@ def run(
         typer.Option("--keep", help="Layers that stay softmax: none, all, every:N, first:2,last:2, sliding, 0,5,7."),
     ] = "none",
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the new parameters.")] = 0,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the aliases and leave.", is_eager=True, callback=_list)
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,

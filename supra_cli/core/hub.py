@@ -121,10 +121,16 @@ def config_folder(source: Source) -> Path:
     """The directory with the model's config.json, without any weights; for aliased bases it is in the package."""
     if source.repo is None:
         return source.path
-    bundled = _ASSETS / "configs" / source.repo
-    if source.revision is None and _is_model(bundled):
-        return bundled
-    return _snapshot(source, only=_DESCRIPTIONS)
+    return _bundled(source) if is_bundled(source) else _snapshot(source, only=_DESCRIPTIONS)
+
+
+def is_bundled(source: Source) -> bool:
+    """Whether the model's config.json is in the package or on this machine."""
+    return source.repo is None or (source.revision is None and _is_model(_bundled(source)))
+
+
+def _bundled(source: Source) -> Path:
+    return _ASSETS / "configs" / source.repo
 
 
 def commit_of(path: Path) -> str | None:

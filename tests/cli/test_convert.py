@@ -9,6 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from supra_cli.core import hub
+
 RECIPE = """
 base = "mistral-7b"
 [mixer]
@@ -67,6 +69,13 @@ def test_a_dry_run_of_an_alias_needs_no_network(supra, alias, millions):
     assert round(plan["new_parameters"] / 1e6, 1) == millions
     assert plan["state_bytes"] == 64 * 2**20
     assert plan["source"]["repo"] in ("meta-llama/Llama-2-7b-hf", "mistralai/Mistral-7B-v0.1")
+
+
+def test_the_aliases_are_listed_with_what_they_stand_for(supra):
+    lines = supra("convert", "--list").out.splitlines()
+    assert len(lines) == 1 + len(hub.BUNDLED) + len(hub.ALIASES)
+    llama = next(line for line in lines if line.startswith("llama-7b "))
+    assert llama.split() == ["llama-7b", "meta-llama/Llama-2-7b-hf", "6.738B", "12.6", "GiB", "yes"]
 
 
 def test_the_mission_s_command_offline_is_exit_3_and_one_sentence(supra, monkeypatch, tmp_path):
