@@ -65,7 +65,7 @@ def arguments(about: str, count: str, default: int) -> argparse.Namespace:
 def by_two_ranks(script: str, rounds: int) -> Any:
     """found.json, as `python -m benchmarks.SCRIPT --work ROUNDS FOLDER` leaves it, run by two ranks of one thread."""
     with tempfile.TemporaryDirectory() as folder:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*torchrun, "-m", f"benchmarks.{script}", "--work", str(rounds), folder]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         return json.loads((Path(folder) / "found.json").read_text())

@@ -64,8 +64,7 @@ def run(
     from supra_cli.core import parallel
     from supra_cli.core.train import loop
 
-    target = parallel.local_device(devices.resolve(device))
-    with parallel.joined(target) as world, _stop_on_signals() as stop:
+    with parallel.joined(device) as world, _stop_on_signals() as stop:
         if not world.leads:  # the first rank speaks for all
             logging.getLogger("supra_cli").setLevel(logging.ERROR)
         events = loop.uptrain(
@@ -74,8 +73,8 @@ def run(
             model=model,
             resume=resume,
             overwrite=overwrite,
-            device=target,
-            dtype=None if dtype == "auto" else devices.dtype(dtype, target),
+            device=world.device,
+            dtype=None if dtype == "auto" else devices.dtype(dtype, world.device),
             stop=stop,
             world=world,
         )

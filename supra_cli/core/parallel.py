@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from supra_cli.core import device as devices
 from supra_cli.core.errors import Elsewhere, ResourceError, Stopped, SupraError, UsageError
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ _PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that downloads, converts, tokenises or writes; within a step torch's own timeout holds.
 One that dies breaks its connections at once."""
 _REFUSED, _LAUNCH = "supra.refused", "supra.launch"
-"""Keys in torchrun's store, which outlives the ranks: that a UsageError ended them, and what the launch is known by."""
+"""Keys in torchrun's store, which outlives the ranks: who refused to start, and by which name the launch is known."""
 
 _LAST_WORDS = 2.0
 """Seconds in which the rank that has something to tell does so: when one ends, torchrun ends the others."""
@@ -44,10 +45,12 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Its number on its own machine."""
-    restarts: int | None = None
-    """How often torchrun has started these processes again; None for a process that it did not start."""
+    restarts: int = 0
+    """How often torchrun has started these processes again."""
     launch: str | None = None
-    """What is the same each time that it starts them, and never again."""
+    """What is the same each time that it starts them, and never again; None for processes that it did not start."""
+    device: str = "cpu"
+    """What this rank computes on."""
     mesh: DeviceMesh | None = None
     """All ranks in a row, of the kind of device that is computed on; None in a world of one."""
     control: Any = None
@@ -101,29 +104,48 @@ ALONE = World()
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world of the ranks that torchrun started, `device` being the one that this rank computes on.
+    """The world of the ranks that torchrun started, to compute on `device`: auto, cpu, cuda or mps.
 
     An error is told by the rank that has it first; on the others it becomes `Elsewhere`, which says nothing. A rank
     whose connections break although none has told an error raises a SupraError: another one was killed. Ranks that
-    torchrun starts again after a UsageError end at once: they would repeat it, or go on with what was refused.
+    torchrun starts again after a UsageError or a ResourceError end at once: they would repeat it, or go on with what
+    was refused.
     """
     size, count = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if size == 1 and count is None:
+        yield World(device=own_device(device))
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    with _refused_once(store, rank):
+        own = own_device(device)
+        launch = None if count is None else store.compare_set(_LAUNCH, "", uuid.uuid4().hex).decode()
+        restarts = int(count or 0)
+        if size == 1:
+            yield World(restarts=restarts, launch=launch, device=own)
+            return
+        with _connected(store, rank, size, own) as control:
+            restarts = max(World(rank, size, control=control).gathered(restarts))  # each node counts its own
+            mesh = dist.init_device_mesh(torch.device(own).type, (size,))
+            yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, launch, own, mesh, control)
+
+
+def own_device(device: str) -> str:
+    """What this rank computes on where `device` is asked for. UsageError for one that several ranks cannot share, and a
+    torch that cannot train on several; ResourceError for one that is not there.
+    """
+    size, number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = devices.resolve("auto") if device == "auto" else device
     if size > 1:
         _check(device, size)
-    elif count is None:
-        yield ALONE
-        return
-    restarts = None if count is None else int(count)
-    store, rank, size = next(dist.rendezvous("env://"))
-    with _refused_once(store):
-        launch = store.compare_set(_LAUNCH, "", uuid.uuid4().hex).decode()
-        if size == 1:
-            yield World(restarts=restarts, launch=launch)
-            return
-        with _connected(store, rank, size, device) as control:
-            restarts = max(World(rank, size, control=control).gathered(restarts or 0))  # each node counts its own
-            mesh = dist.init_device_mesh(torch.device(device).type, (size,))
-            yield World(rank, size, int(os.environ["LOCAL_RANK"]), restarts, launch, mesh, control)
+    device = devices.resolve(device)
+    if size == 1 or not device.startswith("cuda"):
+        return device
+    if number >= torch.cuda.device_count():
+        raise ResourceError(
+            f"rank {number} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            "give torchrun as many processes per node"
+        )
+    return f"cuda:{number}"
 
 
 def _check(device: str, size: int) -> None:
@@ -135,17 +157,21 @@ def _check(device: str, size: int) -> None:
         )
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"{size} ranks cannot share the one device '{device}'; use cuda or cpu, or run one process")
+    if ":" in device:
+        raise UsageError(f"--device is {device}, but each of {size} ranks takes its own GPU; say --device cuda")
 
 
 @contextmanager
-def _refused_once(store: dist.Store) -> Iterator[None]:
-    """Ranks that torchrun starts again after a UsageError end at once."""
+def _refused_once(store: dist.Store, rank: int) -> Iterator[None]:
+    """Of ranks that all refuse to start one says why; those that torchrun starts again end at once."""
     if store.check([_REFUSED]):
-        raise Elsewhere(UsageError.exit_code)
+        raise Elsewhere(int(store.get(_REFUSED).split()[1]))
     try:
         yield
-    except UsageError:
-        store.set(_REFUSED, "")
+    except (UsageError, ResourceError) as error:
+        own = f"{rank} {error.exit_code}".encode()
+        if store.compare_set(_REFUSED, "", own.decode()) != own:
+            raise Elsewhere(error.exit_code) from error
         raise
 
 
@@ -169,6 +195,10 @@ def _connected(launched: dist.Store, rank: int, size: int, device: str) -> Itera
             time.sleep(_LAST_WORDS)
             raise Elsewhere(SupraError.exit_code) from error
         if _is_broken_connection(error):
+            if "timed out" in str(error).lower():
+                raise SupraError(
+                    "another rank of this run did not answer in time: it hangs, or is much slower; go on with --resume"
+                ) from error
             raise SupraError(
                 "another rank of this run ended without a word: killed, crashed or cut off; go on with --resume"
             ) from error
@@ -193,21 +223,6 @@ def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
             store.set(store.get(f"supra.came.{other}").decode(), token)  # a predecessor's name is nobody's
             time.sleep(0.05)
     return dist.PrefixStore(token, store)
-
-
-def local_device(device: str) -> str:
-    """`device`, or where that is any GPU the one that is this rank's own. ResourceError where there are fewer."""
-    size, number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    if size == 1 or not device.startswith("cuda"):
-        return device
-    if ":" in device:
-        raise UsageError(f"--device is {device}, but each of {size} ranks takes its own GPU; say --device cuda")
-    if number >= torch.cuda.device_count():
-        raise ResourceError(
-            f"rank {number} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-            "give torchrun as many processes per node"
-        )
-    return f"cuda:{number}"
 
 
 def _is_first_to_fail(store: dist.Store, rank: int) -> bool:

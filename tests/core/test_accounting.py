@@ -428,7 +428,9 @@ def test_where_one_gpu_is_too_small_more_of_them_are_and_the_smallest_fits_none(
 def test_the_command_of_a_setting_names_nodes_processes_and_changes():
     plan = accounting.plan(recipe({**FINETUNE, "kind": "transfer"}, {**FINETUNE, "optimizer": "adamw8bit"}))
     assert [plan.fits("H200", gpus) for gpus in (1, 2)] == [True, False]
-    commands = {gpus: accounting.nearest(plan, "H200", (gpus,)).command("uptrain -r r") for gpus in (1, 4, 16)}
+    commands = {gpus: accounting.nearest(plan, "H200", (gpus,)).command("uptrain -r r") for gpus in (1, 4, 12, 16)}
+    assert "--nnodes 2" in commands[12]
+    assert "--nproc-per-node 6" in commands.pop(12)
     assert commands == {
         1: "supra uptrain -r r",
         4: "torchrun --nproc-per-node 4 -m supra_cli uptrain -r r --set stages.1.optimizer=adamw",

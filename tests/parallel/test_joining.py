@@ -43,6 +43,22 @@ def test_one_process_of_torchrun_knows_how_often_it_started_and_is_refused_once(
 
 
 @pytest.mark.usefixtures("two_ranks")
+def test_of_ranks_that_all_refuse_one_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    agents = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agents.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ResourceError, match="no cuda device"), parallel.joined("cuda"):
+        pass
+    for rank, restarts in (("0", "0"), ("1", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        with pytest.raises(Elsewhere) as refused, parallel.joined("cuda"):
+            pass
+        assert refused.value.exit_code == ResourceError.exit_code
+
+
+@pytest.mark.usefixtures("two_ranks")
 @pytest.mark.parametrize(
     ("device", "version", "sentence"),
     [
@@ -54,17 +70,18 @@ def test_what_several_ranks_cannot_run_on_is_refused(
     device: str, version: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    with pytest.raises(UsageError, match=sentence), parallel.joined(device):
-        pass
+    with pytest.raises(UsageError, match=sentence):
+        parallel.own_device(device)
 
 
 @pytest.mark.usefixtures("two_ranks")
 def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parallel.own_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parallel.local_device("cuda") == "cuda:1"
-    assert parallel.local_device("cpu") == "cpu"
+    assert parallel.own_device("cuda") == parallel.own_device("auto") == "cuda:1"
     with pytest.raises(UsageError, match="each of 2 ranks takes its own GPU; say --device cuda"):
-        parallel.local_device("cuda:0")
+        parallel.own_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ResourceError, match="rank 1 of this machine has no GPU: there are 1"):
-        parallel.local_device("cuda")
+        parallel.own_device("cuda")

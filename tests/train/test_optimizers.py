@@ -205,7 +205,12 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert any("/codes." in name for name in moments) == (kind == "adamw8bit")
 
 
-def test_an_offloaded_run_on_the_cpu_is_the_plain_run(recipe_file: Write, raw_recipe: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gain", ["none", "head"])
+def test_an_offloaded_run_on_the_cpu_is_the_plain_run(
+    gain: str, recipe_file: Write, raw_recipe: dict, tmp_path: Path
+) -> None:
+    """With a gain, which the transfer fits before its first step, too."""
+    raw_recipe["mixer"] = {"name": "supra", "gain": gain}
     for kind in ("adamw", "adamw-offload"):
         events = run(recipe_file(stages=stages(raw_recipe, kind)), tmp_path / kind)
         assert isinstance(events[-1], Finished)

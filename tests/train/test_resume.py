@@ -219,6 +219,27 @@ def test_resuming_a_finished_run_does_nothing(recipe_file: Callable[..., Path], 
     assert weights(output) == before
 
 
+def test_a_kill_between_a_save_and_its_links_leaves_none_behind(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, output = recipe_file(), tmp_path / "run"
+    original = RunDirectory.link
+
+    def link(self: RunDirectory, name: str, target: Path) -> None:
+        if target.name == "step-000012":
+            raise KeyboardInterrupt
+        original(self, name, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDirectory, "link", link)
+        run(recipe, output)
+    assert (output / "last").resolve().name != "step-000012"
+    best = json.loads((output / "step-000012" / "training" / "state.json").read_text())["counters"]["best_step"]
+    run(recipe, output, resume=True)
+    assert (output / "last").resolve().name == "step-000012"
+    assert (output / "best").resolve().name == f"step-{best:06d}"
+
+
 def test_a_changed_recipe_is_refused(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     output = tmp_path / "changed"
     run(recipe_file(), output, stop_after=3)

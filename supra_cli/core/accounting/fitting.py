@@ -26,7 +26,10 @@ class Setting:
 
     def command(self, run: str) -> str:
         """What starts `uptrain ...`, on each node."""
-        nodes, each = -(-self.gpus // NODE), min(self.gpus, NODE)
+        nodes = next(
+            nodes for nodes in range(1, self.gpus + 1) if self.gpus % nodes == 0 and self.gpus // nodes <= NODE
+        )
+        each = self.gpus // nodes
         torchrun = ["torchrun", f"--nproc-per-node {each}", "-m supra_cli"]
         if nodes > 1:
             torchrun[1:1] = [f"--nnodes {nodes}", "--rdzv-backend c10d", "--rdzv-endpoint HOST:29500"]

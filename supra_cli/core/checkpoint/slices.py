@@ -131,7 +131,8 @@ def _write(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None,
             fault = _unwritten(path, error)
     if (fault := world.shared(fault)) is None:
         try:
-            with path.open("r+b") as file:
+            # Not opened to be read: an NFS client then writes whole pages, with its own idea of other ranks' bytes.
+            with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
                 for turn, (name, place) in enumerate(places.items()):
                     tensor = tensors[name].detach()
                     if not isinstance(tensor, DTensor) and turn % world.size != world.rank:

@@ -21,17 +21,18 @@ from supra_cli.core.train.optimizer import adamw
 from supra_cli.core.train.sharding import shard
 
 
-@dataclass(frozen=True)
+@dataclass
 class Built:
     """What a stage trains with, each rank's own part of it."""
 
     stage: Stage
     student: SupraForCausalLM
     teacher: SupraForCausalLM | None
-    optimizer: torch.optim.Optimizer
     trained: int
     """Numbers that move, on all ranks together."""
     total: int
+    optimizer: torch.optim.Optimizer | None = None
+    """None until `optimise`."""
 
 
 def build(
@@ -46,22 +47,30 @@ def build(
     that a run saves beside rounded ones, where there are any.
 
     `teacher` is the directory of the model that the stage learns from, if that is a second one. `dtype` is what the
-    passes compute in.
+    passes compute in. The student gets its optimizer by `optimise`, and lies in CPU memory until then where it is to be
+    rounded there, to be no larger on the device than it will be.
     """
     stage = stage_of(spec)
     student = checkpoint.skeleton(checkpoint.read_config(saved), torch.float32)
     trained = prepare(student, stage, spec)
     moving = sum(parameter.numel() for _, parameter in trained)
     total = sum(parameter.numel() for parameter in student.parameters())
-    offload = spec.optimizer == "adamw-offload"
+    # A stage that trains mixers alone computes with them while it is begun, and they are small.
+    offload = spec.optimizer == "adamw-offload" and not stage.inside
     shard(student, world, dtype, inside=stage.inside, offload=offload)
-    checkpoint.materialise(student, saved, "cpu" if offload and world.size > 1 else device)
+    checkpoint.materialise(student, saved, "cpu" if offload else device)
     state.restore_masters(saved / "training", student)
-    # Sharing out has put other tensors in the place of the parameters.
-    trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
-    optimizer = adamw(student, trained, spec, dtype, alone=world.size == 1)
     learnt_from = None if teacher is None else frozen(teacher, world, device, dtype)
-    return Built(stage, student.train(), learnt_from, optimizer, moving, total)
+    return Built(stage, student.train(), learnt_from, moving, total)
+
+
+def optimise(built: Built, spec: recipe.Stage, world: World, device: torch.device, dtype: torch.dtype) -> None:
+    """Give the student its optimizer, which may copy parameters and round them: after whatever fits them."""
+    student = built.student  # sharing out has put other tensors in the place of its parameters
+    trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+    built.optimizer = adamw(student, trained, spec, dtype, alone=world.size == 1)
+    if world.size == 1:
+        student.to(device)
 
 
 def frozen(saved: Path, world: World, device: torch.device, dtype: torch.dtype) -> SupraForCausalLM:

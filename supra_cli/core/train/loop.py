@@ -9,6 +9,7 @@ not, on as many ranks; on another number of them it takes the same rows in the s
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import math
 import threading
@@ -39,7 +40,7 @@ from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import origin, state
-from supra_cli.core.train.build import Built, build, check_stages, frozen, moves_base, stage_of, teacher_of
+from supra_cli.core.train.build import Built, build, check_stages, frozen, moves_base, optimise, stage_of, teacher_of
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
 from supra_cli.core.train.nonfinite import leave_out
 from supra_cli.core.train.optimizer import lr_factor, masters, set_lr
@@ -70,7 +71,7 @@ def uptrain(
     model or dtype that changed, SupraError for a loss that is not finite.
     """
     run = RunDirectory(output)
-    again = bool(world.restarts) and world.shared(run.is_of(world.launch))
+    again = world.restarts > 0 and world.shared(run.is_of(world.launch))
     if again:
         resume, overwrite = True, False
     if world.leads:
@@ -131,7 +132,9 @@ class Trainer:
         if started:
             config, known = checkpoint.read_config(self._checkpoint), checkpoint.read_provenance(self._checkpoint)
             self.origin = origin.Origin(known.get("base"), known.get("parent"))
-            self.origin = origin.same_models(self.recipe, self.origin, self._same["models"], self.counters.stage)
+            models, stage = self._same["models"], self.counters.stage
+            found = origin.same_models(self.recipe, self.origin, models, stage) if leads else None
+            self.origin = world.shared(found)
             self._ready(checkpoint.load_tokenizer(self.run.tokenizer), config, self.origin.base)
             self.mixture.restore(self._data_state)
             self._same_sums()
@@ -152,6 +155,8 @@ class Trainer:
         if start.base is not None and self.held_out is not None:
             teacher = frozen(hub.open(start.base), world, self.device, self.dtype)
             self.counters.teacher_loss = self._held_out_loss(teacher)
+            del teacher
+            gc.collect()
         if leads:
             with self.run.starting() as beside:
                 write_json(beside.path / "env.json", self._conditions())
@@ -170,7 +175,8 @@ class Trainer:
     def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
         """Open the data, and raise whatever else would end the run later than it could be known."""
         recipe = self.recipe
-        check_stages(recipe.stages[self.counters.stage :], config, tokenizer, base, self.world)
+        with self.world.first():
+            check_stages(recipe.stages[self.counters.stage :], config, tokenizer, base, self.world)
         longest, limit = max(map(recipe.seq_len, recipe.stages)), archs.get(config.swap.base).limit(config)
         if limit is not None and longest > limit:
             raise UsageError(f"seq_len is {longest} and the base has learned {limit} positions; lower data.seq_len")
@@ -204,6 +210,11 @@ class Trainer:
             fault = next(filter(None, self.world.gathered(fault)), None)
             if fault is None:
                 self._checkpoint = path
+                if self.world.leads:  # a kill may have come between a save and its links
+                    best = self.counters.best_step
+                    self.run.link("last", path)
+                    if best is not None and self.run.step_path(best).exists():
+                        self.run.link("best", self.run.step_path(best))
                 yield Note(f"resuming from {path.name}")
                 return
             self.counters = Counters()
@@ -249,6 +260,7 @@ class Trainer:
         for spec in self.recipe.stages[counters.stage :]:
             if counters.stage_step < self.recipe.steps(spec):
                 yield from self._stage(spec)
+                gc.collect()  # FSDP2's modules hold each other, with what they shared out
             counters.stage, counters.stage_step = counters.stage + 1, 0
         yield Finished(
             self.run.path / "last", self._last_loss, counters.teacher_loss, counters.tokens, counters.seconds
@@ -261,15 +273,17 @@ class Trainer:
         teacher = teacher_of(stage_of(spec), spec, checkpoint.read_config(saved), self.origin.base)
         built = build(spec, saved, teacher, world, self.device, self.dtype)
         computing = Computing(self.device, self.dtype, recipe.micro_rows(spec), world)
-        if self._checkpoint is None:
-            yield from self._validate(built.student)
         drawn = None
         if counters.stage_step:
+            optimise(built, spec, world, self.device, self.dtype)
             state.restore_optimizer(training, built.optimizer)
             built.stage.constants = state.constants(training, self.device)
         else:
             drawn = self._draw(spec)
             begin(built.stage, built.student, drawn, computing)
+            optimise(built, spec, world, self.device, self.dtype)
+        if self._checkpoint is None:
+            yield from self._validate(built.student)
         steps = recipe.steps(spec)
         yield StageStarted(counters.stage, spec.kind, steps, built.trained, built.total)
         self._clock = time.perf_counter()
@@ -285,7 +299,7 @@ class Trainer:
                 counters.finished = run_ends
                 yield from self._save(built, spec)
             if stops and not run_ends:
-                if world.leads and world.restarts is not None:
+                if world.leads and world.launch is not None:
                     (self.run.path / STOPPED).touch()
                 raise Stopped(f"stopped after step {counters.step} with everything saved; go on with --resume")
 
