@@ -45,6 +45,9 @@ def run(
         int | None,
         typer.Option(min=16, help="Tokens of context.", show_default="the base's, at most 4096"),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in the model's chat template, as lm-eval does.")
+    ] = False,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Model to compare with, or none.", show_default="the student's base")
@@ -78,6 +81,7 @@ def run(
             batch_size=rows or min(fitting),
             batch_size_auto=rows is None,
             max_length=length,
+            apply_chat_template=chat,
         )
         document = evaluate.evaluate(student, reference, found, settings, fresh=fresh, progress=progress)
     if output is not None:

@@ -26,6 +26,9 @@ def run(
     prompt_files: Annotated[
         list[str] | None, typer.Option("--prompt-file", help="File of one prompt in UTF-8; repeatable.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put each prompt into the model's chat template first.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many most probable tokens.")] = None,
@@ -80,6 +83,8 @@ def run(
     target = devices.resolve(device)
     folder = hub.fetch(source)
     tokenizer = checkpoint.load_tokenizer(folder)  # before the weights, which take longer to read
+    if chat:
+        prompts = generate.as_chat(tokenizer, prompts)
     network = checkpoint.load(folder, device=target, dtype=devices.dtype(dtype, target))
     if unused := generate.unused_settings(network, sampling):
         settings = ", ".join(f"{name} {value}" for name, value in unused.items())

@@ -12,6 +12,7 @@ from tiny import save_base
 from supra_cli.__main__ import main
 from supra_cli.commands import eval
 from supra_cli.core import checkpoint, corpus
+from supra_cli.core.evaluate.harness import Model
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,7 @@ def test_the_newest_output_is_scored_beside_the_base_that_it_came_from(models, c
         "num_fewshot": None,
         "batch_size": 8,
         "batch_size_auto": False,
+        "apply_chat_template": False,
         "max_length": 256,
         "seed": 1234,
     }
@@ -251,3 +253,27 @@ def test_scores_of_a_model_in_the_hubs_cache_are_not_written_there(models, tmp_p
     assert code == 0, err
     assert not (snapshot / "eval").exists()
     assert list((tmp_path / "cache/eval").glob("*/stdlib_ppl.json"))
+
+
+def test_questions_are_asked_in_the_chat_template_and_scored_apart(models, capsys, tmp_path, monkeypatch):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(models / "base", tuned)
+    asked = ("eval", str(tuned), "-t", "stdlib_cloze", "--limit", "2", "--teacher", "none", "--json")
+    assert supra(capsys, *asked, "--apply-chat-template")[0] == 2
+    tokenizer = checkpoint.load_tokenizer(tuned)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tuned)
+    prompts, original = [], Model._loglikelihood_tokens
+
+    def spy(lm, requests, *given, **named):
+        prompts.extend(texts[0] for texts, _, _ in requests)
+        return original(lm, requests, *given, **named)
+
+    monkeypatch.setattr(Model, "_loglikelihood_tokens", spy)
+    for flags, said in (([], False), (["--apply-chat-template"], True), (["--apply-chat-template"], None)):
+        prompts.clear()
+        code, out, err = supra(capsys, *asked, *flags)
+        assert code == 0, err
+        assert json.loads(out)["settings"]["apply_chat_template"] is bool(flags)
+        # The third time nothing is asked again.
+        assert {prompt.startswith("[user]") for prompt in prompts} == (set() if said is None else {said})

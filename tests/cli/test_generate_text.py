@@ -36,6 +36,28 @@ def test_streamed_and_whole_are_the_same_and_quiet_is_quiet(supra, base):
     assert whole.err == ""
 
 
+def test_a_prompt_is_put_into_the_chat_template_once(supra, base, tmp_path):
+    shutil.copytree(base, tmp_path / "tuned")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def written(template: str) -> tuple[str, ...]:
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "tuned")
+        return "generate", tmp_path / "tuned", "--max-new-tokens", 8, "--json"
+
+    given = written("{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [answer]")
+    document = json.loads(supra(*given, "--apply-chat-template", "-p", "def", "-p", "for").out)
+    texts = [f"{tokenizer.bos_token}[user] {said} [answer]" for said in ("def", "for")]
+    assert [completion["prompt"] for completion in document["completions"]] == texts
+    by_hand = json.loads(supra(*given, "-p", texts[0], "-p", texts[1]).out)
+    for key in ("completions", "prompt_tokens"):
+        assert document[key] == by_hand[key]
+    result = supra(*written("{{ raise_exception('no users here') }}"), "--apply-chat-template", "-p", "def")
+    assert (result.code, "no users here" in result.error) == (1, True)
+    result = supra("generate", base, "--apply-chat-template", "-p", "def")
+    assert (result.code, "has no chat template" in result.error) == (2, True)
+
+
 def test_the_newest_output_is_the_default_and_is_named(supra, converted):
     result = supra("generate", "-p", "def", "--max-new-tokens", 2)
     assert result.code == 0

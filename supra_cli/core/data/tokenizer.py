@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from supra_cli.core.errors import SupraError
+from supra_cli.core.errors import SupraError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -46,6 +46,15 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """UsageError for a tokenizer without a chat template."""
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; leave out --apply-chat-template, or take "
+            "a model that was tuned for chats"
+        )
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, close: bool = False) -> list[list[int]]:

@@ -64,6 +64,7 @@ def task_key(task, settings, shots: int) -> dict[str, Any]:
         "format": FORMAT,
         **{name: settings[name] for name in ("batch_size", "max_length", "seed")},
         "num_fewshot": shots,
+        **({"apply_chat_template": True} if settings["apply_chat_template"] else {}),
         "task_version": str(task.VERSION),
         "task_config": digest(dumps(definition(task), sort_keys=True)),
         "task_code": [_digest_of(folder, files) for folder, files in _python(task)],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_cli.core import checkpoint
+from supra_cli.core.data.tokenizer import check_chat_template
 from supra_cli.core.environment import versions
 from supra_cli.core.evaluate import checks, keys
 from supra_cli.core.evaluate.comparison import Records, compare, with_groups
@@ -59,6 +60,9 @@ def evaluate(
     UsageError where a task cannot be asked with these settings.
     """
     start = time.monotonic()
+    for subject in (student, teacher) if settings.apply_chat_template else ():
+        if subject is not None:
+            check_chat_template(checkpoint.load_tokenizer(subject.path))
     examples = {name: shots(task, settings) for name, task in tasks.leaves.items()}
     for name, task in tasks.leaves.items():
         checks.check_settings(name, task, tasks.file(name), examples[name], settings.max_length)

@@ -40,6 +40,8 @@ class Settings:
     """Tokens of context; longer prompts lose their beginning, longer texts are cut into windows."""
     seed: int = 1234
     """Chooses the examples in the prompt."""
+    apply_chat_template: bool = False
+    """Whether prompts are put into the model's chat template."""
 
 
 def language_model(model, tokenizer, settings: Settings):
@@ -78,6 +80,7 @@ def score(
             task_dict={"tasks": {name: task}, "groups": {}},
             limit=settings.limit,
             bootstrap_iters=RESAMPLES,
+            apply_chat_template=settings.apply_chat_template,
         )
     samples, config = answer["samples"][name], answer["configs"][name]
     if not samples:

@@ -2,7 +2,7 @@
 
 from supra_cli.core.generate.sampling import Sampling, choose
 from supra_cli.core.generate.steps import compiled, decode, prefill
-from supra_cli.core.generate.streaming import Piece, Stats, complete, encode, eos_ids, stream, unused_settings
+from supra_cli.core.generate.streaming import Piece, Stats, as_chat, complete, encode, eos_ids, stream, unused_settings
 from supra_cli.core.generate.writer import Writer
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Sampling",
     "Stats",
     "Writer",
+    "as_chat",
     "choose",
     "compiled",
     "complete",

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from supra_cli.core import cache as caches
-from supra_cli.core.data.tokenizer import check_ids, token_ids
-from supra_cli.core.errors import UsageError
+from supra_cli.core.data.tokenizer import check_chat_template, check_ids, token_ids
+from supra_cli.core.errors import SupraError, UsageError, first_line
 from supra_cli.core.generate.sampling import Sampling, choose
 from supra_cli.core.generate.steps import PIECE, cache_bytes, compiled, decode, grown, prefill
 from supra_cli.core.generate.writer import Writer
@@ -133,6 +134,20 @@ def complete(
     for piece in stream(model, tokenizer, prompts, sampling, stats, compile=compile):
         texts[piece.row] += piece.text
     return texts, stats
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+    """Each prompt as the one thing that a user says, up to where the model's answer begins. UsageError for a tokenizer
+    without a chat template, SupraError for one whose template fails.
+    """
+    check_chat_template(tokenizer)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    try:
+        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise SupraError(
+            f"the chat template of {tokenizer.name_or_path} fails ({first_line(error)}); restore its file"
+        ) from error
 
 
 def encode(
