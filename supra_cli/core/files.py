@@ -12,6 +12,12 @@ from supra_cli.core.errors import SupraError, first_line
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+def cache_folder() -> Path:
+    """`$SUPRA_CACHE`, or `supra` in the user's cache folder."""
+    root = os.environ.get("SUPRA_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supra"
+
+
 def finite(value: Any) -> Any:
     """`value` with None for every float that JSON does not have: NaN and the infinities."""
     if isinstance(value, float):

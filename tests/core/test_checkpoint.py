@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from supra_cli.core import checkpoint
-from supra_cli.core.checkpoint import conversion, record, slices, writing
+from supra_cli.core.checkpoint import conversion, files, slices, writing
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 
 SHAPE = {
@@ -462,9 +463,7 @@ def test_the_identity_of_weights_is_that_of_every_copy_and_of_nothing_else(conve
 
 def test_files_as_old_as_recorded_are_not_hashed_again(converted, tmp_path, monkeypatch):
     identity, model = checkpoint.identity(converted), checkpoint.load(converted)
-    hashed = []
-    sha256 = record.sha256
-    monkeypatch.setattr(record, "sha256", lambda file: hashed.append(file.name) or sha256(file))
+    hashed = hashings(monkeypatch)
     assert checkpoint.identity(converted) == identity
     assert checkpoint.read_provenance(converted)["files"]
     assert hashed == []
@@ -474,6 +473,42 @@ def test_files_as_old_as_recorded_are_not_hashed_again(converted, tmp_path, monk
     os.utime(shard, ns=(1, 1))
     assert checkpoint.identity(converted) == identity
     assert hashed == ["model-mixers.safetensors"] * 2
+
+
+def hashings(monkeypatch) -> list[str]:
+    """The names of files that are read to be hashed from here on."""
+    seen, original = [], hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: seen.append(Path(file.name).name) or original(file, kind)
+    )
+    return seen
+
+
+def test_what_the_hub_s_cache_names_by_its_hash_is_not_hashed(base, tmp_path, monkeypatch):
+    known = files.sha256(base / "model.safetensors")
+    (tmp_path / "blobs").mkdir()
+    (base / "model.safetensors").rename(tmp_path / "blobs" / known)
+    (base / "model.safetensors").symlink_to(tmp_path / "blobs" / known)
+    hashed = hashings(monkeypatch)
+    converted = checkpoint.convert(base, tmp_path / "converted", **MIXER)
+    assert hashed == ["model-mixers.safetensors"]
+    recorded = json.loads((converted / "supra.json").read_text())
+    assert recorded["files"]["model-base.safetensors"]["sha256"] == known
+    checkpoint.verify(converted)
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_LARGE", 0)
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
+    hashed, identity = hashings(monkeypatch), checkpoint.identity(base)
+    assert checkpoint.identity(base) == identity
+    assert hashed == ["model.safetensors"]
+    rewrite(base / "model.safetensors", lambda tensors: next(iter(tensors.values())).add_(1))
+    assert checkpoint.identity(base) != identity
+    assert hashed == ["model.safetensors"] * 2
+    monkeypatch.setenv("SUPRA_CACHE", str(base / "config.json"))  # where nothing can be kept
+    assert checkpoint.identity(base) == checkpoint.identity(base)
+    assert hashed == ["model.safetensors"] * 4
 
 
 def test_a_part_of_the_base_that_is_called_mixer_is_the_base_s(converted, tmp_path):

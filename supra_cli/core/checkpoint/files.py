@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,7 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from supra_cli.core.errors import SupraError, UsageError, first_line
-from supra_cli.core.files import sync, sync_tree
+from supra_cli.core.files import cache_folder, sync, sync_tree
+
+_LARGE = 64 * 2**20
+"""Bytes of a file that takes a while to hash."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @contextmanager
@@ -95,6 +100,29 @@ def link(source: Path, target: Path) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """As `sha256`, without reading a large file twice: the hub's cache keeps it under its hash as a name, and of any
+    other the hash is kept by device, inode, size and time of change.
+    """
+    blob, state = path.resolve(), path.stat()
+    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
+    if state.st_size < _LARGE:
+        return sha256(path)
+    place = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    kept = cache_folder() / "hashes" / "-".join(map(str, place))
+    with suppress(OSError):
+        if _SHA256.fullmatch(found := kept.read_text(encoding="ascii")):
+            return found
+    found = sha256(path)
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        beside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        beside.write_text(found, encoding="ascii")
+        beside.replace(kept)
+    return found
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

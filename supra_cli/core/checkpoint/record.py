@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.checkpoint.files import sha256
+from supra_cli.core.checkpoint.files import sha256, sha256_once
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.files import read_json
 from supra_cli.core.folder import weight_files
@@ -64,7 +64,7 @@ def identity(path: Path | str) -> str:
     """One hash of all weights of a model directory, whoever wrote it: what "the same weights" means everywhere.
 
     It is that of each file that would be loaded. supra.json answers for files that are as old and as large as it says;
-    others are hashed (a second a gigabyte), so nothing saved over a model, or copied into it, goes unnoticed.
+    others are hashed once (a second a gigabyte), so nothing saved over a model, or copied into it, goes unnoticed.
     """
     path = Path(path)
     recorded = _record(path).get("files", {})
@@ -79,7 +79,7 @@ def digest(files: Mapping[str, Any]) -> str | None:
     return hashlib.sha256("".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files)).encode()).hexdigest()
 
 
-def hashed(file: Path) -> dict[str, Any]:
+def hashed(file: Path, sha256: Callable[[Path], str] = sha256_once) -> dict[str, Any]:
     """A file's entry in supra.json."""
     state = file.stat()
     return {"bytes": state.st_size, "sha256": sha256(file), "mtime_ns": state.st_mtime_ns}

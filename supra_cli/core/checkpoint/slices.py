@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from supra_cli.core.checkpoint.files import sha256
 from supra_cli.core.checkpoint.record import Hashes, hashed
 from supra_cli.core.errors import SupraError, first_line
 from supra_cli.core.parallel import ALONE, World
@@ -89,7 +90,7 @@ def write_shards(
         files.append(directory / f"{stem}{number}.safetensors")
         _write(members, files[-1], dtype, world)
         placed |= dict.fromkeys(members, files[-1].name)
-    own: Hashes = {file.name: hashed(file) for file in files[world.rank :: world.size]}
+    own: Hashes = {file.name: hashed(file, sha256) for file in files[world.rank :: world.size]}
     return placed, {name: entry for hashes in world.gathered(own) for name, entry in hashes.items()}
 
 

@@ -124,7 +124,7 @@ def link_shards(source: Path, directory: Path, placed: Mapping[str, str]) -> tup
     hashes: Hashes = {}
     for old, new in renamed.items():
         link(source / old, directory / new)
-        entry = vouched(source / old, known.get(old)) or hashed(directory / new)
+        entry = vouched(source / old, known.get(old)) or hashed(source / old)
         hashes[new] = entry | {"mtime_ns": (directory / new).stat().st_mtime_ns}  # a copy has its own
     return {name: renamed[file] for name, file in placed.items()}, hashes
 

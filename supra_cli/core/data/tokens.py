@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from supra_cli.core.data import sources
 from supra_cli.core.data.readers import Count
 from supra_cli.core.data.tokenizer import token_ids
 from supra_cli.core.errors import SupraError
-from supra_cli.core.files import write_json
+from supra_cli.core.files import cache_folder, write_json
 from supra_cli.core.recipe import Source
 
 _log = logging.getLogger(__name__)
@@ -39,12 +38,6 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     ends: np.ndarray
     digest: str
-
-
-def cache_folder() -> Path:
-    """`$SUPRA_CACHE`, or `supra` in the user's cache folder."""
-    root = os.environ.get("SUPRA_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supra"
 
 
 def tokenised(source: Source, tokenizer, split: str, skip_share: float) -> Tokens:

@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.data.tokens import cache_folder
-from supra_cli.core.files import dumps
+from supra_cli.core.files import cache_folder, dumps
 
 log = logging.getLogger(__name__)
 
