@@ -119,55 +119,59 @@ class Trainer:
 
         Whatever can fail is tried before anything is written or cleared.
         """
-        leads, world = self.world.leads, self.world
         if resume:
-            if leads:
+            if self.world.leads:
                 self._same_recipe()
             yield from self._newest_sound()
         if self.counters.finished:
             return
-        started = self._checkpoint is not None
-        so_far = getattr(torch, self._same["dtype"]) if started else devices.dtype("auto", str(self.device))
-        self.dtype = self.dtype or so_far
-        if started:
-            config, known = checkpoint.read_config(self._checkpoint), checkpoint.read_provenance(self._checkpoint)
-            self.origin = origin.Origin(known.get("base"), known.get("parent"))
-            models, stage = self._same["models"], self.counters.stage
-            found = origin.same_models(self.recipe, self.origin, models, stage) if leads else None
-            self.origin = world.shared(found)
-            self._ready(checkpoint.load_tokenizer(self.run.tokenizer), config, self.origin.base)
-            self.mixture.restore(self._data_state)
-            self._same_sums()
-            if leads:
-                origin.same_start(self.run, self.origin, model)
-                yield from self._same_machine()
-                self.run.trim_metrics(self.counters.step)
-                write_json(self.run.path / "env.json", self._conditions())
+        if self._checkpoint is not None:
+            yield from self._go_on(model)
             return
         if resume:
             yield Note(f"no complete checkpoint in {self.run.path}; starting from the beginning")
-        if self.recipe.base is None and model is None:  # a tokenizer is trained, which one rank does for all
-            start = world.shared(origin.look(self.recipe, self.run, model) if leads else None)
+        self._begin(model)
+
+    def _go_on(self, model: Path | None) -> Iterator[Event]:
+        leads, world = self.world.leads, self.world
+        self.dtype = self.dtype or getattr(torch, self._same["dtype"])
+        config, known = checkpoint.read_config(self._checkpoint), checkpoint.read_provenance(self._checkpoint)
+        began, models = origin.Origin(known.get("base"), known.get("parent")), self._same["models"]
+        found = origin.same_models(self.recipe, began, models, self.counters.stage) if leads else None
+        self.origin = world.shared(found)
+        self._ready(checkpoint.load_tokenizer(self.run.tokenizer), config, self.origin.base)
+        self.mixture.restore(self._data_state)
+        self._same_sums()
+        if leads:
+            origin.same_start(self.run, self.origin, model)
+            yield from self._same_machine()
+            self.run.trim_metrics(self.counters.step)
+            write_json(self.run.path / "env.json", self._conditions())
+
+    def _begin(self, model: Path | None) -> None:
+        world, recipe = self.world, self.recipe
+        self.dtype = self.dtype or devices.dtype("auto", str(self.device))
+        if recipe.base is None and model is None:  # a tokenizer is trained, which one rank does for all
+            start = world.shared(origin.look(recipe, self.run, model) if world.leads else None)
         else:
             with world.first():
-                start = origin.look(self.recipe, self.run, model)
+                start = origin.look(recipe, self.run, model)
         self._ready(start.tokenizer, start.config, start.base)
         if start.base is not None and self.held_out is not None:
             teacher = frozen(hub.open(start.base), world, self.device, self.dtype)
             self.counters.teacher_loss = self._held_out_loss(teacher)
             del teacher
             gc.collect()
-        if leads:
+        began = None
+        if world.leads:
             with self.run.starting() as beside:
                 write_json(beside.path / "env.json", self._conditions())
-                (beside.path / "recipe.toml").write_text(recipes.dumps(self.recipe), encoding="utf-8")
-                self.origin = origin.begin(start, self.recipe, beside, model)
-        self.origin = world.shared(getattr(self, "origin", None))
-        if leads:
-            models = origin.identities(self.recipe, start.base)
+                (beside.path / "recipe.toml").write_text(recipes.dumps(recipe), encoding="utf-8")
+                found = origin.begin(start, recipe, beside, model)
+            models = origin.identities(recipe, start.base)
             weights = {role: identity for role, (_, identity) in models.items()}
-            self._same = {"dtype": _word(self.dtype), "held_out": _digest(self.held_out), "models": weights}
-        self._same = world.shared(self._same)
+            began = found, {"dtype": _word(self.dtype), "held_out": _digest(self.held_out), "models": weights}
+        self.origin, self._same = world.shared(began)
 
     def _conditions(self) -> dict[str, Any]:
         return environment(str(self.device)) | {"ranks": self.world.size, "launch": self.world.launch}
