@@ -91,12 +91,16 @@ class World:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """One rank of each machine runs the block, then the others do: they find in the cache what it has put there."""
+        """One rank of each machine runs the block, then the others do: they find in the cache what it has put there, or
+        fail as it did.
+        """
         if self.local_rank > 0:
             self.barrier()
-        yield
-        if self.local_rank == 0:
-            self.barrier()
+        try:
+            yield
+        finally:
+            if self.local_rank == 0:
+                self.barrier()
 
 
 ALONE = World()
