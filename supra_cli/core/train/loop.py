@@ -252,7 +252,8 @@ class Trainer:
         """Say where versions, processors, ranks or threads are not the run's so far: then its last bits may differ."""
         with suppress(SupraError, OSError):
             before, now = read_json(self.run.path / "env.json"), self._conditions()
-            keys = [key for key in now.keys() - {"command", "cpus", "launch"} if before.get(key, now[key]) != now[key]]
+            differing = (key for key in now if before.get(key, now[key]) != now[key])
+            keys = [key for key in differing if key not in ("command", "cpus", "launch")]
             if keys:
                 changed = ", ".join(f"{key} {before[key]} → {now[key]}" for key in keys)
                 yield Note(f"going on under other conditions ({changed}): the last bits need not be those of one run")
