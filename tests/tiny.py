@@ -101,6 +101,11 @@ def of_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {"vocab_size": len(tokenizer), **ends}
 
 
+def attention(base: str) -> dict[str, str]:
+    """By what a plain base computes: Gemma 2 not by sdpa, which has no soft cap, and which older transformers choose."""
+    return {"attn_implementation": "eager"} if base == "gemma2" else {}
+
+
 def wide(base: str) -> dict[str, int]:
     """Changes by which the base's own windows are longer than any row."""
     return {"sliding_window": 64} if getattr(tiny_config(base), "sliding_window", None) else {}

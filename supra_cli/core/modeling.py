@@ -42,6 +42,9 @@ class SupraForCausalLM(PreTrainedModel):
         self.arch = archs.get(record.base)
         stack = self.arch.stack(self)
         stack.__class__ = swapped_backbone(type(stack))
+        attention = getattr(self.arch.layers(self)[0], self.arch.slot)
+        if self.arch.spec(attention).softcap is not None and config._attn_implementation == "sdpa":
+            config._attn_implementation = "eager"  # sdpa leaves the cap out, in older transformers without a word
         swap(self, self.arch, mixers.get(record.mixer), parse_options(record.mixer, record.options), record.layers)
 
     @classmethod

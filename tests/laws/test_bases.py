@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model, tokens, wide
+from tiny import attention, tiny_config, tiny_model, tokens, wide
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -32,9 +32,13 @@ def two(base: str, keep: str = "none", **changes: Any) -> tuple[nn.Module, nn.Mo
     for _, layer in ours.swapped_layers():
         spec = layer.mixer.spec
         layer.mixer = Window(spec, Window.Options(window=spec.window or 64, sinks=0))
-    plain = AutoModelForCausalLM.from_config(tiny_config(base, **changes)).eval()
+    plain = plain_base(base, **changes)
     plain.load_state_dict(ours.state_dict())
     return plain, ours
+
+
+def plain_base(base: str, **changes: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_config(tiny_config(base, **changes), **attention(base)).eval()
 
 
 @pytest.fixture
@@ -115,7 +119,7 @@ def test_packed_documents_are_the_base_s_documents_apart(base, kept):
 def test_a_window_longer_than_the_row_is_the_base(base):
     torch.manual_seed(0)
     ours = tiny_model(base, "window", options={"window": 64}, **wide(base))
-    plain = AutoModelForCausalLM.from_config(tiny_config(base, **wide(base))).eval()
+    plain = plain_base(base, **wide(base))
     plain.load_state_dict(ours.state_dict())
     ids, given = tokens(2, LENGTH), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert_close(ours(ids).logits, plain(ids).logits, **CLOSE)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny import EXPERTS, tiny_config, tokens
+from tiny import EXPERTS, attention, tiny_config, tokens
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-4}
 
 def plain_model(base, **changes):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(base, **changes)).eval()
+    return AutoModelForCausalLM.from_config(tiny_config(base, **changes), **attention(base)).eval()
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def test_constants_survive_loading_in_a_narrow_dtype_exactly(build, mixer, round
 def test_transformers_saves_and_loads_it_by_itself(build, base, mixer, tmp_path):
     model, ids = build(base, mixer, "1"), tokens(2, 20)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **attention(base)).eval()
     assert isinstance(again.config, SupraConfig) == (mixer != "softmax")
     assert torch.equal(again(ids).logits, model(ids).logits)
 
