@@ -102,7 +102,7 @@ def of_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def attention(base: str) -> dict[str, str]:
-    """By what a plain base computes: Gemma 2 not by sdpa, which has no soft cap, and which older transformers choose."""
+    """How a plain base is to compute: Gemma 2 not by sdpa, which has no soft cap and which older transformers take."""
     return {"attn_implementation": "eager"} if base == "gemma2" else {}
 
 
