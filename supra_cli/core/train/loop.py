@@ -279,14 +279,13 @@ class Trainer:
         built = build(spec, saved, teacher, world, self.device, self.dtype)
         computing = Computing(self.device, self.dtype, recipe.micro_rows(spec), world)
         drawn = None
-        if counters.stage_step:
-            optimise(built, spec, world, self.device, self.dtype)
-            state.restore_optimizer(training, built.optimizer)
-            built.stage.constants = state.constants(training, self.device)
-        else:
+        if not counters.stage_step:
             drawn = self._draw(spec)
             begin(built.stage, built.student, drawn, computing)
-            optimise(built, spec, world, self.device, self.dtype)
+        optimise(built, spec, world, self.device, self.dtype)
+        if counters.stage_step:
+            state.restore_optimizer(training, built.optimizer)
+            built.stage.constants = state.constants(training, self.device)
         if self._checkpoint is None:
             yield from self._validate(built.student)
         steps = recipe.steps(spec)
