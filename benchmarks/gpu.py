@@ -1,13 +1,14 @@
-"""GPU tests end to end, every GPU benchmark, the kernels' tests: one call of at most ten minutes.
+"""Every test that wants a GPU, and every GPU benchmark: one call of at most ten minutes.
 
 It ends with a short table and writes JSON.
 
-    python benchmarks/gpu.py [--output DIR]
+    python benchmarks/gpu.py [--output DIR] [PART ...]
 
 Needs torch, triton, transformers, safetensors, pytest, numpy, pyarrow, pydantic and tomli-w, no network, no
-installation of this package; torchao and lm-eval are tried too where they are. JSON goes to DIR, else to $OUT, else to
-benchmarks/results. Each part is a process with its own limit, so that one that fails leaves the others be; the exit
-code is 1 if any did.
+installation of this package; torchao, lm-eval and flash-linear-attention are tried too where they are, and with
+pytest-xdist the tests, most of which is compiling, run side by side. `make wheels` fetches what a machine may lack.
+JSON goes to DIR, else to $OUT, else to benchmarks/results. Each part is a process with its own limit, so that one that
+fails leaves the others be; the exit code is 1 if any did.
 """
 
 import argparse
@@ -16,17 +17,17 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider"]
-TESTS = [*PYTEST, "tests/kernels/test_triton_gpu.py"]
-END_TO_END = "tests/gpu/test_end_to_end.py"
+SIDE_BY_SIDE = ["-n", str(min(10, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
+TESTS = ["-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", *SIDE_BY_SIDE]
 MEASURE = "benchmarks/measure.py"
 UPTRAIN = [MEASURE, "train", "--mixers", "softmax", "supra", "--rounds", "5"]
 PARTS = {
     # First, since nothing measured means anything where a model cannot be converted, trained, resumed and read back.
-    **({"end-to-end": (150, [*PYTEST, END_TO_END])} if (ROOT / END_TO_END).is_file() else {}),
+    "tests": (200, [*TESTS, "tests/gpu", "tests/kernels", "tests/core", "tests/train", "tests/laws"]),
     "operator": (80, [MEASURE, "operator", "--rounds", "7"]),
     "decode-step": (40, [MEASURE, "step", "--rounds", "50"]),
     # Both models and the base's 16 × 32,768 keys and values would take some 100 GB with all 32 layers.
@@ -37,7 +38,7 @@ PARTS = {
     # fp32 weights, gradients and moments of both models are on the GPU at once: 35 GB of 1B, 50 GB of 6 layers of 7B.
     "uptrain-1b": (45, [*UPTRAIN, "--model", "tinyllama-1.1b", "--shapes", "4x2048"]),
     "uptrain-7b": (45, [*UPTRAIN, "--model", "mistral-7b", "--layers", "6", "--shapes", "2x2048"]),
-    "tests": (135, TESTS),  # last, since compiling is most of it: what the others leave of their time is its
+    "memory": (70, ["benchmarks/memory.py"]),
 }
 """Name of a part -> (seconds that are kept for it, arguments of the interpreter)."""
 TOTAL = 595
@@ -70,11 +71,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     parser.add_argument("--output", type=Path, default=default, help="folder for the JSON")
-    output = parser.parse_args().output.resolve()
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    given = parser.parse_args()
+    output, chosen = given.output.resolve(), {name: PARTS[name] for name in given.parts or PARTS}
     output.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    parts, kept = [], sum(seconds for seconds, _ in PARTS.values())
-    for name, (seconds, arguments) in PARTS.items():
+    parts, kept = [], sum(seconds for seconds, _ in chosen.values())
+    for name, (seconds, arguments) in chosen.items():
         kept -= seconds
         left = int(TOTAL - kept - (time.time() - began))  # a part may use what those before it did not
         parts.append(run(name, max(seconds, left), arguments, output))

@@ -1,4 +1,6 @@
-"""Does a run take the memory that `supra plan` said?   python benchmarks/memory.py [--output FILE] [CASE ...]
+"""Does a run take the memory that `supra plan` said?
+
+    python benchmarks/memory.py [--device cuda] [--output FILE] [CASE ...]
 
 Every case is a recipe that runs for two steps on a randomly drawn model, by one process or by two under torchrun.
 Measured is the rise of a process's resident memory (VmHWM of /proc/self/status, reset when the stage begins) over what
@@ -6,6 +8,9 @@ it had after its imports and a small run of the same kind, of the rank that took
 supra_cli.core.accounting says of the recipe and as many processes, with what an offloading optimizer keeps, in the same
 memory. One thread; glibc gives every block above 64 KiB back to the system when it is freed, so that no freed tensor
 counts. Linux.
+
+On a GPU the model is larger, cases of one process run in bf16, several side by side, and measured is what PyTorch's
+allocator had given out at most, over what it had after the small run; the memory of the CPU is not.
 """
 
 import os
@@ -21,6 +26,8 @@ import json  # noqa: E402
 import re  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from functools import partial  # noqa: E402
 from itertools import islice  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -39,6 +46,11 @@ STEPS = 2
 """The second is the first that finds the optimizer's moments in place."""
 SHAPE = {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 1024}
 SHAPE |= {"num_hidden_layers": 4, "vocab_size": 8192, "max_position_embeddings": 8192}
+WIDER = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 2816}
+WIDER |= {"num_hidden_layers": 8}
+"""On a GPU, so that what libraries keep for themselves is little beside it."""
+AT_ONCE = {"cpu": 1, "cuda": 8}
+CLOCK = {"cpu": "rise of a process's resident memory, MiB", "cuda": "rise of what PyTorch's allocator gave out, MiB"}
 BF16, CHECKPOINTED = {"dtype": "bfloat16"}, {"activation_checkpointing": True}
 USUAL = {"rows": 4, "length": 512, "passes": 1, "processes": 1, "base": "untied", "mixer": "supra", "keep": "none"}
 USUAL |= {"kind": "finetune", "dtype": "float32"}
@@ -71,14 +83,19 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help="all by default")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="all by default")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        write_inputs(Path(folder))
-        rows = [row(name, Path(folder)) for name in given.cases]
+    able = [name for name, case in CASES.items() if given.device == "cpu" or "processes" not in case]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(AT_ONCE[given.device]) as pool:
+        folder, device = Path(name), given.device
+        write_inputs(folder, {**SHAPE, **(WIDER if device == "cuda" else {})})
+        planned = {case: mib_planned(case, folder, device) for case in given.cases or able}
+        measured = pool.map(partial(mib_measured, folder=folder, device=device), planned)
+        rows = [row(case, mib, found) for (case, mib), found in zip(planned.items(), measured, strict=True)]
     result = {"benchmark": "memory", "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]), **machine()}
-    result |= {"clock": "rise of a process's resident memory, MiB", "rows": rows}
+    result |= {"clock": CLOCK[given.device], "rows": rows}
     off = {one["case"]: abs(one["planned_over_measured"] - 1) for one in rows}
     result["targets"] = [
         {"what": f"off by: {name}", "bound": "at most", "target": TOLERANCE, "measured": by, "met": by <= TOLERANCE}
@@ -87,37 +104,47 @@ def main() -> None:
     report(result, given.output)
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path, shape: dict[str, int]) -> None:
     """Text in short documents, and models with its tokenizer: the measured ones, tied and not, and one to warm up."""
     texts = [document.text[:2000] for document in islice(corpus.documents("validation"), 60)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     words = tokenizer.train(texts, SHAPE["vocab_size"])
     ends = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id")}
-    for name, layers in (("tied", 4), ("untied", 4), ("small", 2)):
-        shape = {**SHAPE, **ends, "num_hidden_layers": layers, "tie_word_embeddings": name == "tied"}
-        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / name)
+    for name, smaller in (("tied", {}), ("untied", {}), ("small", {"num_hidden_layers": 2})):
+        whole = {**shape, **ends, **smaller, "tie_word_embeddings": name == "tied"}
+        LlamaForCausalLM(LlamaConfig(**whole)).save_pretrained(folder / name)
         words.save_pretrained(folder / name)
 
 
-def row(name: str, folder: Path) -> dict:
-    processes, (recipe, dtype) = CASES[name].get("processes", 1), described(name, folder)
-    memory = accounting.plan(recipe, dtype, "cpu").stages[0].memory(processes)
+def mib_planned(case: str, folder: Path, device: str) -> float:
+    recipe, dtype = described(case, folder, device)
+    memory = accounting.plan(recipe, dtype, device).stages[0].memory(CASES[case].get("processes", 1))
+    return (memory.total + (memory.host if device == "cpu" else 0)) / 2**20
+
+
+def mib_measured(case: str, folder: Path, device: str) -> float:
+    """Of the rank that took most."""
+    processes = CASES[case].get("processes", 1)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-    settings |= {"HF_HUB_OFFLINE": "1", "SUPRA_CACHE": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(PATHS)}
-    command = [sys.executable, *launch, __file__, "--work", name, folder]
+    paths = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
+    settings |= {"HF_HUB_OFFLINE": "1", "SUPRA_CACHE": str(folder / "cache"), "PYTHONPATH": paths}
+    found = Path(tempfile.mkdtemp(dir=folder))
+    command = [sys.executable, *launch, __file__, "--work", case, device, folder, found]
     subprocess.run(command, env={**os.environ, **settings}, check=True)
-    measured = max(int((folder / f"{rank}").read_text()) for rank in range(processes)) / 2**20
-    planned = (memory.total + memory.host) / 2**20
-    found = {"case": name, "processes": processes, "planned_mib": planned, "measured_mib": measured}
-    found["planned_over_measured"] = planned / measured
+    return max(int((found / f"{rank}").read_text()) for rank in range(processes)) / 2**20
+
+
+def row(case: str, planned: float, measured: float) -> dict:
+    processes, of = CASES[case].get("processes", 1), {"planned_mib": planned, "measured_mib": measured}
+    found = {"case": case, "processes": processes, **of, "planned_over_measured": planned / measured}
     print(json.dumps(found), file=sys.stderr, flush=True)
     return found
 
 
-def described(name: str, folder: Path, base: str | None = None) -> tuple[recipes.Recipe, torch.dtype]:
+def described(name: str, folder: Path, device: str, base: str | None = None) -> tuple[recipes.Recipe, torch.dtype]:
     """The recipe of a case, and what it is computed in."""
-    stage = USUAL | CASES[name]
+    stage = USUAL | CASES[name] | (BF16 if device == "cuda" else {})
     rows, length, passes, processes = (stage.pop(key) for key in ("rows", "length", "passes", "processes"))
     own, mixer, keep, dtype = (stage.pop(key) for key in ("base", "mixer", "keep", "dtype"))
     step = rows * length * processes
@@ -127,25 +154,35 @@ def described(name: str, folder: Path, base: str | None = None) -> tuple[recipes
     return recipes.validate(raw), getattr(torch, dtype)
 
 
-def work(name: str, folder: Path) -> None:
-    """Run the case and write by how much this process rose."""
-    with parallel.joined("cpu") as world:
+def work(name: str, device: str, folder: Path, found: Path) -> None:
+    """Run the case and write into `found` by how much this process rose."""
+    with parallel.joined(device) as world:
         for base in ("small", None):
-            before, (recipe, dtype) = settled("VmRSS"), described(name, folder, base)
-            output = world.shared(Path(tempfile.mkdtemp(dir=folder)) / "run")
-            for event in loop.uptrain(recipe, output, device="cpu", dtype=dtype, world=world):
+            before, (recipe, dtype) = settled(device), described(name, folder, device, base)
+            output = world.shared(Path(tempfile.mkdtemp(dir=found)) / "run")
+            for event in loop.uptrain(recipe, output, device=device, dtype=dtype, world=world):
                 if isinstance(event, StageStarted):
-                    settled("VmRSS")
-                    Path("/proc/self/clear_refs").write_text("5")
+                    settled(device)
+                    forget_peak(device)
                 if isinstance(event, Step):
-                    (folder / f"{world.rank}").write_text(f"{status('VmHWM') - before}")
+                    (found / f"{world.rank}").write_text(f"{peak(device) - before}")
 
 
-def settled(field: str) -> int:
-    """`status` when nothing is held that nobody wants any more."""
+def settled(device: str) -> int:
+    """Bytes that are held when what nobody wants any more is not."""
     gc.collect()
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    return status(field)
+    return status("VmRSS")
+
+
+def forget_peak(device: str) -> None:
+    torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
 
 
 def status(field: str) -> int:
@@ -155,4 +192,4 @@ def status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    work(sys.argv[2], Path(sys.argv[3])) if sys.argv[1:2] == ["--work"] else main()
+    work(*sys.argv[2:4], *map(Path, sys.argv[4:])) if sys.argv[1:2] == ["--work"] else main()
