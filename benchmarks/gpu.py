@@ -2,7 +2,7 @@
 
 It ends with a short table and writes JSON.
 
-    python benchmarks/gpu.py [--output DIR] [PART ...]
+    python benchmarks/gpu.py [--output DIR] [--seconds N] [PART ...]
 
 Needs torch, triton, transformers, safetensors, pytest, numpy, pyarrow, pydantic and tomli-w, no network, no
 installation of this package; torchao, lm-eval and flash-linear-attention are tried too where they are, and with
@@ -14,6 +14,7 @@ fails leaves the others be; the exit code is 1 if any did.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ MEASURE = "benchmarks/measure.py"
 UPTRAIN = [MEASURE, "train", "--mixers", "softmax", "supra", "--rounds", "5"]
 PARTS = {
     # First, since nothing measured means anything where a model cannot be converted, trained, resumed and read back.
-    "tests": (200, [*TESTS, "tests/gpu", "tests/kernels", "tests/core", "tests/train", "tests/laws"]),
+    "tests": (150, [*TESTS, "tests/gpu", "tests/kernels", "tests/core", "tests/train", "tests/laws"]),
+    **({"compile-fla": (60, ["benchmarks/fla.py"])} if find_spec("fla") else {}),
     "operator": (80, [MEASURE, "operator", "--rounds", "7"]),
     "decode-step": (40, [MEASURE, "step", "--rounds", "50"]),
     # Both models and the base's 16 × 32,768 keys and values would take some 100 GB with all 32 layers.
@@ -41,21 +43,22 @@ PARTS = {
     "memory": (70, ["benchmarks/memory.py"]),
 }
 """Name of a part -> (seconds that are kept for it, arguments of the interpreter)."""
-TOTAL = 595
-"""Seconds that all parts may take together."""
 
 
 def run(name: str, seconds: int, arguments: list[str], output: Path) -> dict:
-    if "pytest" not in arguments:
+    if arguments[0].startswith("benchmarks/m"):
         arguments = [*arguments, "--device", "cuda", "--output", str(output / f"{name}-gpu.json")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     print(f"== {name}", flush=True)
     start = time.perf_counter()
+    # A session of its own, so that at the limit everything that the part has started ends with it.
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, start_new_session=True)
     try:
-        code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, timeout=seconds).returncode
+        code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        code = None
+        os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait() and None
     verdict = "ok" if code == 0 else f"over {seconds} s" if code is None else f"exit {code}"
     return {"part": name, "verdict": verdict, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -71,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     parser.add_argument("--output", type=Path, default=default, help="folder for the JSON")
+    parser.add_argument("--seconds", type=int, default=595, help="that all parts may take together")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     given = parser.parse_args()
     output, chosen = given.output.resolve(), {name: PARTS[name] for name in given.parts or PARTS}
@@ -79,7 +83,7 @@ def main() -> int:
     parts, kept = [], sum(seconds for seconds, _ in chosen.values())
     for name, (seconds, arguments) in chosen.items():
         kept -= seconds
-        left = int(TOTAL - kept - (time.time() - began))  # a part may use what those before it did not
+        left = int(given.seconds - kept - (time.time() - began))  # a part may use what those before it did not
         parts.append(run(name, max(seconds, left), arguments, output))
     found = results(output, began)
     met = [target for result in found.values() for target in result["targets"]]
