@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST  := -m pytest --numprocesses auto --dist worksteal
 PARALLEL := $(OFFLINE) OMP_NUM_THREADS=1
 
-.PHONY: demo test test-lowest test-versions soak lint gpu clean
+.PHONY: demo test test-lowest test-versions soak lint gpu wheels clean
 
 $(BIN)/supra: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,5 +58,16 @@ soak: $(BIN)/supra
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
+# 21 MB of what such a machine may lack, for Python 3.12 on x86-64; there: pip install --no-index --no-deps wheels/*.whl
+WHEELS := annotated-types pydantic pydantic_core typing-inspection tomli_w rich torchao lm_eval datasets dill multiprocess \
+	evaluate pytablewriter DataProperty mbstrdecoder tabledata tcolorpy typepy pathvalidate nltk more-itertools chardet pytz
+wheels: $(BIN)/supra
+	for name in $(WHEELS); do grep -i "^$$name==" constraints.txt; done > wheels.txt
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --dest $@ \
+		$(foreach glibc,17 24 28 34,--platform manylinux_2_$(glibc)_x86_64) --platform manylinux2014_x86_64 --platform any \
+		--requirement wheels.txt flash-linear-attention==0.6.0 fla-core==0.6.0
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir $@ rouge_score==0.1.2 sqlitedict==2.1.0 word2number==1.1
+	rm wheels.txt
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist wheels *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ supra_cli.core.accounting says of the recipe and as many processes, with what an
 memory. One thread; glibc gives every block above 64 KiB back to the system when it is freed, so that no freed tensor
 counts. Linux.
 
-On a GPU the model is larger, cases of one process run in bf16, several side by side, and measured is what PyTorch's
+On a GPU the model is larger, cases run by one process and in bf16, several side by side, and measured is what PyTorch's
 allocator had given out at most, over what it had after the small run; the memory of the CPU is not.
 """
 
@@ -80,6 +80,9 @@ CASES = {
     "2 × transfer": {"processes": 2, "kind": "transfer"},
 }
 
+ON_A_CPU = ("finetune", *(name for name, case in CASES.items() if "processes" in case))
+"""Alone: on one GPU there are no two processes, and in bf16 the first is the second."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,7 +90,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all by default")
     given = parser.parse_args()
-    able = [name for name, case in CASES.items() if given.device == "cpu" or "processes" not in case]
+    able = [name for name in CASES if given.device == "cpu" or name not in ON_A_CPU]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(AT_ONCE[given.device]) as pool:
         folder, device = Path(name), given.device
         write_inputs(folder, {**SHAPE, **(WIDER if device == "cuda" else {})})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,8 +144,8 @@ def compiled_blocks() -> str:
     return _markdown(header, rows)
 
 
-def memory() -> str:
-    found = _found("memory-cpu")
+def memory(device: str = "cpu") -> str:
+    found = _found(f"memory-{device}")
     rows = [
         [
             row["case"],
@@ -155,6 +156,31 @@ def memory() -> str:
         for row in found["rows"]
     ]
     return _markdown(["a step of", "planned MiB", "measured MiB", "planned / measured"], rows)
+
+
+def step_gpu() -> str:
+    rows = [
+        [f"{row['batch']}", *(f"{row[key]:,.0f}" for key in ("tokens_per_s", "gb_per_s", "copy_gb_per_s"))]
+        + [f"{row['share_of_copy_rate']:.2f}"]
+        for row in _found("decode-step-gpu")["rows"]
+    ]
+    return _markdown(["batch", "tokens/s through 32 layers", "GB/s", "a copy, GB/s", "share"], rows)
+
+
+def uptrain_gpu() -> str:
+    rows = [
+        [
+            f"`{found['model']}`, {row['layers']} layers",
+            f"{row['batch']} × {row['tokens']:,}",
+            row["mixer"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['mfu']:.2f}",
+            f"{row['over_softmax']:.2f}",
+        ]
+        for found in (_found("uptrain-1b-gpu"), _found("uptrain-7b-gpu"))
+        for row in found["rows"]
+    ]
+    return _markdown(["shape", "batch × tokens", "mixer", "tokens/s", "MFU", "times faster than softmax"], rows)
 
 
 def overhead() -> str:
@@ -246,6 +272,9 @@ def render(text: str) -> str:
         "compiled-blocks": compiled_blocks,
         "compiled-cards": compiled_cards,
         "memory": memory,
+        "memory-gpu": partial(memory, "gpu"),
+        "step-gpu": step_gpu,
+        "uptrain-gpu": uptrain_gpu,
         "overhead": overhead,
         "parallel": parallel,
         "saving": saving,

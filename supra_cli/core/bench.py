@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import scaled_dot_product_attention as softmax
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicLayer
 
 from supra_cli.core import checkpoint, hub, ops, recipe
@@ -102,6 +104,10 @@ class _Filled(DynamicLayer):
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
 
+    def get_seq_length(self) -> int:
+        """Those before the one that the next step overwrites."""
+        return self.keys.shape[-2] - 1
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys[:, :, -1:].copy_(key_states)
         self.values[:, :, -1:].copy_(value_states)
@@ -154,13 +160,17 @@ def drawn(model: str, mixers: Sequence[str], layers: int | None, device: str, dt
 
 
 def graphed(step: Run) -> Run:
-    """`step` captured once, after warm-up on a stream of its own, as CUDA graphs want it; replayed from then on."""
+    """`step` captured once, after warm-up on a stream of its own, as CUDA graphs want it; replayed from then on.
+
+    transformers up to 5.17 or later writes a mask out while a stream is captured, which would keep the softmax base
+    from its fastest kernel: it is told that none is.
+    """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), mock.patch.object(masking_utils, "is_tracing", return_value=False):
         step()
     return graph.replay
 

@@ -1,6 +1,6 @@
 """Compile what flash-linear-attention's autotuner tries for the operator benchmark, many kernels at a time.
 
-    python benchmarks/fla.py
+    python benchmarks/autotuned.py
 
 It tries some 170 kernels one after the other, which takes minutes; `measure.py operator` then finds them in Triton's
 cache. Each of several processes compiles every n-th configuration of each kernel.
