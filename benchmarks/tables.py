@@ -159,12 +159,13 @@ def memory(device: str = "cpu") -> str:
 
 
 def step_gpu() -> str:
+    columns = {"batch": "batch", "tokens/s through 32 layers": "tokens_per_s", "GB/s": "gb_per_s"}
+    columns["a copy, GB/s"] = "copy_gb_per_s"
     rows = [
-        [f"{row['batch']}", *(f"{row[key]:,.0f}" for key in ("tokens_per_s", "gb_per_s", "copy_gb_per_s"))]
-        + [f"{row['share_of_copy_rate']:.2f}"]
+        [*(f"{row[key]:,.0f}" for key in columns.values()), f"{row['share_of_copy_rate']:.2f}"]
         for row in _found("decode-step-gpu")["rows"]
     ]
-    return _markdown(["batch", "tokens/s through 32 layers", "GB/s", "a copy, GB/s", "share"], rows)
+    return _markdown([*columns, "share"], rows)
 
 
 def uptrain_gpu() -> str:

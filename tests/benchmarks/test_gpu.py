@@ -184,6 +184,16 @@ def test_a_decode_step_can_be_captured(kind):
     assert [x.data_ptr() for x in before] == [x.data_ptr() for x in after]
 
 
+def test_a_mask_covers_the_keys_that_a_step_reads():
+    """Which transformers 5.17 writes out while a stream is captured, wanted or not; here padding makes it."""
+    model = SupraForCausalLM._from_config(SupraConfig.from_base(SMALL, mixer="softmax")).eval()
+    token, mask = torch.zeros(2, dtype=torch.long), torch.ones(2, 16, dtype=torch.long)
+    mask[0, 0] = 0
+    logits, cache = steps.decode(model, token, torch.full_like(token, 15), mask, bench._read(model, 2, 16))
+    assert logits.shape == (2, 97)
+    assert {layer.keys.shape[-2] for layer in cache.layers} == {16}
+
+
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_flops_are_counted_inside_the_operator_too(path):
     if path == "triton":
