@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+NAMESPACE = "supra" if __name__ == "supra_kernels.boundaries" else __name__.replace(".", "_")
+"""Of the operators of torch.library, of which there may be one set by each name: an exported model brings its own."""
+OPERATORS = getattr(torch.ops, NAMESPACE)
 
 DECAY_FLOOR = -200.0
 """exp(-200) is 0 in fp32 and 1e-87 in float64; a finite floor keeps -inf - -inf out of the sums."""
@@ -41,7 +46,10 @@ def decoded(documents: Tensor) -> Documents:
 
 @torch.compiler.assume_constant_result
 def triton_compiles_for(device: torch.device) -> bool:
-    """Whether Triton supports this GPU: NVIDIA's from compute capability 8.0 on (not the T4 or V100), and AMD's."""
+    """Whether Triton supports this GPU, NVIDIA's from compute capability 8.0 on (not the T4 or V100) and AMD's, and its
+    kernels are there, which an exported model does not bring."""
+    if find_spec("supra_kernels") is None:
+        return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from supra_kernels import chunk as chunked
 from supra_kernels.around import prepared
-from supra_kernels.boundaries import compute_dtype
+from supra_kernels.boundaries import NAMESPACE, OPERATORS, compute_dtype
 
 STEP_LENGTH = 4
 """Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""
 
-library = torch.library.Library("supra", "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 library.define(
     "chunk(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? documents, float scale, bool keep)"
     " -> (Tensor, Tensor, Tensor)"
@@ -108,7 +108,7 @@ def _state(q: Tensor, k: Tensor, v: Tensor, sums: bool = False) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3] + int(sums), dtype=compute_dtype(q, k, v))
 
 
-@torch.library.register_fake("supra::chunk", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::chunk", lib=library)
 def _(q, k, v, g, state, documents, scale, keep):
     S = _state(q, k, v)
     batch, length, heads, key_dim = q.shape
@@ -117,13 +117,13 @@ def _(q, k, v, g, state, documents, scale, keep):
     return _output(q, v), S, S.new_empty(blocks if keep else 0, *S.shape)
 
 
-@torch.library.register_fake("supra::triton", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::triton", lib=library)
 def _(q, k, v, g, state, documents, scale, norm_eps, denominator_min):
     S = _state(q, k, v, denominator_min is not None)
     return _output(q, v), S, S.new_empty(0 if norm_eps is None and denominator_min is None else q.shape[:3])
 
 
-@torch.library.register_fake("supra::triton_step", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::triton_step", lib=library)
 def _(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min):
     return _output(q, v)
 
@@ -134,22 +134,22 @@ def _fake_gradients(q, k, v, g, decays, sums=False):
     return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), dg, S
 
 
-@torch.library.register_fake("supra::chunk_backward", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::chunk_backward", lib=library)
 def _(do, dS, q, k, v, g, documents, starts, scale, decays):
     return _fake_gradients(q, k, v, g, decays)
 
 
-@torch.library.register_fake("supra::triton_backward", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::triton_backward", lib=library)
 def _(do, dS, q, k, v, g, state, documents, scale, o, row, denominator_min, decays):
     return _fake_gradients(q, k, v, g, decays, denominator_min is not None)
 
 
-@torch.library.register_fake("supra::rotary", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::rotary", lib=library)
 def _(x, cos, sin, relu):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("supra::rotary_backward", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::rotary_backward", lib=library)
 def _(dy, x, cos, sin):
     return torch.empty_like(dy, memory_format=torch.contiguous_format)
 
@@ -160,7 +160,7 @@ def _rotary_setup(ctx, inputs, output):
 
 
 def _rotary_gradients(ctx, dy):
-    return torch.ops.supra.rotary_backward(dy, *ctx.saved_tensors), None, None, None
+    return OPERATORS.rotary_backward(dy, *ctx.saved_tensors), None, None, None
 
 
 def _chunk_setup(ctx, inputs, output):
@@ -183,7 +183,7 @@ def _triton_setup(ctx, inputs, output):
 def _chunk_gradients(ctx, do, dS, _):
     q, k, v, g, state, documents, starts = ctx.saved_tensors
     do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
-    grads = torch.ops.supra.chunk_backward(do, dS, q, k, v, g, documents, starts, ctx.scale, decays)
+    grads = OPERATORS.chunk_backward(do, dS, q, k, v, g, documents, starts, ctx.scale, decays)
     return *_for_inputs(grads, state, decays), None, None, None
 
 
@@ -191,7 +191,7 @@ def _triton_gradients(ctx, do, dS, _):
     q, k, v, g, state, documents, o, row = ctx.saved_tensors
     do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
     given = (q, k, v, g, state, documents, ctx.scale, o, row, ctx.denominator_min)
-    return *_for_inputs(torch.ops.supra.triton_backward(do, dS, *given, decays), state, decays), None, None, None, None
+    return *_for_inputs(OPERATORS.triton_backward(do, dS, *given, decays), state, decays), None, None, None, None
 
 
 def _for_inputs(grads, state, decays):
@@ -199,9 +199,9 @@ def _for_inputs(grads, state, decays):
     return dq, dk, dv, dg if decays else None, None if state is None else d_state.to(state.dtype)
 
 
-torch.library.register_autograd("supra::rotary", _rotary_gradients, setup_context=_rotary_setup, lib=library)
-torch.library.register_autograd("supra::chunk", _chunk_gradients, setup_context=_chunk_setup, lib=library)
-torch.library.register_autograd("supra::triton", _triton_gradients, setup_context=_triton_setup, lib=library)
+torch.library.register_autograd(f"{NAMESPACE}::rotary", _rotary_gradients, setup_context=_rotary_setup, lib=library)
+torch.library.register_autograd(f"{NAMESPACE}::chunk", _chunk_gradients, setup_context=_chunk_setup, lib=library)
+torch.library.register_autograd(f"{NAMESPACE}::triton", _triton_gradients, setup_context=_triton_setup, lib=library)
 
 
 def chunk(
@@ -215,7 +215,7 @@ def chunk(
     documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The chunked PyTorch form (supra_kernels.chunk). Its gradient is written by hand and not itself differentiable."""
-    o, S, _ = torch.ops.supra.chunk(q, k, v, g, state, documents, scale, _needs_gradient(q, k, v, g, state))
+    o, S, _ = OPERATORS.chunk(q, k, v, g, state, documents, scale, _needs_gradient(q, k, v, g, state))
     return o, S
 
 
@@ -246,13 +246,13 @@ def triton(
         q, k = (prepared(x, relu, rotation, form="triton") for x in (q, k))
         # Here and saved so, or the launcher would copy once forward and once more backward.
         q, k, v = (x.contiguous() for x in (q, k, v))
-        return torch.ops.supra.triton(q, k, v, g, state, documents, scale, norm_eps, denominator_min)[:2]
+        return OPERATORS.triton(q, k, v, g, state, documents, scale, norm_eps, denominator_min)[:2]
     if state is None:
         S = _state(q, k, v, denominator_min is not None).zero_()
     else:
         S = state.to(torch.float32).contiguous()
     cos, sin = rotation or (None, None)
-    return torch.ops.supra.triton_step(q, k, v, g, S, cos, sin, relu, scale, norm_eps, denominator_min), S
+    return OPERATORS.triton_step(q, k, v, g, S, cos, sin, relu, scale, norm_eps, denominator_min), S
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

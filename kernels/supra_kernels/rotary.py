@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from supra_kernels.boundaries import triton_compiles_for
+from supra_kernels.boundaries import OPERATORS, triton_compiles_for
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str
     if form == "triton":
         if x.dtype == torch.float64:
             raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
-        return torch.ops.supra.rotary(x, cos, sin, relu)
+        return OPERATORS.rotary(x, cos, sin, relu)
     x = x.relu() if relu else x
     turns, stays = x.split((rotated, width - rotated), dim=-1)
     x1, x2 = turns.chunk(2, dim=-1)

@@ -13,6 +13,7 @@ from supra_cli.core.errors import ResourceError, UsageError, near_miss
 _log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name: str) -> str:
@@ -43,7 +44,7 @@ def dtype(name: str, device: str) -> torch.dtype:
         return torch.bfloat16 if cuda and _has_bf16(device) else torch.float32
     if name not in _DTYPES:
         raise UsageError(f"unknown dtype '{name}'{near_miss(name, [*_DTYPES, 'auto'])}")
-    if name == "bfloat16" and cuda and not _has_bf16(device):
+    if _DTYPES[name] == torch.bfloat16 and cuda and not _has_bf16(device):
         raise ResourceError(f"dtype is bfloat16, which {device} can only emulate; say --dtype float32 or auto")
     return _DTYPES[name]
 

@@ -1,4 +1,4 @@
-"""The Hugging Face face of a swapped model: causal language model, registration with the Auto classes."""
+"""The Hugging Face face of a swapped model: the causal language model, of a class for each base."""
 
 from __future__ import annotations
 
@@ -173,9 +173,3 @@ def __getattr__(name: str) -> type[SupraForCausalLM]:
         if name == f"Supra{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base)}":
             return model_class(base)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-AutoModelForCausalLM.register(SupraConfig, SupraForCausalLM, exist_ok=True)
-for _base in archs:
-    # A config that is read before any model, as pipelines do: the class for its base is made when a model is wanted.
-    AutoModelForCausalLM._model_mapping.register(config_class(_base), SupraForCausalLM, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -18,7 +19,7 @@ class Registry(Generic[T]):
 
     The modules of `package` are imported on first use, each registering what it defines; then the entry points of
     `group` (`name = "package.module:object"`) add other people's. An unknown name is a `UsageError` with the nearest
-    known one.
+    known one. In an exported model, where `package` is one file among others, those hold all that there is.
     """
 
     def __init__(self, kind: str, package: str, group: str):
@@ -26,19 +27,27 @@ class Registry(Generic[T]):
         self._package = package
         self._group = group
         self._objects: dict[str, T] = {}
+        self._origins: dict[str, str] = {}
         self._complete = False
 
     def register(self, *names: str) -> Callable[[T], T]:
         """Decorator, or plain call: `registry.register("llama", "mistral")(arch)`."""
+        origin = sys._getframe(1).f_globals["__name__"]
 
         def add(item: T) -> T:
             for name in names:
                 if name in self._objects and self._objects[name] is not item:
                     raise ValueError(f"two {self.kind}s are named '{name}'")
                 self._objects[name] = item
+                self._origins[name] = origin
             return item
 
         return add
+
+    def origin(self, name: str) -> str:
+        """The module that defines the object of that name."""
+        self.get(name)
+        return self._origins[name]
 
     def get(self, name: str) -> T:
         self._discover()
@@ -58,8 +67,11 @@ class Registry(Generic[T]):
         if self._complete:
             return
         self._complete = True
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
+        folders = getattr(sys.modules[self._package], "__path__", None)
+        if folders is None:
+            return
+        for module in pkgutil.iter_modules(folders):
             importlib.import_module(f"{self._package}.{module.name}")
         for point in entry_points(group=self._group):
             self.register(point.name)(point.load())
+            self._origins[point.name] = point.module

@@ -44,10 +44,10 @@ def read(run: Path) -> Report:
     provenance = run / "last" / "supra.json"
     if not provenance.is_file():
         raise NotFoundError(f"{run} is no finished run: it holds no last/supra.json; run `supra uptrain` first")
-    after = _results(run / "eval", run / "last")
+    after = results(run / "eval", run / "last")
     if not after:
         raise NotFoundError(f"{run / 'last'} was not scored yet; run `supra eval {run / 'last'}` first")
-    before = _results(run / "converted" / "eval", run / "converted")
+    before = results(run / "converted" / "eval", run / "converted")
     lines, notes = [], []
     for task, result in sorted(after.items()):
         other = before.get(task, {})
@@ -63,7 +63,7 @@ def read(run: Path) -> Report:
     return Report(lines, spent["tokens"], spent["seconds"], notes)
 
 
-def _results(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
+def results(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
     """task → the newest comparison of `model` that was noted in `folder`."""
     files = sorted(folder.glob("*.json"))
     weights = f"sha256:{checkpoint.identity(model)}" if files else ""

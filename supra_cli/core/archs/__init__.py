@@ -102,4 +102,4 @@ def plain_head(model: nn.Module, hidden: Tensor) -> Tensor:
     return model.lm_head(hidden)
 
 
-archs: Registry[Arch] = Registry("base architecture", package="supra_cli.core.archs", group="supra.archs")
+archs: Registry[Arch] = Registry("base architecture", package=__name__, group="supra.archs")

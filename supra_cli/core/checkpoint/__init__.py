@@ -14,7 +14,7 @@ from supra_cli.core.checkpoint.reading import (
     tensors,
 )
 from supra_cli.core.checkpoint.record import identity, read_provenance, verify
-from supra_cli.core.checkpoint.writing import save, write
+from supra_cli.core.checkpoint.writing import describe, save, write
 
 __all__ = [
     "atomic_directory",
@@ -22,6 +22,7 @@ __all__ = [
     "check_attention",
     "check_free",
     "convert",
+    "describe",
     "examine",
     "holds",
     "identity",

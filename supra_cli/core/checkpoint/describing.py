@@ -202,7 +202,8 @@ def _refuse_what_cannot_be_converted(file: Path, described: Mapping[str, Any], b
     code = described.get("auto_map")
     own = code.get("AutoModelForCausalLM") if isinstance(code, dict) else None
     known = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[base_type]].__name__
-    if isinstance(own, str) and own.rpartition(".")[2] != known:
+    exported = described["model_type"] == SupraConfig.model_type  # whose code is a copy of this package's
+    if isinstance(own, str) and own.rpartition(".")[2] != known and not exported:
         raise UsageError(
             f"{file} says that its model is {own} (auto_map), code of its own, expected transformers' {known}; "
             "supra runs no code that comes with a model"

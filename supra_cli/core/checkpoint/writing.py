@@ -36,9 +36,9 @@ from supra_cli.core.swap import mixer_names
 FORMAT = 1
 """Version of supra.json."""
 
-# What a base brings besides weights and config, by the names that Hugging Face libraries look for.
+# What a base brings besides weights and config, by the names that Hugging Face libraries look for, and its licence.
 _COMPANIONS = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|generation_config\.json|"
+    r"LICENSE.*|NOTICE.*|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|generation_config\.json|"
     r".*\.tiktoken|spiece\.model"
 )
 
@@ -139,6 +139,21 @@ def finish(
     provenance: Mapping[str, Any],
 ) -> None:
     """What a model directory has besides its shards: index, config, companions of `source` and, last, supra.json."""
+    files = describe(directory, config, placed, source)
+    record = {
+        "format": FORMAT,
+        "versions": versions(),
+        **provenance,
+        "config": config_digest(directory),
+        "files": {file: known.get(written) or hashed(directory / file) for file, written in files.items()},
+    }
+    write_json(directory / PROVENANCE, record)
+
+
+def describe(directory: Path, config: SupraConfig, placed: Mapping[str, str], source: Path | None) -> dict[str, str]:
+    """Put index, config and companions of `source` beside the shards that hold `placed`; returns shard → its name
+    before, as a single one is renamed.
+    """
     files = {file: file for file in sorted(set(placed.values()))}
     if len(files) == 1:
         (file,) = files
@@ -150,16 +165,9 @@ def finish(
     config.to_json_file(directory / "config.json")
     for file in companions(source) if source is not None else ():
         shutil.copyfile(source / file, directory / file)
-    record = {
-        "format": FORMAT,
-        "versions": versions(),
-        **provenance,
-        "config": config_digest(directory),
-        "files": {file: known.get(written) or hashed(directory / file) for file, written in files.items()},
-    }
-    write_json(directory / PROVENANCE, record)
+    return files
 
 
 def companions(path: Path) -> list[str]:
-    """The names of a model directory's tokenizer files and generation config."""
+    """The names of a model directory's tokenizer files, generation config and licence."""
     return sorted(file.name for file in path.iterdir() if file.is_file() and _COMPANIONS.fullmatch(file.name))

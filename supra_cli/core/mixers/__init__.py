@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
-from supra_cli.core.recipe.options import read
 from supra_cli.core.registry import Registry
 
 
@@ -69,12 +68,17 @@ class Mixer(nn.Module):
         """
 
 
-mixers: Registry[type[Mixer]] = Registry("mixer", package="supra_cli.core.mixers", group="supra.mixers")
+mixers: Registry[type[Mixer]] = Registry("mixer", package=__name__, group="supra.mixers")
 
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Mixer.Options:
     """The options of the mixer `name` from plain values; an unknown key or a wrong value is a UsageError."""
-    options, problems = read(mixers.get(name).Options, given, "mixer")
+    kind = mixers.get(name).Options
+    try:
+        from supra_cli.core.recipe.options import read
+    except ImportError:  # in an exported model, whose options were read when it was written
+        return kind(**given)
+    options, problems = read(kind, given, "mixer")
     if problems:
         raise UsageError(f"wrong options of mixer '{name}': {', '.join(problems)}")
     return options

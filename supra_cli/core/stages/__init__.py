@@ -5,6 +5,6 @@ from __future__ import annotations
 from supra_cli.core.registry import Registry
 from supra_cli.core.stages.base import Backward, Loss, Stage
 
-stages: Registry[type[Stage]] = Registry("stage", package="supra_cli.core.stages", group="supra.stages")
+stages: Registry[type[Stage]] = Registry("stage", package=__name__, group="supra.stages")
 
 __all__ = ["Backward", "Loss", "Stage", "stages"]

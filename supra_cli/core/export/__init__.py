@@ -1,0 +1,51 @@
+"""A model that leaves the house: a directory that torch and transformers alone load, code, weights and card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from supra_cli.core import checkpoint
+from supra_cli.core.checkpoint.slices import DTYPES, Entry, write_shards
+from supra_cli.core.errors import UsageError
+from supra_cli.core.export.card import card
+from supra_cli.core.export.code import code
+
+
+def export(path: Path | str, output: Path | str, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+    """Write the converted model in `path` so that AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    loads it where this package is not installed; returns `output`. `dtype` is that of the weights, their own if None.
+
+    The weights are held against the hashes of supra.json first. UsageError: a model without a recurrent layer, which
+    transformers loads as it is, or code that others cannot run. SupraError: a damaged model.
+    """
+    path, output = Path(path), Path(output)
+    if path.resolve().is_relative_to(output.resolve()):
+        raise UsageError(f"{output} is, or holds, the model to export, which would be lost; choose another output")
+    checkpoint.check_free(output, overwrite)
+    config = checkpoint.examine(path)
+    if not config.swap.any:
+        raise UsageError(f"{path} has no recurrent layer: it is a plain {config.swap.base}, which needs no export")
+    checkpoint.verify(path)
+    files, config.auto_map = code(config.swap.base, config.swap.mixer)
+    files["README.md"] = card(path, config)
+    config.dtype = dtype or config.dtype or torch.float32
+    stored = checkpoint.tensors(path)
+    numbers = sum(torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize for entry in stored.values())
+    with checkpoint.atomic_directory(output, overwrite=overwrite) as directory:
+        placed, _ = write_shards(_read(path, stored), directory, "model", numbers, dtype=dtype)
+        checkpoint.describe(directory, config, placed, path)
+        for name, text in files.items():
+            (directory / name).write_text(text, encoding="utf-8")
+    return output
+
+
+def _read(path: Path, stored: dict[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor as it lies in its file), the file's pages read when it is written."""
+    for file in sorted({entry.file for entry in stored.values()}):
+        with safetensors.safe_open(path / file, "pt") as opened:
+            yield from ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 - it is no mapping

@@ -1,0 +1,114 @@
+"""README.md of an exported model, as the hub shows it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import yaml
+
+from supra_cli import __version__
+from supra_cli.core import checkpoint, hub, report
+from supra_cli.core.evaluate.store import folder_of
+from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.recipe.keep import SOFTMAX
+
+_HUB = re.compile(r"([\w.-]+/[\w.-]+?)(@[0-9a-f]+)?")
+
+
+def card(path: Path, config: SupraConfig) -> str:
+    """What the model is, what it was made of, what was measured, how to load it."""
+    record, swap = checkpoint.read_provenance(path), config.swap
+    base = _base(record.get("base"))
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["supra"]}
+    if base is not None:
+        head |= {"base_model": base}
+    head |= _licence(path, record.get("base"))
+    kept = [str(layer) for layer, kind in enumerate(swap.layers) if kind == SOFTMAX]
+    options = "".join(f", {key} = {value}" for key, value in swap.options.items())
+    what = f"{base or f'a {swap.base} model'} whose attention was replaced by recurrent layers of fixed-size state"
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {path.resolve().name}\n",
+        f"This is {what}, by [SUPRA](https://arxiv.org/abs/2405.06640)'s toolkit `supra` {__version__}.\n",
+        f"- mixer: {swap.mixer}{options}\n- layers: {len(swap.layers)}, "
+        + (f"{len(kept)} of them softmax attention still ({', '.join(kept)})" if kept else "all recurrent")
+        + f"\n- uptraining: {record.get('tokens') or 0:,} tokens\n",
+        _USAGE,
+        *_scores(path),
+        *_recipe(record.get("recipe")),
+    ]
+    if "license" not in head:
+        parts.append("## Licence\n\nThat of the base model, which this one holds the weights of.\n")
+    return "\n".join(parts)
+
+
+_USAGE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=True)
+```
+
+The code beside the weights needs torch and transformers. On a GPU it takes the Triton kernels of the package `supra`
+where that is installed, and PyTorch's operations, which are several times slower, where it is not.
+"""
+
+
+def _base(name: str | None) -> str | None:
+    """The hub id of what was converted; nothing of this machine's folders."""
+    if name is None:
+        return None
+    if (found := _HUB.fullmatch(name)) is not None:
+        return found[1]
+    return hub.resolve(name).repo if name in hub.ALIASES else None
+
+
+def _licence(path: Path, base: str | None) -> dict[str, str]:
+    """What the base's own card says of its licence, where it lies on this machine."""
+    folders = [path, *([Path(base)] if base else [])]
+    for file in (folder / "README.md" for folder in folders):
+        if file.is_file() and (found := re.match(r"---\n(.*?)\n---", file.read_text("utf-8", "replace"), re.DOTALL)):
+            said = yaml.safe_load(found[1])
+            if isinstance(said, dict) and "license" in said:
+                return {key: said[key] for key in ("license", "license_name", "license_link") if key in said}
+    return {}
+
+
+def _scores(path: Path) -> Iterator[str]:
+    """Of the newest `supra eval` of these very weights, beside the teacher's."""
+    weights = checkpoint.identity(path)
+    found = report.results(folder_of(path, weights, owned=True), path)
+    rows = [
+        f"| {task} | {metric} | {row['student']:.3f} | {_figure(row.get('teacher'))} |"
+        for task, result in sorted(found.items())
+        for metric, row in result["metrics"].items()
+    ]
+    if rows:
+        yield "\n".join(
+            ["## Scores", "", "| task | metric | this model | its teacher |", "| --- | --- | --- | --- |", *rows, ""]
+        )
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _recipe(recipe: Any) -> Iterator[str]:
+    """As it was run, of files their names alone."""
+    if recipe:
+        told = _named(tomllib.loads(recipe) if isinstance(recipe, str) else recipe)
+        yield f"## Recipe\n\n```toml\n{tomli_w.dumps(told)}```\n"
+
+
+def _named(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _named(part, name) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_named(part, key) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -1,0 +1,198 @@
+"""What `supra export` writes loads where there is nothing but torch and transformers, and computes the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import save_base
+from transformers import AutoTokenizer
+
+from supra_cli.core import checkpoint
+from supra_cli.core.archs import archs
+from supra_cli.core.export import export
+from supra_cli.core.mixers import mixers
+
+ON_CPU = ("--device", "cpu", "--dtype", "float32", "--teacher", "none")
+TEXT = "def read(self, size=-1):\n    return self.buffer[:size]\n" * 50
+MODELS = [(base, "supra") for base in archs] + [
+    ("llama", mixer) for mixer in mixers if mixer not in ("supra", "softmax")
+]
+ALONE = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("supra_cli", "supra_kernels", "pydantic", "tomli_w"):
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+sys.meta_path.insert(0, Nothing())
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+"""
+
+
+def alone(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """`code` in a process that can import neither this package nor what it asks for beside transformers."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ALONE + code, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL
+    )
+
+
+def converted(folder: Path, base: str = "llama", mixer: str = "supra", keep: str = "1") -> Path:
+    plain = save_base(folder / "base", [TEXT], base)
+    settings = {"mixer": mixer, "options": {}, "keep": keep, "seed": 0}
+    return checkpoint.convert(plain, folder / "student", base="org/base@0123abc", **settings)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def exported(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(student, tmp_path_factory.mktemp("exported") / "model")
+
+
+@torch.no_grad()
+def test_logits_and_text_are_the_same_bits_without_this_package(tmp_path):
+    """Of every base with one mixer, and of every mixer on one base; padded, packed rows and text in pieces too."""
+    places = [tmp_path / f"{base}-{mixer}" for base, mixer in MODELS]
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    given = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
+    for place, (base, mixer) in zip(places, MODELS, strict=True):
+        export(converted(place, base, mixer), place / "exported")
+        model = checkpoint.load(place / "student")
+        found = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, **given)
+        torch.save({"ids": ids, "mask": mask, "given": given, "wanted": found}, place / "wanted.pt")
+    done = alone(
+        """
+for place in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(f"{place}/exported", trust_remote_code=True).eval()
+    kept = torch.load(f"{place}/wanted.pt")
+    with torch.no_grad():
+        logits = model(kept["ids"], attention_mask=kept["mask"]).logits
+        text = model.generate(kept["ids"], attention_mask=kept["mask"], **kept["given"])
+    same = all(map(torch.equal, (logits, text), kept["wanted"]))
+    print(type(model).__module__.partition(".")[0], same, place)
+""",
+        tmp_path,
+        *places,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == [f"transformers_modules True {place}" for place in places]
+
+
+def test_what_was_loaded_is_saved_with_its_code(exported, tmp_path):
+    done = alone(
+        """
+import pickle
+first = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+first.save_pretrained(sys.argv[2])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+ids = torch.arange(3, 30)[None]
+print(torch.equal(first(ids).logits, again(ids).logits))
+print(torch.equal(first(ids).logits, pickle.loads(pickle.dumps(first))(ids).logits))
+""",
+        tmp_path,
+        exported,
+        tmp_path / "again",
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr[-3000:]
+
+
+def test_two_exports_live_in_one_process(exported, student, tmp_path):
+    other = export(student, tmp_path / "other", dtype=torch.bfloat16)
+    done = alone(
+        """
+models = [AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) for path in sys.argv[1:]]
+ids = torch.arange(3, 40)[None]
+for model in models:
+    model.train()(ids, labels=ids).loss.backward()
+print([str(model.dtype) for model in models])
+""",
+        tmp_path,
+        exported,
+        other,
+    )
+    assert done.stdout.strip() == "['torch.float32', 'torch.bfloat16']", done.stderr[-3000:]
+
+
+def test_it_is_refused_without_trust(exported, tmp_path):
+    done = alone("AutoModelForCausalLM.from_pretrained(sys.argv[1])", tmp_path, exported)
+    assert done.returncode != 0
+    assert "trust_remote_code" in done.stderr.splitlines()[-1]
+
+
+def test_this_package_reads_an_export_as_a_model_of_its_own(exported, student):
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(checkpoint.load(exported)(ids).logits, checkpoint.load(student)(ids).logits)
+    assert not (exported / "supra.json").exists()
+
+
+def test_lm_eval_gives_the_scores_of_supra_eval(supra, exported, student, tmp_path, monkeypatch):
+    """Of choices and of a perplexity, by `--model hf` from the directory alone."""
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    lines = [{"ask": f"def f{n}(self):", "choices": [" return", " pass", " size"], "gold": n % 3} for n in range(12)]
+    (tasks / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tasks / 'lines.jsonl'}}}}}\ntest_split: test\n"
+    (tasks / "choose.yaml").write_text(
+        f"task: choose\n{data}output_type: multiple_choice\ndoc_to_text: ask\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    (tasks / "roll.yaml").write_text(
+        f"task: roll\n{data}output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: ask\n"
+        "metric_list: [{metric: byte_perplexity}]\n"
+    )
+    result = supra("eval", student, "--tasks", "choose,roll", "--include-path", tasks, *ON_CPU, "--json")
+    assert result.code == 0, result.err
+    ours = json.loads(result.out)["results"]
+    done = alone(
+        """
+import json, lm_eval
+from lm_eval.tasks import TaskManager
+found = lm_eval.simple_evaluate(
+    model="hf", model_args=f"pretrained={sys.argv[1]},trust_remote_code=True,dtype=float32", tasks=["choose", "roll"],
+    task_manager=TaskManager(include_path=sys.argv[2], include_defaults=False), device="cpu", bootstrap_iters=0,
+)
+print(json.dumps({name: found["results"][name] for name in ("choose", "roll")}))
+""",
+        tmp_path,
+        exported,
+        tasks,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    for task, metric in (("choose", "acc"), ("choose", "acc_norm"), ("roll", "byte_perplexity")):
+        mine = ours[task]["metrics"][metric]["student"]
+        assert mine == pytest.approx(theirs[task][f"{metric},none"], rel=1e-6)
+
+
+def test_the_card_says_what_the_model_is(student, exported, tmp_path):
+    _, head, body = (exported / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == "org/base"
+    assert "mixer: supra" in body
+    assert "1 of them softmax attention still (1)" in body
+    assert str(student.parent) not in body
+
+
+def test_weights_have_the_dtype_that_is_asked_for(supra, student, tmp_path):
+    assert supra("export", student, "-o", "out", "--dtype", "bf16").code == 0
+    assert checkpoint.load(tmp_path / "out").dtype == torch.bfloat16
+    wanted = checkpoint.load_tokenizer(student)(TEXT)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)(TEXT)["input_ids"] == wanted
