@@ -46,11 +46,14 @@ def decoded(documents: Tensor) -> Documents:
 
 @torch.compiler.assume_constant_result
 def triton_compiles_for(device: torch.device) -> bool:
-    """Whether Triton supports this GPU, NVIDIA's from compute capability 8.0 on (not the T4 or V100) and AMD's, and its
-    kernels are there, which an exported model does not bring."""
-    if find_spec("supra_kernels") is None:
-        return False
+    """Whether Triton supports this GPU: NVIDIA's from compute capability 8.0 on (not the T4 or V100), and AMD's."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton supports this GPU and the kernels are there, which an exported model does not bring."""
+    return find_spec("supra_kernels") is not None and triton_compiles_for(device)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from supra_kernels.around import finished, prepared, with_ones
-from supra_kernels.boundaries import compute_dtype, triton_compiles_for
+from supra_kernels.boundaries import compute_dtype, triton_runs_on
 from supra_kernels.boundaries import documents as coded
 from supra_kernels.library import STEP_LENGTH, chunk, triton
 from supra_kernels.naive import naive
@@ -88,7 +88,7 @@ def linear_attention(
 def default_form(q: Tensor, segment: Tensor | None) -> str:
     """Triton on a GPU that it compiles for, where its failure is an error, never a slow path; PyTorch elsewhere and for
     float64."""
-    if q.is_cuda and q.dtype != torch.float64 and triton_compiles_for(q.device):
+    if q.is_cuda and q.dtype != torch.float64 and triton_runs_on(q.device):
         return "triton"
     most = STEP_LENGTH if segment is None else 1
     return "step" if q.shape[1] <= most else "chunk"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from supra_kernels.boundaries import OPERATORS, triton_compiles_for
+from supra_kernels.boundaries import OPERATORS, triton_runs_on
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, relu: bool = False, form: str
         shapes = tuple(cos.shape), tuple(sin.shape)
         raise ValueError(f"cos, sin are [{batch} or 1, {length}, R], R even and at most {width}, got {shapes}")
     if form is None:
-        fast = x.is_cuda and x.dtype != torch.float64 and triton_compiles_for(x.device)
+        fast = x.is_cuda and x.dtype != torch.float64 and triton_runs_on(x.device)
         form = "triton" if fast else "chunk"
     if form == "triton":
         if x.dtype == torch.float64:

@@ -78,7 +78,8 @@ def linear_attention(
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
     if not torch.compiler.is_compiling() and _planned is None:
         ran = forced or ("triton" if form == "triton" else "torch")
-        _tell_once(ran, q.device.type, supra_kernels.operand_dtype(q, form))
+        slower = forced is None and q.device.type == "cuda" and not supra_kernels.triton_runs_on(q.device)
+        _tell_once(ran, q.device.type, supra_kernels.operand_dtype(q, form), slower)
     if rope is not None and not isinstance(rope, Rotation):
         q, k = (rope(x.relu() if relu else x) for x in (q, k))
         relu, rope = False, None
@@ -125,5 +126,10 @@ def _forced(device: torch.device) -> str | None:
 
 
 @cache
-def _tell_once(path: str, device: str, dtype: torch.dtype) -> None:
+def _tell_once(path: str, device: str, dtype: torch.dtype, slower: bool = False) -> None:
     _log.info("linear attention: %s on %s in %s", path, device, str(dtype).removeprefix("torch."))
+    if slower:
+        _log.warning(
+            "linear attention runs in PyTorch's operations, several times slower than the Triton kernels, which need "
+            "the package supra and a GPU of compute capability 8.0 or more"
+        )

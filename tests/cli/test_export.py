@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 import yaml
 from tiny import save_base
@@ -16,6 +20,7 @@ from transformers import AutoTokenizer
 
 from supra_cli.core import checkpoint
 from supra_cli.core.archs import archs
+from supra_cli.core.errors import UsageError
 from supra_cli.core.export import export
 from supra_cli.core.mixers import mixers
 
@@ -179,16 +184,103 @@ print(json.dumps({name: found["results"][name] for name in ("choose", "roll")}))
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.splitlines()[-1])
     for task, metric in (("choose", "acc"), ("choose", "acc_norm"), ("roll", "byte_perplexity")):
-        mine = ours[task]["metrics"][metric]["student"]
+        mine = ours[task][metric]["student"]
         assert mine == pytest.approx(theirs[task][f"{metric},none"], rel=1e-6)
 
 
-def test_the_card_says_what_the_model_is(student, exported, tmp_path):
-    _, head, body = (exported / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    assert yaml.safe_load(head)["base_model"] == "org/base"
+def card(path: Path) -> tuple[dict, str]:
+    _, head, body = (path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_the_card_says_what_the_model_is(exported):
+    head, body = card(exported)
+    assert (head["base_model"], head["library_name"], "license" in head) == ("org/base", "transformers", False)
     assert "mixer: supra" in body
     assert "1 of them softmax attention still (1)" in body
-    assert str(student.parent) not in body
+
+
+def test_the_card_of_a_run_has_its_recipe_its_scores_and_the_licence_of_its_base(supra, tmp_path, monkeypatch):
+    """And says nothing of this machine's folders."""
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
+    base = save_base(tmp_path / "base", [TEXT])
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n# Base\n")
+    (base / "LICENSE").write_text("Do as you like.\n")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    recipe = {
+        "base": str(base),
+        "data": {"seq_len": 32, "sources": [{"path": str(tmp_path / "text.txt")}]},
+        "stages": [{"kind": "finetune", "tokens": 128, "batch_tokens": 64, "lr": 1e-3}],
+    }
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe), encoding="utf-8")
+    for verb in (
+        ("uptrain", "-r", "recipe.toml", "-o", "run", "--device", "cpu"),
+        ("eval", "run", "--tasks", "stdlib_ppl", "--limit", "2", "--device", "cpu"),
+        ("export", "run", "-o", "out"),
+    ):
+        result = supra(*verb)
+        assert result.code == 0, result.err
+    head, body = card(tmp_path / "out")
+    assert (head["license"], head["license_name"], "base_model" in head) == ("other", "mine", False)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Do as you like.\n"
+    assert "uptraining: 128 tokens" in body
+    assert re.search(r"\| stdlib_ppl \| nats_per_token \| [\d.]+ \| [\d.]+ \|", body)
+    assert 'path = "text.txt"' in body
+    assert str(tmp_path) not in "".join(file.read_text("utf-8") for file in (tmp_path / "out").glob("*.[pmj][yds]*"))
+
+
+def test_a_mixer_of_another_package_comes_along(tmp_path, monkeypatch):
+    package = tmp_path / "house"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "words.py").write_text("FACTOR = 0.5\n")
+    (package / "halved.py").write_text(
+        "from house.words import FACTOR\n"
+        "from supra_cli.core.mixers import mixers\nfrom supra_cli.core.mixers.retention import Retention\n\n\n"
+        "@mixers.register('halved')\nclass Halved(Retention):\n"
+        "    def forward(self, *call):\n        o, state = super().forward(*call)\n        return FACTOR * o, state\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(mixers, "_objects", {**mixers._objects})
+    import_module("house.halved")
+    export(student := converted(tmp_path, mixer="halved"), tmp_path / "out")
+    ids = torch.arange(3, 40)[None]
+    torch.save(checkpoint.load(student)(ids).logits, tmp_path / "wanted.pt")
+    done = alone(
+        """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(torch.equal(model(torch.arange(3, 40)[None]).logits, torch.load(sys.argv[2])), "house" in sys.modules)
+""",
+        tmp_path,
+        tmp_path / "out",
+        tmp_path / "wanted.pt",
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr[-3000:]
+    (package / "words.py").write_text("import einops\n")
+    with pytest.raises(UsageError, match="imports einops"):
+        export(student, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_exported_is_said_in_a_sentence(supra, base, student, tmp_path):
+    shutil.copytree(student, tmp_path / "damaged")
+    shard = next((tmp_path / "damaged").glob("model*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "letter.txt").touch()
+    for model, output, code, said in (
+        (base, "out", 2, "has no recurrent layer"),
+        (tmp_path / "damaged", "out", 1, "hash differs"),
+        (tmp_path / "nowhere", "out", 3, "nowhere"),
+        (student, tmp_path / "used", 2, "is not empty"),
+        (student, student.parent, 2, "choose another output"),
+    ):
+        result = supra("export", model, "-o", output)
+        assert (result.code, said in result.error) == (code, True), result.err
+        assert not (tmp_path / "out").exists()
+    assert supra("export", student, "-o", "out", "--dtype", "int4").code == 2
 
 
 def test_weights_have_the_dtype_that_is_asked_for(supra, student, tmp_path):

@@ -227,6 +227,13 @@ def test_documents_that_are_not_those_of_the_segment_are_refused():
             ops.linear_attention(*inputs(9), layout=Layout(segment, documents))
 
 
+def test_an_exported_model_without_the_kernels_takes_the_form_of_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert ops.supra_kernels.default_form(OldGPU, None) == "triton"
+    monkeypatch.setattr("supra_kernels.boundaries.find_spec", lambda name: None)
+    assert ops.supra_kernels.default_form(OldGPU, None) == "chunk"
+
+
 class OldGPU:
     """As much of a tensor on a T4 as the choice of a form asks for."""
 
