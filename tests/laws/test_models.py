@@ -80,6 +80,17 @@ def test_a_model_without_a_head_is_the_stack_of_the_one_with_it(build, base, kee
 
 
 @torch.no_grad()
+def test_hidden_states_are_recorded_of_every_layer(build, base, keep):
+    model, ids = build(base, "supra", keep), tokens(2, 33)
+    headless = AutoModel.from_config(model.config).eval()
+    headless.load_state_dict(model.base_model.state_dict())
+    for network in (model, headless):
+        recorded = network(ids, output_hidden_states=True).hidden_states
+        assert len(recorded) == model.config.num_hidden_layers + 1
+        assert_close(model.arch.head(model, recorded[-1]), model(ids).logits, **CLOSE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rounding", [torch.bfloat16, torch.float16])
 def test_constants_survive_loading_in_a_narrow_dtype_exactly(build, mixer, rounding, tmp_path):
     """Loaded narrow and widened, the model is the wide one with rounded parameters: nothing but parameters was
