@@ -14,13 +14,12 @@ def register_config() -> None:
 
 def register_models() -> None:
     """Once transformers' tables of models are there."""
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-
     from supra_cli.core.archs import archs
     from supra_cli.core.config import SupraConfig, config_class
-    from supra_cli.core.modeling import SupraForCausalLM
+    from supra_cli.core.modeling import SupraForCausalLM, SupraModel
 
-    AutoModelForCausalLM.register(SupraConfig, SupraForCausalLM, exist_ok=True)
-    for base in archs:
-        # A config that is read before any model, as pipelines do: the class for its base is made when one is wanted.
-        AutoModelForCausalLM._model_mapping.register(config_class(base), SupraForCausalLM, exist_ok=True)
+    for kind in (SupraForCausalLM, SupraModel):
+        kind.auto.register(SupraConfig, kind, exist_ok=True)
+        for base in archs:
+            # A config that is read before any model, as pipelines do: the base's class is made when one is wanted.
+            kind.auto._model_mapping.register(config_class(base), kind, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from supra_cli.core import cache as caches
 from supra_cli.core.archs import archs
@@ -129,7 +130,12 @@ def swapped_backbone(base: type[nn.Module]) -> type[SwappedBackbone]:
     """The subclass of a base's decoder stack that models of that base have."""
     keyword = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
     members = {"cache_keyword": keyword, "__module__": __name__}
-    return type(f"Swapped{base.__name__}", (SwappedBackbone, base), members)
+    backbone = type(f"Swapped{base.__name__}", (SwappedBackbone, base), members)
+    # transformers enters what of a stack can be recorded under the name of its class when an instance is made, which is
+    # before ours is exchanged; without this, output_hidden_states=True gives None. Its key differs between versions, so
+    # it is set as of a plain dict.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(backbone), backbone._can_record_outputs)
+    return backbone
 
 
 def __getattr__(name: str) -> type[SwappedBackbone]:

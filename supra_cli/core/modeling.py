@@ -7,12 +7,12 @@ from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from supra_cli.core import cache as caches
 from supra_cli.core.archs import archs
@@ -26,14 +26,16 @@ Objective = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
 """(hidden [B,T,D], head: hidden -> logits) -> anything."""
 
 
-class SupraForCausalLM(PreTrainedModel):
-    """A causal language model of any base with mixers in place of some, all or none of its attention.
+class SupraPreTrainedModel(PreTrainedModel):
+    """What models with and without a head share: how one is made of its base, and strict loading.
 
-    Instances are of a subclass made for each base, `SupraLlamaForCausalLM(SupraForCausalLM, LlamaForCausalLM)`:
-    parameter names, generation and saving are the base's own.
+    Instances are of a subclass made for each base by `model_class`, `SupraLlamaForCausalLM(SupraForCausalLM,
+    LlamaForCausalLM)`: parameter names, generation and saving are the base's own.
     """
 
     config_class = SupraConfig
+    auto: type
+    """The Auto class of models of this kind."""
 
     def __init__(self, config: SupraConfig):
         super().__init__(config)
@@ -41,16 +43,17 @@ class SupraForCausalLM(PreTrainedModel):
         record.check(config.num_hidden_layers)
         self.arch = archs.get(record.base)
         stack = self.arch.stack(self)
-        stack.__class__ = swapped_backbone(type(stack))
+        if stack is not self:
+            stack.__class__ = swapped_backbone(type(stack))
         attention = getattr(self.arch.layers(self)[0], self.arch.slot)
         if self.arch.spec(attention).softcap is not None and config._attn_implementation == "sdpa":
             config._attn_implementation = "eager"  # sdpa leaves the cap out, in older transformers without a word
         swap(self, self.arch, mixers.get(record.mixer), parse_options(record.mixer, record.options), record.layers)
 
     @classmethod
-    def _from_config(cls, config: SupraConfig, **kwargs: Any) -> SupraForCausalLM:
-        if cls is SupraForCausalLM:
-            return model_class(config.swap.base)._from_config(config, **kwargs)
+    def _from_config(cls, config: SupraConfig, **kwargs: Any) -> SupraPreTrainedModel:
+        if SupraPreTrainedModel in cls.__bases__:
+            return model_class(config.swap.base, cls)._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
 
     @classmethod
@@ -65,10 +68,10 @@ class SupraForCausalLM(PreTrainedModel):
         """As transformers does it, but strict: a missing, unexpected or misshapen tensor is a SupraError that names
         it.
         """
-        if cls is SupraForCausalLM:
+        if SupraPreTrainedModel in cls.__bases__:
             config = config or AutoConfig.from_pretrained(name)
             config = config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
-            cls = model_class(config.swap.base)
+            cls = model_class(config.swap.base, cls)
             return cls.from_pretrained(name, *args, config=config, output_loading_info=output_loading_info, **kwargs)
         model, found = super().from_pretrained(name, *args, config=config, output_loading_info=True, **kwargs)
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -86,6 +89,22 @@ class SupraForCausalLM(PreTrainedModel):
     def swapped_layers(self) -> Iterator[tuple[str, SwappedAttention]]:
         """(name, layer) of every swapped attention, in order."""
         return swapped_layers(self)
+
+
+class SupraModel(SupraPreTrainedModel):
+    """The stack of decoder blocks alone, for callers who want `last_hidden_state` or put a head of their own on it.
+
+    `SupraLlamaModel(SupraModel, SwappedLlamaModel)` is the stack of `SupraLlamaForCausalLM`, loaded from the same
+    directory.
+    """
+
+    auto = AutoModel
+
+
+class SupraForCausalLM(SupraPreTrainedModel):
+    """A causal language model of any base with mixers in place of some, all or none of its attention."""
+
+    auto = AutoModelForCausalLM
 
     def forward(
         self,
@@ -152,24 +171,34 @@ class SupraForCausalLM(PreTrainedModel):
 
 
 @cache
-def model_class(base: str) -> type[SupraForCausalLM]:
-    """The model class for a base's `model_type`, registered with AutoModelForCausalLM; a UsageError without an arch."""
+def model_class(base: str, kind: type[SupraPreTrainedModel] = SupraForCausalLM) -> type[SupraPreTrainedModel]:
+    """The model class of a kind for a base's `model_type`, registered with its Auto class; a UsageError without an
+    arch.
+    """
     config = config_class(base)
-    plain = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[base]]
+    plain = kind.auto._model_mapping[CONFIG_MAPPING[base]]
+    causal = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[base]]
     members = {"config_class": config, "__module__": __name__}
-    model = type(f"Supra{plain.__name__}", (SupraForCausalLM, plain), members)
-    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    parent = plain
+    if kind is SupraModel:
+        if archs.get(base).decoder is None:  # the model is its own stack
+            parent = swapped_backbone(plain)
+        heads = {name.partition(".")[0] for name in causal._tied_weights_keys}
+        members["_keys_to_ignore_on_load_unexpected"] = [rf"^{head}\." for head in heads]
+    model = type(f"Supra{plain.__name__}", (kind, parent), members)
+    kind.auto.register(config, model, exist_ok=True)
     # transformers renames some tensors of old checkpoints (NeoX's embed_out) by class name or model type; ours has
-    # neither.
-    renames = get_checkpoint_conversion_mapping(plain.__name__) or get_checkpoint_conversion_mapping(base)
+    # neither. One without a head needs the head's too, to know the tensors that it leaves.
+    renames = get_checkpoint_conversion_mapping(causal.__name__) or get_checkpoint_conversion_mapping(base)
     if renames:
         register_checkpoint_conversion_mapping(model.__name__, renames, overwrite=True)
     return model
 
 
-def __getattr__(name: str) -> type[SupraForCausalLM]:
+def __getattr__(name: str) -> type[SupraPreTrainedModel]:
     """`SupraLlamaForCausalLM` and its like by name, as pickle looks for them in another process."""
     for base in archs if name.startswith("Supra") else ():
-        if name == f"Supra{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base)}":
-            return model_class(base)
+        for kind, names in ((SupraForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), (SupraModel, MODEL_MAPPING_NAMES)):
+            if name == f"Supra{names.get(base)}":
+                return model_class(base, kind)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 from tiny import EXPERTS, attention, tiny_config, tokens
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
+from supra_cli.core import cache as caches
 from supra_cli.core import checkpoint
 from supra_cli.core.modeling import SupraConfig
 
@@ -54,6 +57,37 @@ def test_save_then_load_gives_the_same_logits(build, base, mixer, keep, tmp_path
     assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
     # How an expert's product is rounded depends on where its weights lie in memory.
     assert_close(again(ids).logits, model(ids).logits, **(CLOSE if base in EXPERTS else {"atol": 0, "rtol": 0}))
+
+
+@torch.no_grad()
+def test_a_model_without_a_head_is_the_stack_of_the_one_with_it(build, base, keep, tmp_path):
+    model, ids = build(base, "supra", keep), tokens(2, 33)
+    checkpoint.save(model, tmp_path / "model", source=None, provenance={})
+    headless = AutoModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    hidden = headless(ids, use_cache=True).last_hidden_state
+    assert_close(
+        model.arch.head(model, hidden), model(ids).logits, **(CLOSE if base in EXPERTS else {"atol": 0, "rtol": 0})
+    )
+    for again in (pickle.loads(pickle.dumps(headless)), copy.deepcopy(headless)):
+        assert type(again) is type(headless)
+        assert_close(again(ids).last_hidden_state, hidden, **CLOSE)
+    memory = caches.of(headless(ids[:, :20], use_cache=True))
+    steps = headless(ids[:, 20:], past_key_values=memory).last_hidden_state
+    assert_close(steps, hidden[:, 20:], **CLOSE)
+    headless.save_pretrained(tmp_path / "headless")
+    again = AutoModel.from_pretrained(tmp_path / "headless")
+    assert_close(again(ids).last_hidden_state, hidden, **CLOSE)
+
+
+@torch.no_grad()
+def test_hidden_states_are_recorded_of_every_layer(build, base, keep):
+    model, ids = build(base, "supra", keep), tokens(2, 33)
+    headless = AutoModel.from_config(model.config).eval()
+    headless.load_state_dict(model.base_model.state_dict())
+    for network in (model, headless):
+        recorded = network(ids, output_hidden_states=True).hidden_states
+        assert len(recorded) == model.config.num_hidden_layers + 1
+        assert_close(model.arch.head(model, recorded[-1]), model(ids).logits, **CLOSE)
 
 
 @torch.no_grad()

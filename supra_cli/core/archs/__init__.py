@@ -49,12 +49,16 @@ class Arch:
     """(attention, o [B,T,H·V]) -> [B,T,D], dropout of the base's own included."""
     head: Callable[[nn.Module, Tensor], Tensor]
     """(model, hidden [...,D]) -> logits, soft-capping and multipliers included."""
-    stack: Callable[[nn.Module], nn.Module] = lambda model: model.base_model
-    """model -> the module whose forward runs the decoder blocks."""
+    decoder: str | None = None
+    """Name, within the model without a head, of the part whose forward runs the blocks; None where its own does."""
     hands_on: bool = True
     """Whether blocks hand their attention every keyword that they are called with."""
     limit: Callable[[PreTrainedConfig], int | None] = lambda config: None
     """config -> how many positions the base has learned; None where positions have no end."""
+
+    def stack(self, model: nn.Module) -> nn.Module:
+        """The module of a model, with or without a head, whose forward runs the decoder blocks."""
+        return model.base_model if self.decoder is None else getattr(model.base_model, self.decoder)
 
     def __reduce__(self) -> tuple:
         """Pickled and copied by name: its functions cannot be."""

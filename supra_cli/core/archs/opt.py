@@ -6,14 +6,14 @@ from supra_cli.core.archs import Arch, archs, head_spec, plain_head, unrotated
 from supra_cli.core.archs.llama import qkv
 
 OPT = Arch(
-    layers=lambda model: model.model.decoder.layers,
+    layers=lambda model: model.base_model.decoder.layers,
     slot="self_attn",
     spec=lambda attention: head_spec(attention, head_dim=attention.head_dim),
     qkv=qkv,
     rotation=unrotated,
     out=lambda attention, o: attention.out_proj(o),
     head=plain_head,
-    stack=lambda model: model.model.decoder,
+    decoder="decoder",
     limit=lambda config: config.max_position_embeddings,
 )
 

@@ -25,7 +25,7 @@ from supra_cli.core.archs import archs
 from supra_cli.core.config import config_class
 from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import mixers
-from supra_cli.core.modeling import model_class
+from supra_cli.core.modeling import SupraForCausalLM, SupraModel, model_class
 
 _NAMES = {"supra_cli.core.config": "configuration_supra", "supra_cli.core.modeling": "modeling_supra"}
 _ENTRY = "modeling_supra"
@@ -62,17 +62,16 @@ def code(base: str, mixer: str) -> Code:
     packages = {*_OURS, *(maker.partition(".")[0] for maker in makers)}
     sources = _reached([*_NAMES, *makers], packages)
     files = {f"{flat(module)}.py": _rewritten(module, source, packages) for module, source in sources.items()}
-    made = {
-        "AutoConfig": ("config_class", config_class(base)),
-        "AutoModelForCausalLM": ("model_class", model_class(base)),
-    }
+    kinds = (SupraForCausalLM, SupraModel)
+    made = {"AutoConfig": ("config_class", "", config_class(base))}
+    made |= {kind.auto.__name__: ("model_class", f", {kind.__name__}", model_class(base, kind)) for kind in kinds}
     # A registry knows what was imported; and transformers 5.14 brings what the entry itself imports, no further.
     end = [f"from .{flat(module)} import __name__ as _" for module in sorted(sources) if flat(module) != _ENTRY]
-    for maker, kind in made.values():
+    for maker, of, kind in made.values():
         # Saved again, the code that is copied is that of the class's own module.
-        end += ["", f'{kind.__name__} = {maker}("{base}")', f"{kind.__name__}.__module__ = __name__"]
+        end += ["", f'{kind.__name__} = {maker}("{base}"{of})', f"{kind.__name__}.__module__ = __name__"]
     files[f"{_ENTRY}.py"] += "\n" + "\n".join(end) + "\n"
-    return Code(files, {auto: f"{_ENTRY}.{kind.__name__}" for auto, (_, kind) in made.items()})
+    return Code(files, {auto: f"{_ENTRY}.{kind.__name__}" for auto, (*_, kind) in made.items()})
 
 
 def flat(module: str) -> str:

@@ -174,14 +174,13 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class DenseMap(nn.Linear):
-    """W x + b over the concatenated heads of x [B,T,heads,K]: every output sees every head."""
+def over_heads(module: nn.Module, x: Tensor) -> Tensor:
+    """`module`, a linear map or a norm as wide as all heads together, over the concatenated heads of x [B,T,heads,K].
 
-    def __init__(self, heads: int, head_dim: int):
-        super().__init__(heads * head_dim, heads * head_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(-2)).view(x.shape)
+    The module itself stays one that takes [..., heads·K], so that whatever is put in its place (an adapter, a quantised
+    linear) can be called as it would call the original.
+    """
+    return module(x.flatten(-2)).view(x.shape)
 
 
 class HeadMap(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.parts import DenseMap, Gain, HeadMap, MatrixState, Retaining, SlopeRule
+from supra_cli.core.mixers.parts import Gain, HeadMap, MatrixState, Retaining, SlopeRule, over_heads
 
 
 @mixers.register("supra")
@@ -36,23 +36,22 @@ class Supra(Retaining):
 
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
-        feature_map = {"dense": DenseMap, "head": HeadMap}[options.map]
         grouped = spec.kv_heads != spec.heads
-        self.E = feature_map(spec.heads, spec.head_dim)
-        self.E_kv = feature_map(spec.kv_heads, spec.head_dim) if grouped else None
+        self.E = self._map(spec.heads)
+        self.E_kv = self._map(spec.kv_heads) if grouped else None
         self.q_norm = nn.LayerNorm(spec.heads * spec.head_dim, bias=False) if options.qk_norm else None
         self.k_norm = nn.LayerNorm(spec.kv_heads * spec.head_dim, bias=False) if options.qk_norm else None
+
+    def _map(self, heads: int) -> nn.Module:
+        width = heads * self.spec.head_dim
+        return HeadMap(heads, self.spec.head_dim) if self.options.map == "head" else nn.Linear(width, width)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
-        q, k = self.E(q), (self.E_kv or self.E)(k)
+        E, E_kv = self.E, self.E if self.E_kv is None else self.E_kv
+        q, k = (E(q), E_kv(k)) if self.options.map == "head" else (over_heads(E, q), over_heads(E_kv, k))
         if self.q_norm is None:
             return self.retain(q, k, v, rope, state, layout, relu=True)
         q, k = over_heads(self.q_norm, q.relu()), over_heads(self.k_norm, k.relu())
         return self.retain(q, k, v, rope, state, layout)
-
-
-def over_heads(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """`norm` over the concatenated heads of x."""
-    return norm(x.flatten(-2)).view(x.shape)
