@@ -17,18 +17,14 @@ __version__ = "0.1.0"
 """The one place that holds it; pyproject.toml reads it from here."""
 
 _REGISTERING = {
-    "transformers.models.auto.configuration_auto": "register_config",
-    "transformers.models.auto.modeling_auto": "register_models",
+    "transformers.models.auto.configuration_auto": "supra_cli.core.config",
+    "transformers.models.auto.modeling_auto": "supra_cli.core.modeling",
 }
-"""The modules of transformers that hold its Auto classes, and what of supra_cli.core.auto runs once they are there."""
-
-
-def _register(auto: str) -> None:
-    getattr(import_module("supra_cli.core.auto"), _REGISTERING[auto])()
+"""The modules of transformers that hold its Auto classes, and ours that register with them when imported."""
 
 
 class _RegisterOnImport(MetaPathFinder, Loader):
-    """Registers our classes right after transformers' module has been imported."""
+    """Imports our module right after transformers' has been imported."""
 
     def __init__(self, auto: str):
         self._auto = auto
@@ -47,11 +43,11 @@ class _RegisterOnImport(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register(self._auto)
+        import_module(_REGISTERING[self._auto])
 
 
-for _auto in _REGISTERING:
+for _auto, _ours in _REGISTERING.items():
     if _auto in sys.modules:
-        _register(_auto)
+        import_module(_ours)
     else:
         sys.meta_path.insert(0, _RegisterOnImport(_auto))

@@ -21,7 +21,6 @@ TIERS = (
     ("supra_cli.__main__",),
     ("supra_cli.commands",),
     core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub", "export"),
-    core("auto"),
     core("modeling", "config", "data", "stages"),
     core("swap", "backbone"),
     core("archs", "mixers"),

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 from supra_cli.core.archs import archs
 from supra_cli.core.mixers import parse_options
@@ -130,3 +130,7 @@ def __getattr__(name: str) -> type[SupraConfig]:
         if name == f"Supra{CONFIG_MAPPING[base].__name__}":
             return config_class(base)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+if __name__ == "supra_cli.core.config":  # an exported model says in its config what it is, and registers nothing
+    AutoConfig.register("supra", SupraConfig, exist_ok=True)

@@ -202,3 +202,11 @@ def __getattr__(name: str) -> type[SupraPreTrainedModel]:
             if name == f"Supra{names.get(base)}":
                 return model_class(base, kind)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+if __name__ == "supra_cli.core.modeling":  # as in core/config
+    for _kind in (SupraForCausalLM, SupraModel):
+        _kind.auto.register(SupraConfig, _kind, exist_ok=True)
+        for _base in archs:
+            # A config that is read before any model, as pipelines do: the base's class is made when one is wanted.
+            _kind.auto._model_mapping.register(config_class(_base), _kind, exist_ok=True)
