@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_serve_available
 
 from supra_cli.core.errors import SupraError, UsageError
@@ -20,6 +21,12 @@ def serve(path: Path | str, *, host: str, port: int, device: str, dtype: torch.d
     """
     check_installed()
     check_free(host, port)
+    described, _ = PreTrainedConfig.get_config_dict(path)
+    if not described.get("architectures"):
+        raise UsageError(
+            f"{path}/config.json names no class under 'architectures', by which the server finds the model; "
+            "write there what the base's has"
+        )
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,6 +159,16 @@ def test_a_bad_directory_is_refused_before_anything_is_served(supra, base, tmp_p
     assert (result.code, result.error) == (refused.code, refused.error)
     assert "model-mixers.safetensors" in result.error
     assert supra("serve", "nowhere/at/all").code == 3
+
+
+def test_a_config_that_names_no_class_is_refused(supra, base, tmp_path):
+    shutil.copytree(base, tmp_path / "nameless")
+    config = json.loads((base / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "nameless" / "config.json").write_text(json.dumps(config))
+    result = supra("serve", "nameless", "--port", 0)
+    assert result.code == 2
+    assert "'architectures'" in result.error
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_loaded(supra, base):
