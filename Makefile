@@ -45,7 +45,7 @@ test: lint
 test-lowest: $(LOWEST)/bin/supra
 	$(PARALLEL) $(LOWEST)/bin/python $(PYTEST) tests/laws tests/core/test_swap.py tests/core/test_modeling.py \
 		tests/core/test_hugging_face.py tests/core/test_after_conversion.py tests/train/test_resume.py \
-		tests/cli/test_every_verb.py tests/cli/test_export.py
+		tests/cli/test_every_verb.py tests/cli/test_export.py tests/cli/test_serve.py
 
 # The laws on each minor version of transformers between the bounds; writes the table of docs/compatibility.md.
 test-versions: $(BIN)/supra

@@ -20,7 +20,8 @@ def core(*names: str) -> tuple[str, ...]:
 TIERS = (
     ("supra_cli.__main__",),
     ("supra_cli.commands",),
-    core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub", "export"),
+    core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
+    core("export", "serve"),
     core("modeling", "config", "data", "stages"),
     core("swap", "backbone"),
     core("archs", "mixers"),

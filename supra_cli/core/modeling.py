@@ -183,7 +183,7 @@ def model_class(base: str, kind: type[SupraPreTrainedModel] = SupraForCausalLM) 
     if kind is SupraModel:
         if archs.get(base).decoder is None:  # the model is its own stack
             parent = swapped_backbone(plain)
-        heads = {name.partition(".")[0] for name in causal._tied_weights_keys}
+        heads = {name.partition(".")[0] for name in causal._tied_weights_keys or ("lm_head.weight",)}
         members["_keys_to_ignore_on_load_unexpected"] = [rf"^{head}\." for head in heads]
     model = type(f"Supra{plain.__name__}", (kind, parent), members)
     kind.auto.register(config, model, exist_ok=True)
