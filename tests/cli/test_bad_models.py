@@ -135,6 +135,7 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
     "git-lfs pointer of a config": (content("config.json", LFS), 1, "git lfs pull"),
     "git-lfs pointer of an index": (lambda m: (sharded(m), content(INDEX, LFS)(m)), 1, "git lfs pull"),
     "dead link to weights": (dead_link("model.safetensors"), 1, "is a link to ../../blobs/0123abc"),
+    "dead link to an index": (lambda m: (sharded(m), dead_link(INDEX)(m)), 1, "is a link to ../../blobs/0123abc"),
     "dead link to a config": (dead_link("config.json"), 1, "is a link to ../../blobs/0123abc"),
     "dead link to a tokenizer": (dead_link("tokenizer.json"), 1, "is a link to ../../blobs/0123abc"),
     "empty weights": (content("model.safetensors", b""), 1, "model.safetensors is empty"),
