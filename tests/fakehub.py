@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(404, {"X-Error-Message": "Nothing that a model is downloaded with"})
         except _Refused as refused:
             status, headers = refused.args
-            self._send(status, b"{}", headers)
+            self._send(status, b"<html>no</html>" if "html" in headers.get("Content-Type", "") else b"{}", headers)
 
     def _repo(self, name: str, token: str | None) -> Repo:
         if name not in self.hub.repos:
@@ -137,13 +137,16 @@ class _Handler(BaseHTTPRequestHandler):
         return commit
 
     def _api(self, path: str, token: str | None) -> None:
-        """ORG/NAME, ORG/NAME/revision/REV: what the model is. ORG/NAME/tree/REV: its files."""
+        """ORG/NAME, ORG/NAME/revision/REV: what the model is. ORG/NAME/tree/REV[/FOLDER]: its files [in there]."""
         org, name, *rest = path.split("/")
-        kind, revision = (rest[0], "/".join(rest[1:])) if rest else ("revision", "main")
+        kind, revision, *folder = rest or ("revision", "main")
         repo = self._repo(f"{org}/{name}", token)
         commit = self._commit(repo, revision)
         files = repo.commits[commit]
         if kind == "tree":
+            files = {file: content for file, content in files.items() if file.startswith("/".join(folder))}
+            if not files:
+                raise _Refused(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "No such folder"})
             self._json([_entry(file, content) for file, content in sorted(files.items())])
         else:
             about = {"private": False, "gated": "manual" if repo.gated else False, "disabled": False, "tags": []}

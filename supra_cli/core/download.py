@@ -89,9 +89,13 @@ def _download(file: _File, blobs: Path, which: str) -> None:
             return
         if _size(partial) > file.size:
             partial.unlink()
-        begun = f", going on at {_size(partial) / 2**20:,.0f} MiB" if _size(partial) else ""
-        log.info("downloading %s (%s, %s MiB%s)", file.name, which, f"{file.size / 2**20:,.0f}", begun)
-        _append(file, partial)
+        begun = f", going on at {_size(partial) / 2**20:,.1f}" if _size(partial) else ""
+        log.info("downloading %s (%s, %s MiB%s)", file.name, which, f"{file.size / 2**20:,.1f}", begun)
+        try:
+            _append(file, partial)
+        finally:
+            if partial.exists() and not _size(partial):
+                partial.unlink()
         # Everything that names a model by its weights trusts the hash that is the blob's name.
         if _SHA256.fullmatch(file.etag) and _sha256(partial) != file.etag:
             partial.unlink()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from supra_cli.core import download
 from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, near_miss
@@ -201,6 +201,13 @@ def _is_model(path: Path) -> bool:
 def _snapshot(source: Source, only: tuple[str, ...], online: bool) -> Path:
     """The hub cache's directory with those files of `source`, which is a model."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        """Of a few small files, whose bars would be drawn into a pipe, too."""
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **{**settings, "disable": True})
 
     path = Path(
         snapshot_download(
@@ -209,6 +216,7 @@ def _snapshot(source: Source, only: tuple[str, ...], online: bool) -> Path:
             allow_patterns=list(only),
             ignore_patterns=list(_UNWANTED),
             local_files_only=not online,
+            tqdm_class=NoBar,
         )
     )
     check_model(path, lambda: _place(source, path, online))
