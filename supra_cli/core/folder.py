@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 
 from supra_cli.core.errors import NotFoundError, SupraError
@@ -14,14 +15,9 @@ from supra_cli.core.files import check_whole, read_json
 _WORDS = (".json", ".txt", ".md", ".model", ".jinja", ".toml", "")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_RESAVE = (
-    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-    "[C.from_pretrained({load}{gguf}).save_pretrained('{save}') for C in ({classes})]\""
-)
-
 # Pattern of files → what they are, and what to do. The first that matches is told: the specific before the common.
 _WEIGHTS_OF_OTHERS = (
-    ("*.gguf", "weights in GGUF", "with `pip install gguf`, {from_gguf} writes them as safetensors"),
+    ("*.gguf", "weights in GGUF", "with `pip install gguf accelerate`, {from_gguf} writes them as safetensors"),
     (
         "consolidated*.safetensors",
         "weights in the layout of mistral-inference",
@@ -137,19 +133,35 @@ def _other_weights(place: Place) -> str | None:
     """What weights lie there in another format, and how they become safetensors."""
     for pattern, what, remedy in _WEIGHTS_OF_OTHERS:
         if files := [file for file in place.top if fnmatch(file, pattern)]:
-            # Of several quantisations, the one that lost least: whole numbers, or else the most bits, by the name.
+            # Of several quantisations, the one that lost least: none, or else the most bits, by the name.
             file = max(files, key=lambda name: ("f16" in name.lower() or "f32" in name.lower(), name))
             file = file if pattern == "*.gguf" else files[0]
-            lines = {
-                "from_gguf": _RESAVE.format(
-                    load=place.load, gguf=f", gguf_file='{file}'", save=place.save, classes="M, T"
-                ),
-                "from_bin": _RESAVE.format(
-                    load=place.load, gguf="", save=place.save, classes="M, T" if place.on_hub else "M,"
-                ),
-            }
+            lines = {"from_bin": _from_bin(place), "from_gguf": _from_gguf(place, file)}
             return f"{what} ({file}); {remedy.format(path=place.save, **lines)}"
     return None
+
+
+def _from_bin(place: Place) -> str:
+    """The line that writes pickled weights as safetensors; beside a local model its tokenizer lies already."""
+    tokenizer = f"; T.from_pretrained({place.load}).save_pretrained('{place.save}')" if place.on_hub else ""
+    names = "AutoModelForCausalLM as M" + (", AutoTokenizer as T" if place.on_hub else "")
+    return (
+        f'python -c "from transformers import {names}; '
+        f"M.from_pretrained({place.load}).save_pretrained('{place.save}'){tokenizer}\""
+    )
+
+
+def _from_gguf(place: Place, file: str) -> str:
+    """The line that writes a GGUF's weights, config and tokenizer as transformers' own files."""
+    told = f"{place.load}, gguf_file='{file}'"
+    # Since 5.17 transformers keeps a GGUF's weights packed, and refuses to save them, unless it is told to unpack them.
+    packs = tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 17)
+    name, unpacked = (", GgufConfig as G", ", quantization_config=G(dequantize=True)") if packs else ("", "")
+    return (
+        f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T{name}; '
+        f"M.from_pretrained({told}{unpacked}).save_pretrained('{place.save}'); "
+        f"T.from_pretrained({told}).save_pretrained('{place.save}')\""
+    )
 
 
 def named_shards(path: Path) -> list[str]:

@@ -63,7 +63,7 @@ def environment(server: fakehub.Hub, home: Path) -> dict[str, str]:
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "SUPRA_CACHE": str(home / "supra"),
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
     }
 
 
@@ -477,15 +477,14 @@ OTHERS: dict[str, tuple[Callable[[Path], None], int, str]] = {
         3,
         f"{NAME} holds no safetensors weights but pickled weights (pytorch_model.bin); python -c "
         '"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"[C.from_pretrained('{NAME}').save_pretrained('some-model') for C in (M, T)]\" writes them as safetensors",
+        f"M.from_pretrained('{NAME}').save_pretrained('some-model'); "
+        f"T.from_pretrained('{NAME}').save_pretrained('some-model')\" writes them as safetensors",
     ),
     "GGUF": (
         nothing_but("a.Q2_K.gguf", "a.BF16.gguf", "a.Q8_0.gguf"),
         3,
-        f"{NAME} is no model: it holds no config.json but weights in GGUF (a.BF16.gguf); with `pip install gguf`, "
-        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"[C.from_pretrained('{NAME}', gguf_file='a.BF16.gguf').save_pretrained('some-model') for C in (M, T)]\" "
-        "writes them as safetensors",
+        f"{NAME} is no model: it holds no config.json but weights in GGUF (a.BF16.gguf); with `pip install gguf "
+        'accelerate`, python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T',
     ),
     "GGUF and a config": (published("a.Q2_K.gguf", "a.Q8_0.gguf"), 3, "gguf_file='a.Q8_0.gguf'"),
     "adapter": (
@@ -522,14 +521,81 @@ def test_what_is_no_model_of_ours_is_told_by_its_files(supra, hub, base, tmp_pat
     assert not hub.bytes_sent
 
 
-def test_the_line_for_pickles_makes_a_model_of_them(process, server, base, tmp_path):
-    shutil.copytree(base, tmp_path / "published")
+def line_of(result) -> str:
+    """The Python that a refusal gives to run."""
+    return re.search(r'python -c "(.*)" writes', result.error).group(1)
+
+
+def test_the_line_for_pickles_makes_a_model_of_them(supra, hub, base, tmp_path):
+    shutil.copytree(base, tmp_path / "published", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(AutoModelForCausalLM.from_pretrained(base).state_dict(), tmp_path / "published" / "pytorch_model.bin")
-    (tmp_path / "published" / "model.safetensors").unlink()
-    server.add(NAME, tmp_path / "published")
+    hub.add(NAME, tmp_path / "published")
     for model, result in ((NAME, "some-model"), ("published", "published")):
-        refused = process("convert", model)
-        line = re.search(r'python -c "(.*)" writes', error_of(refused)).group(1)
-        env = environment(server, tmp_path / "home")
-        subprocess.run([sys.executable, "-c", line], cwd=tmp_path, env=env, check=True, capture_output=True)
-        assert process("convert", result, "-o", f"from-{result}").returncode == 0
+        subprocess.run([sys.executable, "-c", line_of(supra("convert", model))], check=True, capture_output=True)
+        assert supra("convert", result, "-o", f"from-{result}").code == 0
+        torch.testing.assert_close(weights(Path(result)), weights(base))
+
+
+def test_the_line_for_gguf_makes_a_model_of_it(supra, hub, base, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    (tmp_path / "published").mkdir()
+    write_gguf(gguf, base, tmp_path / "published" / "model.F16.gguf")
+    hub.add(NAME, tmp_path / "published")
+    for model, result in ((NAME, "some-model"), ("published", "published")):
+        subprocess.run([sys.executable, "-c", line_of(supra("convert", model))], check=True, capture_output=True)
+        assert supra("convert", result, "-o", f"from-{result}").code == 0
+        torch.testing.assert_close(weights(Path(result)), weights(base))
+
+
+def write_gguf(gguf, base: Path, file: Path) -> None:
+    """The tiny Llama as llama.cpp's converter writes one: q and k with the halves of a head interleaved."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), json.loads((base / "tokenizer.json").read_text())
+    shape, words = (
+        model.config,
+        tokenizer["model"]["vocab"] | {t["content"]: t["id"] for t in tokenizer["added_tokens"]},
+    )
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(words, key=words.get))
+    writer.add_token_types([1] * len(words))
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(shape.bos_token_id)
+    writer.add_eos_token_id(shape.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_the_line_for_an_adapter_merges_it(supra, hub, base, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    changed = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in changed.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    changed.peft_config["default"].base_model_name_or_path = "org/base"
+    changed.save_pretrained(tmp_path / "adapter")
+    expected = changed.merge_and_unload().state_dict()
+    hub.add("org/base", base)
+    hub.add(NAME, tmp_path / "adapter")
+    subprocess.run([sys.executable, "-c", line_of(supra("convert", NAME))], check=True, capture_output=True)
+    assert supra("convert", "MERGED").code == 0
+    written = weights(Path("MERGED"))
+    torch.testing.assert_close(written, {name: expected[name] for name in written})
