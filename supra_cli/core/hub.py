@@ -5,6 +5,7 @@ Plans need no weights: the `config.json` of every aliased base is bundled, so th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from supra_cli.core import download
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, near_miss
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, first_line, near_miss
 from supra_cli.core.folder import INDEX, Place, check_model, named_shards, no_weights, weight_files
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -286,6 +287,12 @@ def _translated(source: Source) -> Iterator[None]:
     except (errors.HTTPError, ConnectionError, TimeoutError) as error:
         raise NotFoundError(
             f"the connection to the hub broke off while fetching {source.repo}; run again and it goes on from there"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise SupraError(
+            f"cannot write to the hub's cache ({first_line(error)}); set HF_HOME to a place where you may write"
         ) from error
 
 

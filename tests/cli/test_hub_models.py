@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -441,6 +442,55 @@ def test_a_model_of_which_a_part_is_here_is_told_without_a_network(supra, hub, b
         f"{NAME} is only in part on this machine (model.safetensors is not) and HF_HUB_OFFLINE is set" in result.error
     )
     assert f"supra prefetch {NAME}" in result.error
+
+
+def test_a_hub_that_is_not_there(supra, hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    for arguments in (("convert", "llama-7b"), ("prefetch", "llama-7b")):
+        result = supra(*arguments)
+        assert result.code == 3
+        assert result.error == (
+            f"error: {LLAMA} is not on this machine and the hub cannot be reached; run `supra prefetch llama-7b` "
+            "where there is a network, or give a model's directory"
+        )
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC], ids=errno.errorcode.get)
+def test_a_cache_that_cannot_be_written(supra, hub, base, monkeypatch, code):
+    hub.add(NAME, base)
+
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code), "home/hub")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", refuse)
+    result = supra("convert", NAME)
+    assert result.code == 1
+    assert ("set HF_HOME" if code != errno.ENOSPC else "the disk is full") in result.error
+    assert not Path("runs").exists()
+
+
+def test_a_bit_that_has_flipped_in_the_cache_is_found_by_verify(supra, hub, base):
+    hub.add(NAME, base)
+    assert supra("inspect", NAME, "--verify").code == 0
+    (blob,) = (path for path in Path("home/hub").rglob("blobs/*") if len(path.name) == 64)
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    result = supra("inspect", NAME, "--verify")
+    assert result.code == 1
+    assert "model.safetensors is not what the hub sent" in result.error
+    blob.unlink()
+    assert supra("inspect", NAME, "--verify").code == 0
+
+
+def test_a_converted_model_on_the_hub_is_not_converted_again(supra, hub, base):
+    assert supra("convert", base, "-o", "student").code == 0
+    hub.add(NAME, Path("student"))
+    result = supra("convert", NAME)
+    assert result.code == 2
+    assert f"'{NAME}' is converted already, to mixer 'supra'" in result.error
+    assert not hub.bytes_sent
+    assert supra("generate", NAME, "-p", "def", "--max-new-tokens", 2).code == 0
 
 
 # -- What is on the hub and no model of ours
