@@ -183,18 +183,13 @@ def test_a_revision_is_a_branch_or_a_commit_and_stays_the_one_that_is_named(supr
     assert supra("convert", f"{NAME}@refined").out.strip() == "runs/some-model-supra"
 
 
-def test_uptraining_from_a_hub_base_names_its_commit_and_goes_on_without_a_network(process, server, base, tmp_path):
+def test_uptraining_from_a_hub_base_names_its_commit_and_works_from_the_cache(process, server, base, tmp_path):
     commit = server.add(NAME, base)
     (tmp_path / "r.toml").write_text(RECIPE.format(base=NAME))
-    done = process("uptrain", "-r", "r.toml", "-o", "run", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "last" / "supra.json").read_text())["base"] == f"{NAME}@{commit}"
-
-    longer = RECIPE.format(base=NAME).replace("tokens = 64\n", "tokens = 128\n", 1)
-    (tmp_path / "r.toml").write_text(longer)
-    again = process("uptrain", "-r", "r.toml", "-o", "other", "--device", "cpu", HF_HUB_OFFLINE="1")
-    assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "other" / "last" / "supra.json").read_text())["base"] == f"{NAME}@{commit}"
+    for output, variables in (("run", {}), ("offline", {"HF_HUB_OFFLINE": "1"})):
+        done = process("uptrain", "-r", "r.toml", "-o", output, "--device", "cpu", **variables)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / output / "last" / "supra.json").read_text())["base"] == f"{NAME}@{commit}"
 
 
 def test_what_was_prefetched_is_there_without_a_network(process, server, base):

@@ -70,11 +70,10 @@ def _verified_by_name(path: Path) -> bool:
     files = weight_files(path)
     if not all(named_by_hash(path / file) for file in files):
         return False
-    for file in files:
-        if sha256(path / file) != named_by_hash(path / file):
+    for file in (path / name for name in files):
+        if sha256(file) != named_by_hash(file):
             raise SupraError(
-                f"{path / file} is not what the hub sent, its hash differs; delete {(path / file).resolve()} and download "
-                "the model again"
+                f"{file} is not what the hub sent, its hash differs; delete {file.resolve()} and download it again"
             )
     return True
 
