@@ -165,7 +165,7 @@ def _from_gguf(place: Place, file: str) -> str:
 
 
 def named_shards(path: Path) -> list[str]:
-    """The files that hold the weights of a model by its index, or by custom where it has none; there or not."""
+    """The files that hold the weights of a model by its index, or the one file where it has none; there or not."""
     index = path / INDEX
     return sorted(set(weight_map(path).values())) if index.is_file() or index.is_symlink() else [SINGLE]
 
