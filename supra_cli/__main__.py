@@ -160,6 +160,8 @@ def _show_log(*, debug: bool, quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
+    if quiet:  # read where huggingface_hub is imported, which draws bars while it downloads
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name in ("torchao", "torch.utils._pytree"):  # of GPU kernels and of a later torch
         logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
 

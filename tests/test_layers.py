@@ -22,6 +22,7 @@ TIERS = (
     ("supra_cli.commands",),
     core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
     core("export", "serve"),
+    core("download"),
     core("modeling", "config", "data", "stages"),
     core("swap", "backbone"),
     core("archs", "mixers"),
@@ -37,7 +38,7 @@ TIERS = (
     ("supra_kernels",),
 )
 
-TORCHLESS = ("errors", "files", "folder", "registry", "recipe", "corpus", "hub", "lookup")
+TORCHLESS = ("errors", "files", "folder", "registry", "recipe", "corpus", "hub", "download", "lookup")
 
 # What an exported model needs, and so all that these may import besides the standard library.
 EXPORTED = ("archs", "mixers", "swap", "backbone", "cache", "config", "modeling", "ops", "layout")

@@ -58,7 +58,7 @@ def check_whole(path: Path) -> None:
 
 def read_json(path: Path) -> Any:
     """SupraError when the file is not JSON. A byte-order mark, as Windows editors write it, is read over."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         check_whole(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))

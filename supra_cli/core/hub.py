@@ -5,6 +5,8 @@ Plans need no weights: the `config.json` of every aliased base is bundled, so th
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import socket
@@ -15,10 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, near_miss
-from supra_cli.core.folder import check_model, weight_files
+from supra_cli.core import download
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, first_line, near_miss
+from supra_cli.core.folder import INDEX, Place, check_model, named_shards, no_weights, weight_files
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -47,8 +50,9 @@ ALIASES = {
 }
 """Short names of hub models; `assets/configs/<org>/<name>/config.json` holds the configuration of each."""
 
-# Pickled weights are never read; sub-folders (`original/`) and `consolidated*` repeat the weights in another layout.
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# What a model has besides its weights, of which only those that its index names are downloaded: pickles are never read;
+# sub-folders (`original/`) and `consolidated*` repeat them in another layout.
+_WANTED = ("*.json", "*.txt", "*.model", "*.jinja")
 _DESCRIPTIONS = ("config.json", "generation_config.json", "adapter_config.json", "model_index.json")
 _UNWANTED = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -104,11 +108,19 @@ def resolve(name: str) -> Source:
 def fetch(source: Source) -> Path:
     """The model's directory on this machine, downloaded to the hub's cache first where it must be.
 
-    Raises NotFoundError (no such model, offline and not in the cache, no safetensors) or NotAuthorisedError (gated).
+    Raises NotFoundError (no such model, offline and not in the cache, no safetensors) or NotAuthorisedError (gated). A
+    download that was cut off goes on where it was.
     """
-    path = source.path if source.repo is None else _snapshot(source)
-    check_model(path)
-    weight_files(path, source.repo)
+    if source.repo is None:
+        check_model(source.path)
+        weight_files(source.path)
+        return source.path
+    with _translated(source):
+        online = _online()
+        path = _snapshot(source, _WANTED, online)
+        if missing := [name for name in named_shards(path) if not (path / name).exists()]:
+            _fetch_weights(source, path, missing, online)
+    weight_files(path)
     return path
 
 
@@ -121,7 +133,10 @@ def config_folder(source: Source) -> Path:
     """The directory with the model's config.json, without any weights; for aliased bases it is in the package."""
     if source.repo is None:
         return source.path
-    return _bundled(source) if is_bundled(source) else _snapshot(source, only=_DESCRIPTIONS)
+    if is_bundled(source):
+        return _bundled(source)
+    with _translated(source):
+        return _snapshot(source, _DESCRIPTIONS, _online())
 
 
 def is_bundled(source: Source) -> bool:
@@ -184,21 +199,56 @@ def _is_model(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def _snapshot(source: Source, only: tuple[str, ...] = _WANTED) -> Path:
-    """The hub cache's directory with the wanted files of `source`."""
+def _snapshot(source: Source, only: tuple[str, ...], online: bool) -> Path:
+    """The hub cache's directory with those files of `source`, which is a model."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
 
-    online = _online()
-    with _translated(source):
-        return Path(
-            snapshot_download(
-                source.repo,
-                revision=source.revision,
-                allow_patterns=list(only),
-                ignore_patterns=list(_UNWANTED),
-                local_files_only=not online,
-            )
+    class NoBar(tqdm):
+        """Of a few small files, whose bars would be drawn into a pipe, too."""
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **{**settings, "disable": True})
+
+    path = Path(
+        snapshot_download(
+            source.repo,
+            revision=source.revision,
+            allow_patterns=list(only),
+            ignore_patterns=list(_UNWANTED),
+            local_files_only=not online,
+            tqdm_class=NoBar,
         )
+    )
+    check_model(path, lambda: _place(source, path, online))
+    return path
+
+
+def _fetch_weights(source: Source, path: Path, names: list[str], online: bool) -> None:
+    """Download the weight files `names` of the commit whose directory is `path`."""
+    from huggingface_hub import errors
+
+    if not online:
+        raise NotFoundError(
+            f"{source.repo} is only in part on this machine ({names[0]} is not) and {_why_offline()}; "
+            f"run `supra prefetch {source.name}` where there is a network"
+        )
+    try:
+        download.complete(source.repo, path, names)
+    except errors.RemoteEntryNotFoundError as error:
+        if not (path / INDEX).exists():
+            raise no_weights(_place(source, path, online)) from error
+        raise SupraError(
+            f"{source.repo} lacks a weight file that its {INDEX} names; tell who published it, or name another revision"
+        ) from error
+
+
+def _place(source: Source, path: Path, online: bool) -> Place:
+    """The model by its name on the hub, with all files that it has there."""
+    from huggingface_hub import HfApi
+
+    files = HfApi().list_repo_files(source.repo, revision=path.name) if online else os.listdir(path)
+    return Place.hub(source.repo, source.revision, files)
 
 
 @contextmanager
@@ -213,27 +263,64 @@ def _translated(source: Source) -> Iterator[None]:
             f"{source.repo} is gated: accept its terms on its hub page, then run `hf auth login` or set HF_TOKEN"
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        of_alias = f" ({source.repo})" if source.kind == "alias" else ""
         raise NotFoundError(
-            f"'{source.name}' is neither a directory here nor a model on the hub that you may see; "
+            f"'{source.name}'{of_alias} is neither a directory here nor a model on the hub that you may see; "
             "check the spelling, or log in with `hf auth login` if it is private"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise NotFoundError(f"{source.repo} has no revision '{source.revision}'") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        why = "HF_HUB_OFFLINE is set" if _offline_by_choice() else "the hub cannot be reached"
+        # huggingface_hub says "not in the cache" of whatever kept it from asking the hub, and keeps that as the cause.
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _refused(source, error.__cause__) from error
+        if isinstance(error.__cause__, errors.FileMetadataError):
+            raise _no_hub() from error
         raise NotFoundError(
-            f"{source.repo} is not on this machine and {why}; "
+            f"{source.repo} is not on this machine and {_why_offline()}; "
             f"run `supra prefetch {source.name}` where there is a network, or give a model's directory"
         ) from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        if status in (401, 403):
-            raise NotAuthorisedError(f"the hub refuses {source.repo} ({status}); check HF_TOKEN") from error
-        raise NotFoundError(f"the hub did not deliver {source.repo} ({status}); try again later") from error
-    except (errors.HTTPError, errors.FileMetadataError, ConnectionError, TimeoutError) as error:
+        raise _refused(source, error) from error
+    except (errors.FileMetadataError, json.JSONDecodeError) as error:
+        raise _no_hub() from error
+    except (errors.HTTPError, ConnectionError, TimeoutError) as error:
         raise NotFoundError(
             f"the connection to the hub broke off while fetching {source.repo}; run again and it goes on from there"
         ) from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise SupraError(
+            f"cannot write to the hub's cache ({first_line(error)}); set HF_HOME to a place where you may write"
+        ) from error
+
+
+def _refused(source: Source, error: Exception) -> SupraError:
+    """What to do about the status that the hub answered with."""
+    status = error.response.status_code if error.response is not None else "no answer"
+    if status in (401, 403):
+        return NotAuthorisedError(
+            f"the hub refuses {source.repo} ({status}); check HF_TOKEN, or run `hf auth login` again"
+        )
+    if status == 429:
+        return NotFoundError(
+            f"the hub takes no more requests from here for now (429), so {source.repo} was not fetched; "
+            "run again in some minutes, or with a token (`hf auth login`), which allows for more"
+        )
+    return NotFoundError(f"the hub did not deliver {source.repo} ({status}); try again later")
+
+
+def _no_hub() -> NotFoundError:
+    return NotFoundError(f"what answers at {_endpoint()} is no Hugging Face hub; check HF_ENDPOINT and your proxy")
+
+
+def _why_offline() -> str:
+    return "HF_HUB_OFFLINE is set" if _offline_by_choice() else "the hub cannot be reached"
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 def _offline_by_choice() -> bool:
@@ -244,7 +331,7 @@ def _online() -> bool:
     """Whether the hub takes a connection within a few seconds: a closed network must not mean minutes of retries."""
     if _offline_by_choice():
         return False
-    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    endpoint = urllib.parse.urlsplit(_endpoint())
     if endpoint.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(endpoint.netloc):
         return True  # only the proxy knows
     connected: list[bool] = []

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from supra_cli.core.archs import archs
+from supra_cli.core.checkpoint import slices
 from supra_cli.core.mixers import mixers
 
 Fault = Callable[[Path], None]
@@ -126,6 +131,22 @@ def tensors(change: Callable[[dict], object]) -> Fault:
     return spoil
 
 
+def bytes_of(change: Callable[[bytes], bytes], name: str = "model.safetensors") -> Fault:
+    return lambda model: (model / name).write_bytes(change((model / name).read_bytes()))
+
+
+def flipped(at: int) -> Fault:
+    return bytes_of(lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+def two_shards_exchanged(model: Path) -> None:
+    sharded(model)
+    first, second = (model / f"model-0000{number}-of-00004.safetensors" for number in (1, 2))
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+
+
 Q = "model.layers.0.self_attn.q_proj"
 FAULTS: dict[str, tuple[Fault, int, str]] = {
     # Files without their content.
@@ -135,6 +156,7 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
     "git-lfs pointer of a config": (content("config.json", LFS), 1, "git lfs pull"),
     "git-lfs pointer of an index": (lambda m: (sharded(m), content(INDEX, LFS)(m)), 1, "git lfs pull"),
     "dead link to weights": (dead_link("model.safetensors"), 1, "is a link to ../../blobs/0123abc"),
+    "dead link to an index": (lambda m: (sharded(m), dead_link(INDEX)(m)), 1, "is a link to ../../blobs/0123abc"),
     "dead link to a config": (dead_link("config.json"), 1, "is a link to ../../blobs/0123abc"),
     "dead link to a tokenizer": (dead_link("tokenizer.json"), 1, "is a link to ../../blobs/0123abc"),
     "empty weights": (content("model.safetensors", b""), 1, "model.safetensors is empty"),
@@ -164,6 +186,28 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
     "Meta's own layout": (instead_of_all("consolidated.00.pth", "params.json"), 3, "Meta's own layout"),
     "TensorFlow": (instead_of_weights("tf_model.h5"), 3, "weights of TensorFlow"),
     "sharded training state": (instead_of_weights("__0_0.distcp"), 3, "accelerate merge-weights"),
+    # Weights that are damaged, or of another model than the config.
+    "truncated weights": (bytes_of(lambda data: data[:-10]), 1, "model.safetensors is damaged"),
+    "weights with more at their end": (bytes_of(lambda data: data + bytes(10)), 1, "model.safetensors is damaged"),
+    "a bit of the header flipped": (flipped(9), 1, "model.safetensors is damaged"),
+    "a bit of the header's length flipped": (flipped(7), 1, "model.safetensors is damaged"),
+    "truncated shard": (
+        lambda m: (sharded(m), bytes_of(lambda data: data[:-10], "model-00002-of-00004.safetensors")(m)),
+        1,
+        "model-00002-of-00004.safetensors is damaged",
+    ),
+    "shard of another index": (two_shards_exchanged, 1, "though model.safetensors.index.json places it there"),
+    "fewer layers than the weights": (config(num_hidden_layers=3), 1, "has an unexpected tensor"),
+    "more layers than the weights": (config(num_hidden_layers=5), 1, "lacks tensor"),
+    "wider than the weights": (config(intermediate_size=64), 1, "expected [64, 32]; it belongs to another model"),
+    "more words than the weights": (config(vocab_size=400), 1, "expected [400, 32]; it belongs to another model"),
+    "a tensor that is not there": (
+        tensors(lambda w: w.pop(f"{Q}.weight")),
+        1,
+        f"lacks tensor '{Q}.weight'; it is not a whole model of its config.json",
+    ),
+    "a tensor too many": (tensors(lambda w: w.update(surplus=torch.zeros(1))), 1, "unexpected tensor 'surplus'"),
+    "written by a newer supra": (content("supra.json", b'{"format": 2}'), 1, "a newer supra wrote the model (format 2"),
     # Directories of something else.
     "adapter": (adapter, 3, "a PEFT adapter of org/base"),
     "adapter beside weights": (adapter_beside, 3, "delete adapter_config.json if the weights here are merged"),
@@ -319,6 +363,64 @@ def test_consolidated_files_beside_the_weights_are_never_read(supra, spoilt):
     assert supra("convert", "m", "-o", "out").code == 0
     assert not list(Path("out").glob("consolidated*"))
     assert supra("generate", "m", "-p", "def", "--max-new-tokens", 2).code == 0
+
+
+def test_a_shard_that_the_index_does_not_name_is_never_read(supra, spoilt, base):
+    model = spoilt(sharded)
+    (model / "model-00005-of-00005.safetensors").write_bytes(b"junk")
+    assert supra("convert", "m", "-o", "out").code == 0
+    assert not (Path("out") / "model-00005-of-00005.safetensors").exists()
+    expected = supra("generate", base, "-p", "def read", "--max-new-tokens", 4).out
+    assert supra("generate", "m", "-p", "def read", "--max-new-tokens", 4).out == expected
+
+
+# -- Disks
+
+
+def test_a_file_that_may_not_become_so_large_leaves_nothing(base, tmp_path):
+    """A real refusal of the operating system in the middle of a file, as of a disk that fills."""
+    limited = (
+        "import resource, signal, sys; from supra_cli.__main__ import main; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", limited, "convert", str(base), "-o", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write ")
+    assert "make room or choose another output" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "file", ["directory", "model-mixers.safetensors", "config.json", "tokenizer.json", "supra.json"]
+)
+def test_a_disk_that_refuses_leaves_what_was_there(supra, base, tmp_path, monkeypatch, file, code):
+    assert supra("convert", base, "-o", "old", "--seed", 1).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refusing(write: Callable, place: int) -> Callable:
+        def checked(*arguments, **named):
+            path = Path(os.fsdecode(arguments[place]))
+            if (path.parent.suffix == ".tmp" and path.name == file) or (file == "directory" and path.suffix == ".tmp"):
+                raise OSError(code, os.strerror(code), str(path))
+            return write(*arguments, **named)
+
+        return checked
+
+    monkeypatch.setattr(Path, "mkdir", refusing(Path.mkdir, 0))
+    monkeypatch.setattr(Path, "write_text", refusing(Path.write_text, 0))
+    monkeypatch.setattr("builtins.open", refusing(open, 0))
+    monkeypatch.setattr(shutil, "copyfile", refusing(shutil.copyfile, 1))
+    monkeypatch.setattr(slices, "_write", refusing(slices._write, 1))
+    for output in ("new", "old"):
+        result = supra("convert", base, "-o", output, "--overwrite")
+        assert result.code == 1, result.err
+        assert "cannot write" in result.error
+        assert os.strerror(code) in result.error
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_flash_attention_without_a_gpu_is_unsupported_hardware(supra, spoilt, monkeypatch):

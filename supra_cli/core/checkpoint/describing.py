@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from supra_cli.core.archs import archs
+from supra_cli.core.checkpoint.record import check_format
 from supra_cli.core.errors import ResourceError, SupraError, UsageError
 from supra_cli.core.files import read_json
 from supra_cli.core.folder import check_model
@@ -44,6 +45,7 @@ def read_config(path: Path | str) -> SupraConfig:
     """
     path = Path(path)
     check_model(path)
+    check_format(path)
     file = path / "config.json"
     described = read_json(file)
     if not isinstance(described, dict):

@@ -102,13 +102,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def named_by_hash(path: Path) -> str | None:
+    """The hash that is the name of a large file in the hub's cache; None for any other file."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
+
+
 def sha256_once(path: Path) -> str:
     """As `sha256`, without reading a large file twice: the hub's cache keeps it under its hash as a name, and of any
     other the hash is kept by device, inode, size and time of change.
     """
-    blob, state = path.resolve(), path.stat()
-    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
-        return blob.name
+    if named := named_by_hash(path):
+        return named
+    state = path.stat()
     if state.st_size < _LARGE:
         return sha256(path)
     place = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)

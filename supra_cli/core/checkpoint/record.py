@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.checkpoint.files import sha256, sha256_once
+from supra_cli.core.checkpoint.files import named_by_hash, sha256, sha256_once
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.files import read_json
 from supra_cli.core.folder import weight_files
@@ -17,6 +17,9 @@ from supra_cli.core.folder import weight_files
 log = logging.getLogger(__name__)
 
 PROVENANCE = "supra.json"
+
+FORMAT = 1
+"""Version of supra.json and of the model beside it: raise it when an older supra would misread either."""
 
 Hashes = dict[str, dict[str, Any]]
 """File → {"bytes", "sha256", "mtime_ns"}; records of older versions lack the last."""
@@ -45,11 +48,13 @@ def verify(path: Path | str) -> None:
     """Hash every weight file that would be loaded, and compare with supra.json, as is the config.
 
     A SupraError names the first difference: a file that the record does not list, a listed one that is not there or
-    would not be loaded, content that is not what was saved.
+    would not be loaded, content that is not what was saved. In the hub's cache the file's name is its hash.
     """
     path = Path(path)
     record = _record(path)
     if not record.get("files"):
+        if _verified_by_name(path):
+            return
         raise NotFoundError(
             f"{path} has no hashes to verify, expected them in {PROVENANCE}; convert or save the model with supra"
         )
@@ -58,6 +63,19 @@ def verify(path: Path | str) -> None:
             raise SupraError(f"{path / file} is missing, though {PROVENANCE} lists it; restore the file")
     if difference := _difference(path, record, hash_all=True):
         raise SupraError(f"{path} is not what was saved: {difference}; restore the model's files, or save it again")
+
+
+def _verified_by_name(path: Path) -> bool:
+    """Whether all weight files lie in the hub's cache under their hashes; SupraError for one that has another."""
+    files = weight_files(path)
+    if not all(named_by_hash(path / file) for file in files):
+        return False
+    for file in (path / name for name in files):
+        if sha256(file) != named_by_hash(file):
+            raise SupraError(
+                f"{file} is not what the hub sent, its hash differs; delete {file.resolve()} and download it again"
+            )
+    return True
 
 
 def identity(path: Path | str) -> str:
@@ -104,6 +122,11 @@ def config_digest(path: Path) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
+def check_format(path: Path) -> None:
+    """SupraError for a model that a newer supra wrote, in a way that this one does not know."""
+    _record(path)
+
+
 def _record(path: Path) -> dict[str, Any]:
     """supra.json as it lies there, of whatever model; empty where there is none."""
     file = path / PROVENANCE
@@ -115,6 +138,11 @@ def _record(path: Path) -> dict[str, Any]:
         isinstance(known, dict) and "sha256" in known for known in files.values()
     ):
         raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
+    if (newer := record.get("format", FORMAT)) != FORMAT:
+        raise SupraError(
+            f"{file} says that a newer supra wrote the model (format {newer}, here is {FORMAT}); install that supra, "
+            "or write the model again with this one"
+        )
     return record
 
 

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from supra_cli.core.checkpoint.files import atomic_directory, link
 from supra_cli.core.checkpoint.reading import tensors
 from supra_cli.core.checkpoint.record import (
+    FORMAT,
     PROVENANCE,
     Hashes,
     config_digest,
@@ -32,9 +33,6 @@ from supra_cli.core.folder import INDEX, SINGLE
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.swap import mixer_names
-
-FORMAT = 1
-"""Version of supra.json."""
 
 # What a base brings besides weights and config, by the names that Hugging Face libraries look for, and its licence.
 _COMPANIONS = re.compile(
