@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from supra_cli.core.checkpoint.files import sha256
-from supra_cli.core.checkpoint.record import Hashes, hashed
+from supra_cli.core.checkpoint.record import Hashes, entry
 from supra_cli.core.errors import SupraError, first_line
 from supra_cli.core.parallel import ALONE, World
 
@@ -90,8 +90,8 @@ def write_shards(
         files.append(directory / f"{stem}{number}.safetensors")
         _write(members, files[-1], dtype, world)
         placed |= dict.fromkeys(members, files[-1].name)
-    own: Hashes = {file.name: hashed(file, sha256) for file in files[world.rank :: world.size]}
-    return placed, {name: entry for hashes in world.gathered(own) for name, entry in hashes.items()}
+    own: Hashes = {file.name: entry(file, sha256(file)) for file in files[world.rank :: world.size]}
+    return placed, {name: known for hashes in world.gathered(own) for name, known in hashes.items()}
 
 
 def _groups(
@@ -162,6 +162,11 @@ def headers(directory: Path, files: Iterable[str]) -> dict[str, Entry]:
         try:
             with safetensors.safe_open(directory / file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    if name in found:
+                        raise SupraError(
+                            f"tensor '{name}' is in {found[name].file} and in {file} of {directory}, expected in one; "
+                            "restore the files or convert again"
+                        )
                     view = opened.get_slice(name)
                     found[name] = Entry(file, tuple(view.get_shape()), view.get_dtype(), name)
         except safetensors.SafetensorError as error:
