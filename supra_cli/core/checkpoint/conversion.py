@@ -69,10 +69,17 @@ def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) 
 def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of every new parameter; `new` maps the names of mixers to mixers on the meta device."""
     for name, layer in new.items():
-        with torch.random.fork_rng(devices=[]):
+        dtypes = {key: parameter.dtype for key, parameter in layer.named_parameters()}
+        # Made on meta: PyTorch's layers draw themselves when they are made, which would be half of the time.
+        with torch.device("meta"):
             mixer = type(layer)(layer.spec, layer.options)
+        mixer.to_empty(device="cpu")
+        for parameter in mixer.parameters():
+            parameter.data.fill_(torch.nan)
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed((seed << 16) + layer.spec.layer)
             mixer.reset_parameters()
-        dtypes = {key: parameter.dtype for key, parameter in layer.named_parameters()}
         for key, parameter in mixer.named_parameters():
+            if parameter.isnan().any():
+                raise ValueError(f"{type(mixer).__name__}.reset_parameters leaves '{key}' undrawn")
             yield f"{name}.{key}", parameter.detach().to(dtypes[key])

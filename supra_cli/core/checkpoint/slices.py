@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,13 +85,15 @@ def write_shards(
     """
     several = total_bytes > limit
     placed: dict[str, str] = {}
-    files: list[Path] = []
-    for members in _groups(tensors, limit, dtype):
-        number = f"-{len(files) + 1:05}" if several else ""
-        files.append(directory / f"{stem}{number}.safetensors")
-        _write(members, files[-1], dtype, world)
-        placed |= dict.fromkeys(members, files[-1].name)
-    own: Hashes = {file.name: entry(file, sha256(file)) for file in files[world.rank :: world.size]}
+    hashing: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as beside:  # a file is hashed while the next is drawn and written
+        for turn, members in enumerate(_groups(tensors, limit, dtype)):
+            file = directory / f"{stem}{f'-{turn + 1:05}' if several else ''}.safetensors"
+            _write(members, file, dtype, world)
+            placed |= dict.fromkeys(members, file.name)
+            if turn % world.size == world.rank:
+                hashing[file.name] = beside.submit(sha256, file)
+        own: Hashes = {name: entry(directory / name, found.result()) for name, found in hashing.items()}
     return placed, {name: known for hashes in world.gathered(own) for name, known in hashes.items()}
 
 
