@@ -3,9 +3,9 @@
     python -m benchmarks.convert [--output FILE] [--rounds 3] [--layers 32]
 
 The base has Llama-2-7B's shape, 13.5 GB of random bf16, one block a shard. Each round is a process of its own. It runs
-`supra convert tiny`, after which all is imported, and then `supra convert` of the base, whose shards it links. Timed is the
-second; memory is the rise of resident memory in it (VmHWM over VmRSS before it, Linux). In the same round the files of new
-parameters are copied by `cp` and synced to the disk.
+`supra convert tiny`, after which all is imported, and then `supra convert` of the base, whose shards it links. Timed is
+the second; memory is the rise of resident memory in it (VmHWM over VmRSS before it, Linux). In the same round the files
+of new parameters are copied by `cp` and synced to the disk.
 """
 
 import json
