@@ -30,6 +30,9 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 
+WORDS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+"""Keys of config.json that are compared otherwise, or say nothing of the model."""
+
 Header = dict[str, dict[str, Any]]
 
 
@@ -297,9 +300,9 @@ def differs(model: SupraForCausalLM, folder: Path) -> str | None:
     if kinds != [number for number, kind in enumerate(described["supra"]["layers"]) if kind != "softmax"]:
         return f"layers {kinds} are swapped"
     told = model.config.to_dict()
-    for key in SHAPE.keys() | {"rms_norm_eps", "hidden_act", "tie_word_embeddings", "attention_bias", "head_dim"}:
-        if key in described and described[key] is not None and told[key] != described[key]:
-            return f"config.json says {key} = {described[key]!r}, the model has {told[key]!r}"
+    for key in described.keys() - WORDS:
+        if described[key] is not None and told.get(key) != described[key]:
+            return f"config.json says {key} = {described[key]!r}, the model has {told.get(key)!r}"
     return None
 
 

@@ -86,8 +86,8 @@ def write_shards(
     several = total_bytes > limit
     placed: dict[str, str] = {}
     hashing: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(1) as beside:  # a file is hashed while the next is drawn and written
-        for turn, members in enumerate(_groups(tensors, limit, dtype)):
+    with ThreadPoolExecutor(1) as beside:  # a file is hashed while the next is written and the one after that is drawn
+        for turn, members in enumerate(_ahead(_groups(tensors, limit, dtype))):
             file = directory / f"{stem}{f'-{turn + 1:05}' if several else ''}.safetensors"
             _write(members, file, dtype, world)
             placed |= dict.fromkeys(members, file.name)
@@ -95,6 +95,15 @@ def write_shards(
                 hashing[file.name] = beside.submit(sha256, file)
         own: Hashes = {name: entry(directory / name, found.result()) for name, found in hashing.items()}
     return placed, {name: known for hashes in world.gathered(own) for name, known in hashes.items()}
+
+
+def _ahead(groups: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """`groups`, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as beside:
+        following = beside.submit(next, groups, None)
+        while (group := following.result()) is not None:
+            following = beside.submit(next, groups, None)
+            yield group
 
 
 def _groups(
