@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from supra_cli.core import checkpoint
 from supra_cli.core.checkpoint import conversion, files, slices, writing
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
+from supra_cli.core.mixers.supra import Supra
 
 SHAPE = {
     "vocab_size": 97,
@@ -137,6 +138,13 @@ def test_new_parameters_are_written_in_shards_of_bounded_size(base, tmp_path, mo
     output = checkpoint.convert(base, tmp_path / "out", **MIXER)
     assert len(list(output.glob("model-mixers-*.safetensors"))) > 1
     assert checkpoint.load(output)(IDS).logits.isfinite().all()
+
+
+def test_a_mixer_that_does_not_draw_a_parameter_is_a_mistake_of_ours(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Supra, "reset_parameters", lambda self: None)
+    with pytest.raises(ValueError, match=r"Supra\.reset_parameters leaves 'E.weight' undrawn"):
+        checkpoint.convert(base, tmp_path / "out", **MIXER)
+    assert not (tmp_path / "out").exists()
 
 
 def test_new_parameters_have_the_bases_dtype(tmp_path):
@@ -317,6 +325,9 @@ def damage(name: str, directory: Path) -> None:
             (directory / "model.safetensors.index.json").write_text("{")
         case "index without a map":
             (directory / "model.safetensors.index.json").write_text("[]")
+        case "index without metadata":
+            index = json.loads((directory / "model.safetensors.index.json").read_text())
+            (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
         case "index to numbers":
             (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
         case "config of garbage":
@@ -339,6 +350,7 @@ DAMAGES = {
     "index of garbage": "index.json is not JSON",
     "index without a map": "no weight_map",
     "index to numbers": "no weight_map",
+    "index without metadata": 'no object "metadata"',
     "config of garbage": "config.json is not JSON",
     "config without a base": "no key 'supra'",
 }
@@ -683,6 +695,7 @@ def test_tensors_that_transformers_renames_keep_their_names_on_disk(tmp_path):
         {"hidden_size": "wide"},
         {"vocab_size": -1},
         {"num_hidden_layers": 2},
+        {"num_hidden_layers": 10**9},
         {"dtype": 7},
         {"head_dim": 2**40},
         {"supra": 3},
