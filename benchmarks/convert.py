@@ -5,7 +5,8 @@
 The base has Llama-2-7B's shape, 13.5 GB of random bf16, one block a shard. Each round is a process of its own. It runs
 `supra convert tiny`, after which all is imported, and then `supra convert` of the base, whose shards it links. Timed is
 the second; memory is the rise of resident memory in it (VmHWM over VmRSS before it, Linux). In the same round the files
-of new parameters are copied by `cp` and synced to the disk.
+of new parameters are copied by `cp` and synced to the disk. A conversion computes and a copy does not, so neighbours on
+the machine (`load_before`, the load average) lengthen the one more than the other.
 """
 
 import json
@@ -35,13 +36,16 @@ def write_base(folder: Path, layers: int) -> None:
     config.save_pretrained(folder)
     config = checkpoint.read_config(folder)
     shapes = {name: tensor.shape for name, tensor in checkpoint.skeleton(config).state_dict().items()}
-    placed = {}
+    placed, drawn = {}, {}  # every block has the same numbers: they are not read
     for layer in range(layers):
         inside = f"model.layers.{layer}."
         names = [name for name in shapes if name.startswith(inside) or (layer == 0 and ".layers." not in name)]
         file = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
-        drawn = {name: torch.empty(shapes[name], dtype=torch.bfloat16).uniform_(-0.05, 0.05) for name in names}
-        save_file(drawn, folder / file, metadata={"format": "pt"})
+        for name in names:
+            if (key := name.removeprefix(inside)) not in drawn:
+                drawn[key] = torch.empty(shapes[name], dtype=torch.bfloat16).uniform_(-0.05, 0.05)
+        shard = {name: drawn[name.removeprefix(inside)] for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
         placed |= dict.fromkeys(names, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": placed})
     sync_tree(folder)
@@ -52,15 +56,17 @@ def work(base: str, folder: Path) -> None:
     assert supra(["convert", "tiny", "--output", str(folder / "tiny")]) == 0
     resident = peak("VmRSS")
     reset_peak()
-    start = time.perf_counter()
+    start, computing = time.perf_counter(), time.process_time()
     assert supra(["convert", base, "--output", str(folder / "converted")]) == 0
-    found = {"seconds": time.perf_counter() - start, "imports_bytes": resident, "peak_bytes": peak()}
+    found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - computing}
+    found |= {"imports_bytes": resident, "peak_bytes": peak()}
     (folder / "found.json").write_text(json.dumps(found))
 
 
 def one_round(base: Path, folder: Path) -> dict:
     """What a conversion and the copy took."""
     (folder / "copy").mkdir(parents=True)
+    load = os.getloadavg()[0]
     command = [sys.executable, "-m", "benchmarks.convert", "--work", str(base), str(folder)]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
     converted = folder / "converted"
@@ -72,6 +78,7 @@ def one_round(base: Path, folder: Path) -> dict:
     copied = time.perf_counter() - start
     found = json.loads((folder / "found.json").read_text())
     found |= {
+        "load_before": load,
         "copy_seconds": copied,
         "shards_linked": len(linked),
         "new_bytes": sum(file.stat().st_size for file in new),
