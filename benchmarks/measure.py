@@ -53,11 +53,12 @@ def report(result: dict, path: Path | None) -> None:
         path.write_text(text + "\n")
 
 
-def arguments(about: str, count: str, default: int) -> argparse.Namespace:
-    """`--output`, and `--rounds` or another count, of a script that `about` describes."""
+def arguments(about: str, **counts: int) -> argparse.Namespace:
+    """`--output`, and counts with their defaults, as `--rounds`, of a script that `about` describes."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the JSON here")
-    parser.add_argument(f"--{count}", type=int, default=default)
+    for name, default in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     torch.set_num_threads(1)
     return parser.parse_args()
 

@@ -26,7 +26,7 @@ ROWS, LENGTH, WARM = 8, 256, 3
 
 
 def main() -> None:
-    given = arguments(__doc__, "steps", 40)
+    given = arguments(__doc__, steps=40)
     spec = {"kind": "finetune", "tokens": (given.steps + WARM) * ROWS * LENGTH, "batch_tokens": ROWS * LENGTH}
     data = {"seq_len": LENGTH, "sources": [{"path": "python-stdlib"}]}
     recipe = recipes.validate({"base": "tiny", "data": data, "stages": [spec]})

@@ -79,7 +79,7 @@ def row(stage: str, rows: int, seconds: dict[str, list[float]]) -> dict:
 
 
 def main() -> None:
-    given = arguments(__doc__, "rounds", 20)
+    given = arguments(__doc__, rounds=20)
     found = by_two_ranks("parallel", given.rounds)
     rows = [row(*case, seconds) for case, seconds in zip(CASES, found, strict=True)]
     result = {"benchmark": "parallel", "command": f"python -m benchmarks.parallel --rounds {given.rounds}"}

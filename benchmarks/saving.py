@@ -71,9 +71,10 @@ def part(tensor: Tensor, world: World) -> DTensor:
     )
 
 
-def peak() -> int:
+def peak(kind: str = "VmHWM") -> int:
+    """Bytes of resident memory: the most since it was reset, or by "VmRSS" now."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 def reset_peak() -> None:
@@ -136,7 +137,7 @@ def work(rounds: int, folder: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, "rounds", 7)
+    given = arguments(__doc__, rounds=7)
     found = by_two_ranks("saving", given.rounds)
     rows = []
     for form, ranks in (("plain", 1), ("alone", 1), ("together", 2), ("dcp", 2)):

@@ -226,6 +226,20 @@ def saving() -> str:
     return _markdown([*header, "peak MiB of the step", "of the save"], rows)
 
 
+def convert() -> str:
+    found = _found("convert-cpu")
+    new = found["rows"][0]["new_bytes"]
+    columns = {
+        f"{found['base_bytes'] / 1e9:.1f} GB, seconds": "seconds",
+        f"cp and fsync of {new / 1e6:,.0f} MB, seconds": "copy_seconds",
+        "over": "over_copy",
+        "MB above imports": "above_imports_mb",
+    }
+    rows = [[_figure(row[key]) for key in columns.values()] for row in found["rows"]]
+    asked = _targets("convert-cpu", "the median of the rounds, of memory the most", ".2f")
+    return f"{_markdown(list(columns), rows)}\n{asked}"
+
+
 def curves() -> str:
     found = _found("curves")
     ends = {(entry["mixer"], bool(entry["transferred"])): entry for entry in found["runs"]}
@@ -279,6 +293,7 @@ def render(text: str) -> str:
         "overhead": overhead,
         "parallel": parallel,
         "saving": saving,
+        "convert": convert,
         "curves": curves,
     }
     return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 
 import pytest
@@ -188,6 +189,26 @@ def test_plan_counts_a_7b_recipe_without_its_weights(supra, tmp_path):
     memory = plan["stages"][0]["memory"]
     assert memory["total"] == sum(value for part, value in memory.items() if part not in ("total", "together"))
     assert plan["gpu_hours"]["H100 SXM"] > 0
+
+
+def test_a_70b_model_is_planned_from_its_config_alone(supra, tmp_path):
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 32000}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "bos_token_id": 1, "eos_token_id": 2}
+    (tmp_path / "llama-70b").mkdir()
+    described = {"model_type": "llama", "dtype": "bfloat16", **shape, **heads}
+    (tmp_path / "llama-70b" / "config.json").write_text(json.dumps(described))
+    (tmp_path / "r.toml").write_text(RECIPE.replace("mistral-7b", "llama-70b"))
+    start = time.process_time()
+    result = supra("plan", "--recipe", "r.toml", "--json")
+    converted = supra("convert", "llama-70b", "--dry-run", "--json")
+    assert time.process_time() - start < 30  # 5 when tried
+    assert result.code == converted.code == 0
+    model = json.loads(converted.out)
+    of_base = 2 * 32000 * 8192 + 8192 + 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)
+    assert model["parameters"] - model["new_parameters"] == of_base == 68_976_648_192
+    memory = json.loads(result.out)["stages"][0]["memory"]
+    assert memory["weights"] == 4 * model["parameters"]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
 
 
 def test_plan_shows_a_table_for_people(supra, tmp_path):

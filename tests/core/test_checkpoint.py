@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from supra_cli.core import checkpoint
 from supra_cli.core.checkpoint import conversion, files, slices, writing
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
+from supra_cli.core.mixers.supra import Supra
 
 SHAPE = {
     "vocab_size": 97,
@@ -37,6 +38,12 @@ def plain(path: Path, shard_size: str = "5GB", dtype: torch.dtype = torch.float3
     (path / "chat_template.jinja").write_text("{{ messages }}")
     (path / "README.md").write_text("not a companion")
     return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where hashes are kept."""
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -131,6 +138,13 @@ def test_new_parameters_are_written_in_shards_of_bounded_size(base, tmp_path, mo
     output = checkpoint.convert(base, tmp_path / "out", **MIXER)
     assert len(list(output.glob("model-mixers-*.safetensors"))) > 1
     assert checkpoint.load(output)(IDS).logits.isfinite().all()
+
+
+def test_a_mixer_that_does_not_draw_a_parameter_is_a_mistake_of_ours(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Supra, "reset_parameters", lambda self: None)
+    with pytest.raises(ValueError, match=r"Supra\.reset_parameters leaves 'E.weight' undrawn"):
+        checkpoint.convert(base, tmp_path / "out", **MIXER)
+    assert not (tmp_path / "out").exists()
 
 
 def test_new_parameters_have_the_bases_dtype(tmp_path):
@@ -311,6 +325,9 @@ def damage(name: str, directory: Path) -> None:
             (directory / "model.safetensors.index.json").write_text("{")
         case "index without a map":
             (directory / "model.safetensors.index.json").write_text("[]")
+        case "index without metadata":
+            index = json.loads((directory / "model.safetensors.index.json").read_text())
+            (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
         case "index to numbers":
             (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
         case "config of garbage":
@@ -333,6 +350,7 @@ DAMAGES = {
     "index of garbage": "index.json is not JSON",
     "index without a map": "no weight_map",
     "index to numbers": "no weight_map",
+    "index without metadata": 'no object "metadata"',
     "config of garbage": "config.json is not JSON",
     "config without a base": "no key 'supra'",
 }
@@ -419,7 +437,7 @@ def test_a_weight_file_without_a_record_is_vouched_for_by_nobody(converted, capl
 
 
 def test_weights_of_the_same_name_and_size_are_told_from_those_of_the_record(base, tmp_path):
-    output = checkpoint.convert(base, tmp_path / "out", **(MIXER | {"keep": "all"}))
+    output = checkpoint.save(checkpoint.load(base), tmp_path / "out", source=base, provenance={})
     before = checkpoint.identity(output)
     checkpoint.verify(output)
     size = (output / "model.safetensors").stat().st_size
@@ -462,6 +480,7 @@ def test_the_identity_of_weights_is_that_of_every_copy_and_of_nothing_else(conve
 
 
 def test_files_as_old_as_recorded_are_not_hashed_again(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_LARGE", 0)
     identity, model = checkpoint.identity(converted), checkpoint.load(converted)
     hashed = hashings(monkeypatch)
     assert checkpoint.identity(converted) == identity
@@ -469,10 +488,13 @@ def test_files_as_old_as_recorded_are_not_hashed_again(converted, tmp_path, monk
     assert hashed == []
     checkpoint.save(model, tmp_path / "child", source=converted, provenance={}, unchanged=converted)
     assert hashed == ["model-mixers.safetensors"]
+    known = checkpoint.read_provenance(tmp_path / "child")["files"]["model-base.safetensors"]
+    assert known["sha256"] == files.sha256(converted / "model-base.safetensors")
+    hashed.clear()
     shard = converted / "model-mixers.safetensors"
     os.utime(shard, ns=(1, 1))
     assert checkpoint.identity(converted) == identity
-    assert hashed == ["model-mixers.safetensors"] * 2
+    assert hashed == ["model-mixers.safetensors"]
 
 
 def hashings(monkeypatch) -> list[str]:
@@ -497,9 +519,100 @@ def test_what_the_hub_s_cache_names_by_its_hash_is_not_hashed(base, tmp_path, mo
     checkpoint.verify(converted)
 
 
+def test_converting_reads_the_headers_of_the_base_and_not_its_numbers(base, tmp_path, monkeypatch):
+    hashed = hashings(monkeypatch)
+    converted = checkpoint.convert(base, tmp_path / "converted", **MIXER)
+    assert hashed == ["model-mixers.safetensors"]
+    recorded = json.loads((converted / "supra.json").read_text())
+    shard = (base / "model.safetensors").read_bytes()
+    assert recorded["files"]["model-base.safetensors"] == {
+        "bytes": len(shard),
+        "header": hashlib.sha256(shard[: 8 + struct.unpack("<Q", shard[:8])[0]]).hexdigest(),
+        "mtime_ns": (base / "model.safetensors").stat().st_mtime_ns,
+    }
+    assert recorded["files"]["model-mixers.safetensors"].keys() == {"bytes", "header", "mtime_ns", "sha256"}
+    assert recorded["parent"] is None
+
+
+def test_the_first_verification_keeps_the_hash_of_a_linked_file_and_the_next_compares_it(converted):
+    assert checkpoint.verify(converted) == ["model-base.safetensors"]
+    assert checkpoint.verify(converted) == []
+    flip(converted / "model-base.safetensors")
+    with pytest.raises(SupraError, match=r"model-base\.safetensors has changed since it was hashed last"):
+        checkpoint.verify(converted)
+
+
+def flip(file: Path) -> None:
+    """Change the last bit of a file as a failing disk does: its size and time of change stay."""
+    data, state = bytearray(file.read_bytes()), file.stat()
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_a_linked_file_of_another_size_is_found_by_verify(converted):
+    shard = converted / "model-base.safetensors"
+    shard.write_bytes(shard.read_bytes() + b"\0")
+    with pytest.raises(SupraError, match=r"model-base\.safetensors is not what was saved, its size"):
+        checkpoint.verify(converted)
+
+
+def test_a_copy_of_a_converted_model_is_known_by_size_and_header(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert checkpoint.read_provenance(tmp_path / "copy")["tokens"] == 0
+    assert checkpoint.verify(tmp_path / "copy") == ["model-base.safetensors"]
+
+
+def test_a_record_of_an_older_version_has_hashes_of_whole_files_alone(converted):
+    file = converted / "supra.json"
+    recorded = json.loads(file.read_text())
+    recorded["files"] = {
+        name: {"bytes": known["bytes"], "sha256": files.sha256(converted / name)}
+        for name, known in recorded["files"].items()
+    }
+    file.write_text(json.dumps(recorded))
+    assert checkpoint.load(converted)(IDS).logits.isfinite().all()
+    assert checkpoint.read_provenance(converted) == recorded
+    assert checkpoint.verify(converted) == []
+    flip(converted / "model-base.safetensors")
+    with pytest.raises(SupraError, match=r"model-base\.safetensors is not what was saved, its hash"):
+        checkpoint.verify(converted)
+
+
+@pytest.mark.parametrize("shard", ["model-base.safetensors", "model-mixers.safetensors"])
+def test_tensors_that_changed_places_are_found_by_the_recorded_header(converted, shard):
+    header, numbers = split(converted / shard)
+    first, second = [name for name in header if name.endswith(("q_proj.weight", "E.weight"))][:2]
+    assert header[first]["shape"] == header[second]["shape"]
+    places = "data_offsets"
+    header[first][places], header[second][places] = header[second][places], header[first][places]
+    text = json.dumps(header).encode()
+    (converted / shard).unlink()
+    (converted / shard).write_bytes(struct.pack("<Q", len(text)) + text + numbers)
+    for read in (checkpoint.load, checkpoint.examine):
+        with pytest.raises(SupraError, match=f"{shard} is not what was saved, its header differs"):
+            read(converted)
+    (converted / "supra.json").unlink()
+    checkpoint.load(converted)
+
+
+def split(file: Path) -> tuple[dict, bytes]:
+    """(header, numbers) of a shard."""
+    data = file.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), data[end:]
+
+
+def test_a_tensor_in_two_files_is_refused(converted):
+    rewrite(
+        converted / "model-mixers.safetensors", lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)})
+    )
+    with pytest.raises(SupraError, match=r"'model.norm.weight' is in model-base.safetensors and in model-mixers"):
+        checkpoint.load(converted)
+
+
 def test_a_large_file_is_hashed_once_until_it_changes(base, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_LARGE", 0)
-    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
     hashed, identity = hashings(monkeypatch), checkpoint.identity(base)
     assert checkpoint.identity(base) == identity
     assert hashed == ["model.safetensors"]
@@ -582,6 +695,7 @@ def test_tensors_that_transformers_renames_keep_their_names_on_disk(tmp_path):
         {"hidden_size": "wide"},
         {"vocab_size": -1},
         {"num_hidden_layers": 2},
+        {"num_hidden_layers": 10**9},
         {"dtype": 7},
         {"head_dim": 2**40},
         {"supra": 3},

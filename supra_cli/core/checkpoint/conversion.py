@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from supra_cli.core.checkpoint.describing import skeleton
-from supra_cli.core.checkpoint.files import atomic_directory
+from supra_cli.core.checkpoint.files import atomic_directory, known_sha256
 from supra_cli.core.checkpoint.reading import examine, tensors
 from supra_cli.core.checkpoint.record import digest
 from supra_cli.core.checkpoint.slices import write_shards
@@ -36,9 +36,9 @@ def convert(
 ) -> Path:
     """Write `source` with `mixer` in every layer that `keep` does not keep; returns `output`.
 
-    The base's shards are linked or copied, byte for byte; new parameters are drawn from `seed` and the layer's
-    number, so a layer's do not depend on which others are swapped, and have the base's dtype. `base` is what to call
-    the source in supra.json.
+    The base's shards are linked or copied, byte for byte, and recorded by size and header: their numbers are not read.
+    New parameters are drawn from `seed` and the layer's number, so a layer's do not depend on which others are swapped,
+    and have the base's dtype. `base` is what to call the source in supra.json.
     """
     source, output = Path(source), Path(output)
     if source.resolve().is_relative_to(output.resolve()):
@@ -48,9 +48,9 @@ def convert(
     total = sum(parameter.nbytes for layer in new.values() for parameter in layer.parameters())
     with atomic_directory(output, overwrite=overwrite) as directory:
         entries = {name: entry.file for name, entry in tensors(source).items()}
-        placed, known = link_shards(source, directory, entries)
-        # checkpoint.identity(source), of hashes that are there
-        parent = digest({file: known[placed[name]] for name, file in entries.items()})
+        placed, known = link_shards(source, directory, entries, known_sha256)
+        # checkpoint.identity(source), where that is known without reading all of the base
+        parent = digest({file: known[placed[name]].get("sha256") for name, file in entries.items()})
         drawn, hashes = write_shards(_drawn(new, seed), directory, "model-mixers", total, limit=MIXER_SHARD_BYTES)
         placed, known = placed | drawn, known | hashes
         provenance = {"base": base or str(source), "parent": parent, "recipe": recipe, "seed": seed, "tokens": 0}
@@ -69,10 +69,17 @@ def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) 
 def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of every new parameter; `new` maps the names of mixers to mixers on the meta device."""
     for name, layer in new.items():
-        with torch.random.fork_rng(devices=[]):
+        dtypes = {key: parameter.dtype for key, parameter in layer.named_parameters()}
+        # Made on meta: PyTorch's layers draw themselves when they are made, which would be half of the time.
+        with torch.device("meta"):
             mixer = type(layer)(layer.spec, layer.options)
+        mixer.to_empty(device="cpu")
+        for parameter in mixer.parameters():
+            parameter.data.view(-1)[:1] = torch.nan  # which tells whether it was drawn, at no cost
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed((seed << 16) + layer.spec.layer)
             mixer.reset_parameters()
-        dtypes = {key: parameter.dtype for key, parameter in layer.named_parameters()}
         for key, parameter in mixer.named_parameters():
+            if parameter.view(-1)[:1].isnan().any():
+                raise ValueError(f"{type(mixer).__name__}.reset_parameters leaves '{key}' undrawn")
             yield f"{name}.{key}", parameter.detach().to(dtypes[key])

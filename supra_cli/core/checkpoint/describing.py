@@ -34,6 +34,7 @@ from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 ADVICE = "restore the model's own config.json"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 _WIDEST = 2**24  # the square of it still fits into the bytes of a tensor
+_DEEPEST = 10_000  # layers, of which transformers would build every one
 UNQUANTISED = "take the model that it was quantised from, or dequantise it first (`model.dequantize()` in transformers)"
 
 
@@ -56,6 +57,7 @@ def read_config(path: Path | str) -> SupraConfig:
     base_type = described["model_type"] if record is None else record["base"]
     _refuse_what_cannot_be_converted(file, described, base_type)
     with legible(path) as readable, describing_a_model(file):
+        _check_depth(described, base_type)
         if record is None:
             base = AutoConfig.from_pretrained(readable, trust_remote_code=False)
         else:
@@ -80,6 +82,7 @@ def own_shape(described: Mapping[str, Any], **ends: int | None) -> SupraConfig:
     """The config of what a recipe's [model] and its tokenizer's `ends` describe; UsageError if that is no model."""
     name, advice = "the recipe's [model]", "give a whole Hugging Face configuration"
     with describing_a_model(name, advice, UsageError):
+        _check_depth(described, described.get("model_type"))
         base = AutoConfig.for_model(**described, **ends)
     archs.get(base.model_type)
     build_base(base, name, advice, UsageError)
@@ -112,6 +115,14 @@ def theirs(error: Exception) -> bool:
         *(RuntimeError, TypeError, ValueError),
     )
     return isinstance(error, kinds) or type(error) is Exception  # which is what tokenizers raises
+
+
+def _check_depth(described: Mapping[str, Any], base_type: str | None) -> None:
+    """ValueError before transformers makes a list, or a model, of as many layers as no memory holds."""
+    other = CONFIG_MAPPING[base_type].attribute_map if base_type in CONFIG_MAPPING else {}
+    for key in ("num_hidden_layers", other.get("num_hidden_layers")):
+        if isinstance(layers := described.get(key), int | float) and layers > _DEEPEST:
+            raise ValueError(f"{key} is {layers:,}, more than any model has")
 
 
 def build_base(

@@ -20,6 +20,8 @@ from supra_cli.core.files import cache_folder, sync, sync_tree
 
 _LARGE = 64 * 2**20
 """Bytes of a file that takes a while to hash."""
+_HEADER = 100_000_000
+"""Bytes of a safetensors header, at most: what says more is damaged."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -102,6 +104,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def header_sha256(path: Path) -> str:
+    """The hash of what a safetensors file says of its tensors: the header and the 8 bytes of its length."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), _HEADER))).hexdigest()
+
+
 def named_by_hash(path: Path) -> str | None:
     """The hash that is the name of a large file in the hub's cache; None for any other file."""
     blob = path.resolve()
@@ -109,26 +118,50 @@ def named_by_hash(path: Path) -> str | None:
 
 
 def sha256_once(path: Path) -> str:
-    """As `sha256`, without reading a large file twice: the hub's cache keeps it under its hash as a name, and of any
-    other the hash is kept by device, inode, size and time of change.
+    """As `sha256`, without reading a large file twice."""
+    if (known := known_sha256(path)) is not None:
+        return known
+    kept = _kept(path)  # before the file is read: one that changes meanwhile is another
+    found = sha256(path)
+    if path.stat().st_size >= _LARGE:
+        _keep(found, kept)
+    return found
+
+
+def sha256_again(path: Path) -> tuple[str, str | None]:
+    """(the hash of a file, read now; what it was known to be before, None if it was not). It is kept."""
+    known, kept = known_sha256(path), _kept(path)
+    found = sha256(path)
+    if known is None:
+        _keep(found, kept)
+    return found, known
+
+
+def known_sha256(path: Path) -> str | None:
+    """The hash of a file without reading it: the hub's cache keeps it under its hash as a name, and of any other that
+    was hashed the hash is kept by device, inode, size and time of change. None where neither is so.
     """
     if named := named_by_hash(path):
         return named
-    state = path.stat()
-    if state.st_size < _LARGE:
-        return sha256(path)
-    place = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
-    kept = cache_folder() / "hashes" / "-".join(map(str, place))
-    with suppress(OSError):
-        if _SHA256.fullmatch(found := kept.read_text(encoding="ascii")):
+    with suppress(OSError, ValueError):
+        if _SHA256.fullmatch(found := _kept(path).read_text(encoding="ascii")):
             return found
-    found = sha256(path)
+    return None
+
+
+def _kept(path: Path) -> Path:
+    """Where the hash of a file is kept for as long as the file is not touched."""
+    state = path.stat()
+    place = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    return cache_folder() / "hashes" / "-".join(map(str, place))
+
+
+def _keep(found: str, kept: Path) -> None:
     with suppress(OSError):  # a cache that cannot be written costs time alone
         kept.parent.mkdir(parents=True, exist_ok=True)
         beside = kept.with_name(f".{kept.name}.{os.getpid()}")
         beside.write_text(found, encoding="ascii")
         beside.replace(kept)
-    return found
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

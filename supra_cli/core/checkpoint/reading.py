@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from supra_cli.core import hub
 from supra_cli.core.checkpoint.describing import UNQUANTISED, check_attention, legible, read_config, skeleton, theirs
-from supra_cli.core.checkpoint.record import identity
+from supra_cli.core.checkpoint.record import check_headers, identity
 from supra_cli.core.checkpoint.slices import Entry, fill, headers, stacked
 from supra_cli.core.data.tokenizer import check_vocabulary
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, first_line
@@ -50,7 +50,7 @@ def load(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     check_attention(config, device, "the call" if attn_implementation is not None else str(path / "config.json"))
-    check(config, tensors(path))
+    check(config, path)
     with _quiet(), legible(path) as readable:
         model = SupraForCausalLM.from_pretrained(readable, config=config, dtype=dtype or config.dtype or torch.float32)
     return model.to(device)
@@ -63,8 +63,8 @@ def materialise(model: SupraForCausalLM, path: Path | str, device: torch.device 
     A head that has been untied since the model was saved begins as what it was tied to. Errors as of `load`.
     """
     path = Path(path)
-    config, stored = read_config(path), tensors(path)
-    check(config, stored)
+    config = read_config(path)
+    stored = check(config, path)
     saved = skeleton(config)
     stored = _renamed(saved, stored)
     model.to_empty(device=device)
@@ -85,7 +85,7 @@ def examine(path: Path | str) -> SupraConfig:
     """
     path = Path(path)
     config = read_config(path)
-    check(config, tensors(path))
+    check(config, path)
     if has_tokenizer(path):
         load_tokenizer(path, config)
     return config
@@ -169,8 +169,17 @@ def tensors(path: Path) -> dict[str, Entry]:
     return found
 
 
-def check(config: SupraConfig, found: Mapping[str, Entry]) -> None:
-    """Raise a SupraError naming the first tensor that the model of `config` lacks, has not or has in another shape."""
+def check(config: SupraConfig, path: Path) -> dict[str, Entry]:
+    """`tensors` of a directory. SupraError naming the first tensor that the model of `config` lacks, has not or has in
+    another shape, or a file whose tensors do not lie where they were saved.
+    """
+    found = tensors(path)
+    _check_names(config, found)
+    check_headers(path)
+    return found
+
+
+def _check_names(config: SupraConfig, found: Mapping[str, Entry]) -> None:
     for name, entry in found.items():
         if _QUANTISED.search(name) or (entry.dtype not in _WHOLE and name.endswith(".weight")):
             raise UsageError(f"tensor '{name}' in {entry.file} is quantised ({entry.dtype}); {UNQUANTISED}")

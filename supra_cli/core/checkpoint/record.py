@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.checkpoint.files import named_by_hash, sha256, sha256_once
+from supra_cli.core.checkpoint.files import header_sha256, named_by_hash, sha256, sha256_again, sha256_once
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.files import read_json
 from supra_cli.core.folder import weight_files
@@ -22,7 +22,9 @@ FORMAT = 1
 """Version of supra.json and of the model beside it: raise it when an older supra would misread either."""
 
 Hashes = dict[str, dict[str, Any]]
-"""File → {"bytes", "sha256", "mtime_ns"}; records of older versions lack the last."""
+"""File → {"bytes", "header", "mtime_ns", "sha256"}. `header` is the hash of a safetensors header. `sha256`, that of all
+of the file, is there where supra wrote the file or knew it without reading; records of older versions have no other.
+"""
 
 # Keys of a config that do not change what its weights compute.
 _WORDS = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "_name_or_path", "name_or_path")
@@ -32,7 +34,7 @@ def read_provenance(path: Path | str) -> dict[str, Any]:
     """What supra.json says of the weights and the config beside it: recipe, base, parent, tokens, versions, hashes.
 
     Empty where supra did not write them: there is no record, or something was saved over the model since. Costs the
-    hashing of files that were copied since (a second a gigabyte).
+    hashing of files that were copied since (a second a gigabyte); a file recorded by its header is compared by that.
     """
     path = Path(path)
     record = _record(path)
@@ -44,25 +46,46 @@ def read_provenance(path: Path | str) -> dict[str, Any]:
     return record
 
 
-def verify(path: Path | str) -> None:
+def verify(path: Path | str) -> list[str]:
     """Hash every weight file that would be loaded, and compare with supra.json, as is the config.
 
     A SupraError names the first difference: a file that the record does not list, a listed one that is not there or
     would not be loaded, content that is not what was saved. In the hub's cache the file's name is its hash.
+
+    Returns the files of which size and header alone could be compared: converting links a base's shards unread. Their
+    hashes are taken now and kept, so that the next time all of their content is compared.
     """
     path = Path(path)
     record = _record(path)
     if not record.get("files"):
         if _verified_by_name(path):
-            return
+            return []
         raise NotFoundError(
             f"{path} has no hashes to verify, expected them in {PROVENANCE}; convert or save the model with supra"
         )
     for file in record["files"]:
         if not (path / file).is_file():
             raise SupraError(f"{path / file} is missing, though {PROVENANCE} lists it; restore the file")
-    if difference := _difference(path, record, hash_all=True):
+    unread: list[str] = []
+    if difference := _difference(path, record, unread):
         raise SupraError(f"{path} is not what was saved: {difference}; restore the model's files, or save it again")
+    return unread
+
+
+def check_headers(path: Path) -> None:
+    """SupraError for a weight file whose header is not the recorded one: its tensors would be read from wrong places.
+
+    Not where the record lists other files than would be loaded, as where something was saved over the model.
+    """
+    recorded = _record(path).get("files") or {}
+    if set(recorded) != set(weight_files(path)):
+        return
+    for file, known in recorded.items():
+        if known.get("header") not in (None, header_sha256(path / file)):
+            raise SupraError(
+                f"{path / file} is not what was saved, its header differs from {PROVENANCE}; restore the file, or "
+                f"delete {PROVENANCE} if another model was saved over this one"
+            )
 
 
 def _verified_by_name(path: Path) -> bool:
@@ -81,37 +104,41 @@ def _verified_by_name(path: Path) -> bool:
 def identity(path: Path | str) -> str:
     """One hash of all weights of a model directory, whoever wrote it: what "the same weights" means everywhere.
 
-    It is that of each file that would be loaded. supra.json answers for files that are as old and as large as it says;
-    others are hashed once (a second a gigabyte), so nothing saved over a model, or copied into it, goes unnoticed.
+    It is that of each file that would be loaded. supra.json answers for files that are as old and as large as it says,
+    if it has their hashes; others are hashed once (a second a gigabyte), so nothing saved over a model, or copied into
+    it, goes unnoticed.
     """
     path = Path(path)
-    recorded = _record(path).get("files", {})
+    recorded = _record(path).get("files") or {}
     files = weight_files(path)
-    return digest({file: vouched(path / file, recorded.get(file)) or hashed(path / file) for file in files})
+    return digest({file: vouched(path / file, recorded.get(file)) or sha256_once(path / file) for file in files})
 
 
-def digest(files: Mapping[str, Any]) -> str | None:
-    """One hash of the hashes of files; None without any."""
-    if not files:
+def digest(hashes: Mapping[str, str | None]) -> str | None:
+    """One hash of the hashes of files; None without any, or where one is not known."""
+    if not hashes or None in hashes.values():
         return None
-    return hashlib.sha256("".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files)).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
 
 
-def hashed(file: Path, sha256: Callable[[Path], str] = sha256_once) -> dict[str, Any]:
-    """A file's entry in supra.json."""
+def entry(file: Path, sha256: str | None) -> dict[str, Any]:
+    """A weight file's entry in supra.json; `sha256` is None where all of its content has not been read."""
     state = file.stat()
-    return {"bytes": state.st_size, "sha256": sha256(file), "mtime_ns": state.st_mtime_ns}
+    known = {"bytes": state.st_size, "header": header_sha256(file), "mtime_ns": state.st_mtime_ns}
+    return known if sha256 is None else known | {"sha256": sha256}
 
 
-def vouched(file: Path, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """`known`, the entry of a file in supra.json, if the file is untouched since; None if only hashing can tell.
+def vouched(file: Path, known: Mapping[str, Any] | None) -> str | None:
+    """The hash of a file by `known`, its entry in supra.json; None if only reading the file can tell.
 
-    A hard link has its target's time of change; a copy has its own, and is hashed.
+    A hard link has its target's time of change; a copy has its own.
     """
-    if known is None:
-        return None
+    return known.get("sha256") if known is not None and _untouched(file, known) else None
+
+
+def _untouched(file: Path, known: Mapping[str, Any]) -> bool:
     state = file.stat()
-    return dict(known) if (known.get("bytes"), known.get("mtime_ns")) == (state.st_size, state.st_mtime_ns) else None
+    return (known.get("bytes"), known.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
 
 
 def config_digest(path: Path) -> str:
@@ -135,7 +162,7 @@ def _record(path: Path) -> dict[str, Any]:
     record = read_json(file)
     files = record.get("files") or {} if isinstance(record, dict) else None
     if not isinstance(files, dict) or not all(
-        isinstance(known, dict) and "sha256" in known for known in files.values()
+        isinstance(known, dict) and known.keys() & {"sha256", "header"} for known in files.values()
     ):
         raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
     if (newer := record.get("format", FORMAT)) != FORMAT:
@@ -146,18 +173,34 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _difference(path: Path, record: Mapping[str, Any], *, hash_all: bool = False) -> str | None:
-    """How the model beside supra.json differs from what it records; files that it vouches for are hashed on demand."""
+def _difference(path: Path, record: Mapping[str, Any], unread: list[str] | None = None) -> str | None:
+    """How the model beside supra.json differs from what it records, as far as can be told without reading files that it
+    vouches for. Where `unread` is given all are read, and those whose content nobody knew before are added to it.
+    """
     recorded = record.get("files") or {}
     if not recorded:
         return None
     if extra := _first(set(weight_files(path)) - set(recorded)):
         return f"{extra} would be loaded, of which {PROVENANCE} has no record"
-    if unread := _first(set(recorded) - set(weight_files(path))):
-        return f"{unread}, which {PROVENANCE} lists, would not be loaded"
+    if surplus := _first(set(recorded) - set(weight_files(path))):
+        return f"{surplus}, which {PROVENANCE} lists, would not be loaded"
     for file, known in recorded.items():
-        if (hash_all or not vouched(path / file, known)) and sha256(path / file) != known["sha256"]:
-            return f"{file} is not what was saved, its hash differs from {PROVENANCE}"
+        if unread is None and _untouched(path / file, known):
+            continue
+        if known.get("header") not in (None, header_sha256(path / file)):
+            return f"{file} is not what was saved, its header differs from {PROVENANCE}"
+        if "sha256" in known:
+            if sha256(path / file) != known["sha256"]:
+                return f"{file} is not what was saved, its hash differs from {PROVENANCE}"
+            continue
+        if (path / file).stat().st_size != known.get("bytes"):
+            return f"{file} is not what was saved, its size differs from {PROVENANCE}"
+        if unread is not None:
+            found, before = sha256_again(path / file)
+            if before not in (None, found):
+                return f"{file} has changed since it was hashed last, at the same size and time of change"
+            if before is None:
+                unread.append(file)
     if record.get("config") not in (None, config_digest(path)):
         return f"config.json describes another model than the one recorded in {PROVENANCE}"
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from supra_cli.core.checkpoint.files import sha256
-from supra_cli.core.checkpoint.record import Hashes, hashed
+from supra_cli.core.checkpoint.record import Hashes, entry
 from supra_cli.core.errors import SupraError, first_line
 from supra_cli.core.parallel import ALONE, World
 
@@ -84,14 +85,25 @@ def write_shards(
     """
     several = total_bytes > limit
     placed: dict[str, str] = {}
-    files: list[Path] = []
-    for members in _groups(tensors, limit, dtype):
-        number = f"-{len(files) + 1:05}" if several else ""
-        files.append(directory / f"{stem}{number}.safetensors")
-        _write(members, files[-1], dtype, world)
-        placed |= dict.fromkeys(members, files[-1].name)
-    own: Hashes = {file.name: hashed(file, sha256) for file in files[world.rank :: world.size]}
-    return placed, {name: entry for hashes in world.gathered(own) for name, entry in hashes.items()}
+    hashing: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as beside:  # a file is hashed while the next is written and the one after that is drawn
+        for turn, members in enumerate(_ahead(_groups(tensors, limit, dtype))):
+            file = directory / f"{stem}{f'-{turn + 1:05}' if several else ''}.safetensors"
+            _write(members, file, dtype, world)
+            placed |= dict.fromkeys(members, file.name)
+            if turn % world.size == world.rank:
+                hashing[file.name] = beside.submit(sha256, file)
+        own: Hashes = {name: entry(directory / name, found.result()) for name, found in hashing.items()}
+    return placed, {name: known for hashes in world.gathered(own) for name, known in hashes.items()}
+
+
+def _ahead(groups: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """`groups`, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as beside:
+        following = beside.submit(next, groups, None)
+        while (group := following.result()) is not None:
+            following = beside.submit(next, groups, None)
+            yield group
 
 
 def _groups(
@@ -162,6 +174,11 @@ def headers(directory: Path, files: Iterable[str]) -> dict[str, Entry]:
         try:
             with safetensors.safe_open(directory / file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    if name in found:
+                        raise SupraError(
+                            f"tensor '{name}' is in {found[name].file} and in {file} of {directory}, expected in one; "
+                            "restore the files or convert again"
+                        )
                     view = opened.get_slice(name)
                     found[name] = Entry(file, tuple(view.get_shape()), view.get_dtype(), name)
         except safetensors.SafetensorError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from supra_cli.core.checkpoint.files import atomic_directory, link
+from supra_cli.core.checkpoint.files import atomic_directory, link, sha256_once
 from supra_cli.core.checkpoint.reading import tensors
 from supra_cli.core.checkpoint.record import (
     FORMAT,
     PROVENANCE,
     Hashes,
     config_digest,
-    digest,
-    hashed,
+    entry,
+    identity,
     read_provenance,
     vouched,
 )
@@ -99,8 +99,10 @@ def write(
         files, hashes = write_shards(members.items(), directory, stem, size, dtype=dtype, world=world)
         placed, known = placed | files, known | hashes
     if world.leads:
-        parent = {"parent": None if source is None else digest(read_provenance(source).get("files"))}
-        finish(directory, config, placed, known, source=source, provenance=parent | dict(provenance))
+        if "parent" not in provenance:
+            ours = source is not None and read_provenance(source).get("files")
+            provenance = {"parent": identity(source) if ours else None, **provenance}
+        finish(directory, config, placed, known, source=source, provenance=provenance)
 
 
 def _without(mixers: set[str], path: Path) -> dict[str, str]:
@@ -111,19 +113,20 @@ def _without(mixers: set[str], path: Path) -> dict[str, str]:
     return {} if mixed & set(kept.values()) else kept
 
 
-def link_shards(source: Path, directory: Path, placed: Mapping[str, str]) -> tuple[dict[str, str], Hashes]:
+def link_shards(
+    source: Path, directory: Path, placed: Mapping[str, str], sha256: Callable[[Path], str | None] = sha256_once
+) -> tuple[dict[str, str], Hashes]:
     """Put the shards of `placed` (tensor → file in `source`) into `directory`; returns the new places and their hashes.
 
-    `model.safetensors` becomes `model-base.safetensors`: beside an index, a file of the old name would be taken for the
-    whole model.
+    `sha256` gives the hashes that supra.json of `source` does not have. `model.safetensors` becomes
+    `model-base.safetensors`: beside an index, a file of the old name would be taken for the whole model.
     """
     renamed = {file: "model-base.safetensors" if file == SINGLE else file for file in sorted(set(placed.values()))}
     known = read_provenance(source).get("files", {})
     hashes: Hashes = {}
     for old, new in renamed.items():
         link(source / old, directory / new)
-        entry = vouched(source / old, known.get(old)) or hashed(source / old)
-        hashes[new] = entry | {"mtime_ns": (directory / new).stat().st_mtime_ns}  # a copy has its own
+        hashes[new] = entry(directory / new, vouched(source / old, known.get(old)) or sha256(source / old))
     return {name: renamed[file] for name, file in placed.items()}, hashes
 
 
@@ -143,7 +146,7 @@ def finish(
         "versions": versions(),
         **provenance,
         "config": config_digest(directory),
-        "files": {file: known.get(written) or hashed(directory / file) for file, written in files.items()},
+        "files": {file: known[written] for file, written in files.items()},
     }
     write_json(directory / PROVENANCE, record)
 

@@ -59,7 +59,7 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
     config = checkpoint.read_config(folder)
     _apart(run, [str(folder), checkpoint.read_provenance(folder).get("base")])
     if model is not None:
-        checkpoint.check(config, checkpoint.tensors(folder))
+        checkpoint.check(config, folder)
         _same_swap(folder, config, _swapped(config, recipe))
         weights, base = folder, checkpoint.read_provenance(folder).get("base")
     elif recipe.init == "scratch":
