@@ -20,8 +20,8 @@ def core(*names: str) -> tuple[str, ...]:
 TIERS = (
     ("supra_cli.__main__",),
     ("supra_cli.commands",),
-    core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
     core("export", "serve"),
+    core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
     core("download"),
     core("modeling", "config", "data", "stages"),
     core("swap", "backbone"),
