@@ -52,7 +52,7 @@ ALIASES = {
 
 # What a model has besides its weights, of which only those that its index names are downloaded: pickles are never read;
 # sub-folders (`original/`) and `consolidated*` repeat them in another layout.
-_WANTED = ("*.json", "*.txt", "*.model", "*.jinja")
+_WANTED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 _DESCRIPTIONS = ("config.json", "generation_config.json", "adapter_config.json", "model_index.json")
 _UNWANTED = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -152,6 +152,18 @@ def commit_of(path: Path) -> str | None:
     """The hub commit of a model directory that lies in the hub's cache (`.../snapshots/<commit>`)."""
     path = Path(path).absolute()
     return path.name if path.parent.name == "snapshots" else None
+
+
+def cached(name: str) -> Path | None:
+    """The directory of a model that `lasting_name` named, if it is on this machine still; touches no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if _HUB_ID.fullmatch(name) is None:
+        folder = BUNDLED.get(name) or Path(name)
+        return folder if _is_model(folder) else None
+    repo, _, revision = name.partition("@")
+    config = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def lasting_name(source: Source, folder: Path) -> str:

@@ -163,6 +163,19 @@ def test_a_hub_model_of_any_kind_is_converted(supra, hub, base, tmp_path, dtype,
     assert supra("inspect", "runs/some-model-supra", "--verify").code == 0
 
 
+def test_the_licence_of_a_hub_model_goes_with_its_export(supra, hub, base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    (tmp_path / "model" / "LICENSE").write_text("Do as you like.\n")
+    hub.add(NAME, tmp_path / "model")
+    for verb in (("convert", NAME, "-o", "student"), ("export", "student", "-o", "out")):
+        assert (result := supra(*verb)).code == 0, result.err
+    assert {"base_model: some-org/some-model", "license: apache-2.0"} <= set(
+        Path("out/README.md").read_text().splitlines()
+    )
+    assert Path("out/LICENSE").read_text() == "Do as you like.\n"
+
+
 def test_weights_that_the_index_does_not_name_are_not_downloaded(supra, hub, base, tmp_path):
     published = tmp_path / "published"
     shutil.copytree(base, published)
@@ -582,7 +595,8 @@ def test_the_line_for_pickles_makes_a_model_of_them(supra, hub, base, tmp_path):
 
 
 def test_the_line_for_gguf_makes_a_model_of_it(supra, hub, base, tmp_path):
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     pytest.importorskip("accelerate")
     (tmp_path / "published").mkdir()
     write_gguf(gguf, base, tmp_path / "published" / "model.F16.gguf")

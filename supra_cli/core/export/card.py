@@ -71,8 +71,8 @@ def _base(name: str | None) -> str | None:
 
 def _licence(path: Path, base: str | None) -> dict[str, str]:
     """What the base's own card says of its licence, where it lies on this machine."""
-    folders = [path, *([Path(base)] if base else [])]
-    for file in (folder / "README.md" for folder in folders):
+    folders = [path, base and hub.cached(base)]
+    for file in (folder / "README.md" for folder in folders if folder):
         if file.is_file() and (found := re.match(r"---\n(.*?)\n---", file.read_text("utf-8", "replace"), re.DOTALL)):
             said = yaml.safe_load(found[1])
             if isinstance(said, dict) and "license" in said:
