@@ -50,6 +50,7 @@ ODDITIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 4.0,
         "residual_multiplier": 0.7,
     },
+    "ministral": _SLIDING,
     "ministral3": {
         "rope_parameters": {
             "rope_type": "default",

@@ -233,7 +233,6 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
         "modeling_foo.Foo (auto_map)",
     ),
     "newer than transformers": (config(model_type="newllm7"), 2, "does not know either"),
-    "mistral by layers": (config(model_type="mistral", layer_types=["full_attention"] * 4), 2, "'ministral'"),
     "GPTQ": (config(quantization_config={"quant_method": "gptq", "bits": 4}), 2, "quantised by gptq"),
     "AWQ": (config(quantization_config={"quant_method": "awq", "bits": 4}), 2, "quantised by awq"),
     "bitsandbytes": (config(quantization_config={"quant_method": "bitsandbytes"}), 2, "quantised by bitsandbytes"),

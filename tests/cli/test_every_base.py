@@ -38,6 +38,16 @@ def test_a_base_is_planned_converted_uptrained_and_writes(kind, supra, tmp_path)
     assert len(losses) == 6
 
 
+def test_a_mistral_with_types_of_layers_is_converted_as_what_transformers_reads(supra, tmp_path):
+    base = save_base(tmp_path / "base", [TEXT], "mistral")
+    described = json.loads((base / "config.json").read_text())
+    described["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    (base / "config.json").write_text(json.dumps(described))
+    assert supra("convert", base, "-o", "student", "--keep", "sliding").code == 0
+    swap = json.loads((tmp_path / "student" / "config.json").read_text())["supra"]
+    assert (swap["base"], swap["layers"]) == ("ministral", ["supra", "softmax", "supra"])
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_learned_positions_have_an_end(kind, supra, tmp_path):
     base = save_base(tmp_path / "base", [TEXT], kind, max_position_embeddings=24)

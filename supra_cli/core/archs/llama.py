@@ -38,5 +38,5 @@ LLAMA = Arch(
     head=plain_head,
 )
 
-archs.register("llama", "mistral", "mixtral", "qwen2")(LLAMA)
+archs.register("llama", "ministral", "mistral", "mixtral", "qwen2")(LLAMA)
 archs.register("qwen3", "qwen3_moe")(replace(LLAMA, qkv=normed_qkv))
