@@ -74,7 +74,7 @@ def test_a_directory_without_a_config_or_weights_is_not_a_model(here):
 
 def test_a_missing_shard_is_named(here):
     model = directory(here / "model", files=("config.json", "model-1.safetensors"))
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SupraError, match=r"model-2\.safetensors is missing") as caught:
         hub.fetch(hub.resolve("model"))
