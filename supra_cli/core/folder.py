@@ -205,10 +205,10 @@ def weight_map(path: Path) -> dict[str, str]:
     placed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
         raise SupraError(f"{path / INDEX} has no weight_map from tensors to files; restore the file")
-    if not isinstance(index.get("metadata"), dict):  # transformers writes into it
-        raise SupraError(f'{path / INDEX} has no object "metadata", which may be empty; restore the file')
     if outside := next((file for file in placed.values() if Path(file).name != file), None):
         raise SupraError(f"{path / INDEX} names {outside}, expected files in its own directory; restore the file")
+    if not isinstance(index.get("metadata"), dict):  # transformers writes into it
+        raise SupraError(f'{path / INDEX} has no object "metadata", which may be empty; restore the file')
     return placed
 
 

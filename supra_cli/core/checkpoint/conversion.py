@@ -68,12 +68,16 @@ def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) 
 
 def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of every new parameter; `new` maps the names of mixers to mixers on the meta device."""
+    memory: dict[tuple[str, torch.Size], Tensor] = {}  # fresh pages would cost as much as drawing into them
     for name, layer in new.items():
         dtypes = {key: parameter.dtype for key, parameter in layer.named_parameters()}
         # Made on meta: PyTorch's layers draw themselves when they are made, which would be half of the time.
         with torch.device("meta"):
             mixer = type(layer)(layer.spec, layer.options)
-        mixer.to_empty(device="cpu")
+        for key, tensor in mixer.state_dict().items():
+            if (key, tensor.shape) not in memory:
+                memory[key, tensor.shape] = torch.empty_like(tensor, device="cpu")
+        mixer.load_state_dict({key: memory[key, x.shape] for key, x in mixer.state_dict().items()}, assign=True)
         for parameter in mixer.parameters():
             parameter.data.view(-1)[:1] = torch.nan  # which tells whether it was drawn, at no cost
         with torch.random.fork_rng(devices=[]):
@@ -82,4 +86,4 @@ def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str,
         for key, parameter in mixer.named_parameters():
             if parameter.view(-1)[:1].isnan().any():
                 raise ValueError(f"{type(mixer).__name__}.reset_parameters leaves '{key}' undrawn")
-            yield f"{name}.{key}", parameter.detach().to(dtypes[key])
+            yield f"{name}.{key}", parameter.detach().to(dtypes[key], copy=True)
