@@ -55,11 +55,11 @@ test-versions: $(BIN)/supra
 soak: $(BIN)/supra
 	PYTHONPATH=. $(PARALLEL) $(BIN)/python tests/parallel/soak.py
 
-# Takes $(PYTHON) as it is: a borrowed GPU machine needs what benchmarks/gpu.py names, no installation.
+# Takes $(PYTHON) as it is: a GPU machine needs what benchmarks/gpu.py names, no installation.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
-# 21 MB of what such a machine may lack, for Python 3.12 on x86-64; there: pip install --no-index --no-deps wheels/*.whl
+# 21 MB of what a GPU machine without a network may lack, for Python 3.12 on x86-64; there: pip install --no-index --no-deps wheels/*.whl
 WHEELS := annotated-types pydantic pydantic_core typing-inspection tomli_w rich torchao lm_eval datasets dill multiprocess \
 	evaluate pytablewriter DataProperty mbstrdecoder tabledata tcolorpy typepy pathvalidate nltk more-itertools chardet pytz
 wheels: $(BIN)/supra

@@ -58,8 +58,11 @@ def run(name: str, seconds: int, arguments: list[str], output: Path) -> dict:
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait() and None
+        code = None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     verdict = "ok" if code == 0 else f"over {seconds} s" if code is None else f"exit {code}"
     return {"part": name, "verdict": verdict, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -78,6 +81,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=SECONDS, help="that all parts may take together")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     given = parser.parse_args()
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"no part '{min(unknown)}' here; there are {', '.join(PARTS)}")
     output, chosen = given.output.resolve(), {name: PARTS[name] for name in given.parts or PARTS}
     output.mkdir(parents=True, exist_ok=True)
     began = time.time()

@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all by default")
     given = parser.parse_args()
+    if unknown := set(given.cases) - set(CASES):
+        parser.error(f"no case '{min(unknown)}'; there are {'; '.join(CASES)}")
     able = [name for name in CASES if given.device == "cpu" or name not in ON_A_CPU]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(AT_ONCE[given.device]) as pool:
         folder, device = Path(name), given.device

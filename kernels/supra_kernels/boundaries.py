@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 NAMESPACE = "supra" if __name__ == "supra_kernels.boundaries" else __name__.replace(".", "_")
 """Of the operators of torch.library, of which there may be one set by each name: an exported model brings its own."""
 OPERATORS = getattr(torch.ops, NAMESPACE)
+INTERFACE = 1
+"""Of supra_kernels.gpu, as library.py calls it: raise it when a call changes, since exported models call it too."""
 
 DECAY_FLOOR = -200.0
 """exp(-200) is 0 in fp32 and 1e-87 in float64; a finite floor keeps -inf - -inf out of the sums."""
@@ -50,10 +53,20 @@ def triton_compiles_for(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@cache
+def kernels_are_here() -> bool:
+    """Whether there are kernels for library.py to call: an exported model has those of an installed supra, if any."""
+    try:
+        installed = import_module("supra_kernels.boundaries")
+    except ImportError:
+        return False
+    return installed.INTERFACE == INTERFACE
+
+
 @torch.compiler.assume_constant_result
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton supports this GPU and the kernels are there, which an exported model does not bring."""
-    return find_spec("supra_kernels") is not None and triton_compiles_for(device)
+    """Whether Triton supports this GPU and the kernels are here."""
+    return kernels_are_here() and triton_compiles_for(device)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

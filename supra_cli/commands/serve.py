@@ -31,11 +31,11 @@ def run(
     from supra_cli.core import device as devices
 
     serve.check_installed()
+    serve.check_free(host, port)
     target = devices.resolve(device)
     number = devices.dtype(dtype, target)
     folder = hub.fetch(source)
-    tokenizer = checkpoint.load_tokenizer(folder)
-    checkpoint.examine(folder)
+    tokenizer = checkpoint.load_tokenizer(folder, checkpoint.examine(folder))
     if tokenizer.chat_template is None:
         console.note("the tokenizer has no chat template, so only /v1/completions can answer")
     console.note(f"its name in requests: {folder}")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ def drawn(model: str, mixers: Sequence[str], layers: int | None, device: str, dt
 def graphed(step: Run) -> Run:
     """`step` captured once, after warm-up on a stream of its own, as CUDA graphs want it; replayed from then on.
 
-    transformers up to 5.17 or later writes a mask out while a stream is captured, which would keep the softmax base
+    transformers 5.17 writes a mask out while a stream is captured, which would keep the softmax base
     from its fastest kernel: it is told that none is.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -170,9 +170,18 @@ def graphed(step: Run) -> Run:
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph), mock.patch.object(masking_utils, "is_tracing", return_value=False):
+    with torch.cuda.graph(graph), _untraced():
         step()
     return graph.replay
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    before, masking_utils.is_tracing = masking_utils.is_tracing, lambda *_: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = before
 
 
 def counted_flops(run: Run) -> int:

@@ -97,7 +97,7 @@ def _download(file: _File, blobs: Path, which: str) -> None:
             if partial.exists() and not _size(partial):
                 partial.unlink()
         # Everything that names a model by its weights trusts the hash that is the blob's name.
-        if _SHA256.fullmatch(file.etag) and _sha256(partial) != file.etag:
+        if file.etag not in _hashes(partial):
             partial.unlink()
             raise SupraError(f"{file.name} did not arrive as the hub describes it; download it again")
         partial.replace(blob)
@@ -122,8 +122,10 @@ def _append(file: _File, partial: Path) -> None:
                     displayed_filename=file.name,
                 )
             return
-        except HTTPError as error:
-            if isinstance(error, HfHubHTTPError) or _size(partial) <= begun:
+        except (HTTPError, OSError) as error:
+            # An OSError without a number is huggingface_hub's word for an answer that ended early.
+            refused = isinstance(error, HfHubHTTPError) or (isinstance(error, OSError) and error.errno is not None)
+            if refused or _size(partial) <= begun:
                 raise
 
 
@@ -135,6 +137,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _sha256(path: Path) -> str:
+def _hashes(path: Path) -> set[str]:
+    """What the hub may call a file: by SHA-256 if it is large, else as git does."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        large = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0)
+        small = hashlib.sha1(f"blob {_size(path)}\0".encode())
+        while piece := stream.read(1 << 20):
+            small.update(piece)
+    return {large, small.hexdigest()}

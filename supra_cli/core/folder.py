@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -96,7 +97,7 @@ def _adapter(path: Path, place: Place) -> NotFoundError:
     adapter = read_json(path / "adapter_config.json")
     base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
     own = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}.intersection(place.top)
-    words = place.load if own else f"'{base}'" if base else None
+    words = place.load if own else f"'{_plain(base, 'BASE')}'" if base else None
     tokenizer = f"; T.from_pretrained({words}).save_pretrained('MERGED')" if words else ""
     return NotFoundError(
         f"{place.name} holds a PEFT adapter{f' of {base}' if base else ''}, expected a whole model; merge it first: "
@@ -136,9 +137,14 @@ def _other_weights(place: Place) -> str | None:
             # Of several quantisations, the one that lost least: none, or else the most bits, by the name.
             file = max(files, key=lambda name: ("f16" in name.lower() or "f32" in name.lower(), name))
             file = file if pattern == "*.gguf" else files[0]
-            lines = {"from_bin": _from_bin(place), "from_gguf": _from_gguf(place, file)}
+            lines = {"from_bin": _from_bin(place), "from_gguf": _from_gguf(place, _plain(file, "FILE.gguf"))}
             return f"{what} ({file}); {remedy.format(path=place.save, **lines)}"
     return None
+
+
+def _plain(name: object, otherwise: str) -> str:
+    """What someone else has named, in a line that is to be pasted: only as long as no shell and no Python heeds it."""
+    return name if isinstance(name, str) and re.fullmatch(r"[\w./ -]+", name) else otherwise
 
 
 def _from_bin(place: Place) -> str:

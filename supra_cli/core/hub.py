@@ -297,15 +297,21 @@ def _translated(source: Source) -> Iterator[None]:
     except (errors.FileMetadataError, json.JSONDecodeError) as error:
         raise _no_hub() from error
     except (errors.HTTPError, ConnectionError, TimeoutError) as error:
-        raise NotFoundError(
-            f"the connection to the hub broke off while fetching {source.repo}; run again and it goes on from there"
-        ) from error
+        raise _broken_off(source) from error
     except OSError as error:
+        if error.errno is None:  # what came was less than was announced
+            raise _broken_off(source) from error
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise SupraError(
             f"cannot write to the hub's cache ({first_line(error)}); set HF_HOME to a place where you may write"
         ) from error
+
+
+def _broken_off(source: Source) -> NotFoundError:
+    return NotFoundError(
+        f"the connection to the hub broke off while fetching {source.repo}; run again and it goes on from there"
+    )
 
 
 def _refused(source: Source, error: Exception) -> SupraError:

@@ -78,7 +78,7 @@ def linear_attention(
     form = supra_kernels.default_form(q, segment) if forced is None else _FORMS[forced]
     if not torch.compiler.is_compiling() and _planned is None:
         ran = forced or ("triton" if form == "triton" else "torch")
-        slower = forced is None and q.device.type == "cuda" and not supra_kernels.triton_runs_on(q.device)
+        slower = forced is None and q.device.type == "cuda" and form != "triton" and q.dtype != torch.float64
         _tell_once(ran, q.device.type, supra_kernels.operand_dtype(q, form), slower)
     if rope is not None and not isinstance(rope, Rotation):
         q, k = (rope(x.relu() if relu else x) for x in (q, k))

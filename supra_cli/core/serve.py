@@ -14,13 +14,12 @@ from supra_cli.core.modeling import SupraForCausalLM
 
 
 def serve(path: Path | str, *, host: str, port: int, device: str, dtype: torch.dtype) -> None:
-    """Load the model in a directory and answer requests for it, under the directory's name, until interrupted.
+    """Load the model in a directory and answer requests for it, under the directory's name, until interrupted; after
+    `check_installed` and `check_free`.
 
     Requests are answered one after the other by `generate`. Continuous batching is never switched on: it keeps pages of
     keys and values, which recurrent layers do not have.
     """
-    check_installed()
-    check_free(host, port)
     described, _ = PreTrainedConfig.get_config_dict(path)
     if not described.get("architectures"):
         raise UsageError(
@@ -53,8 +52,10 @@ def check_free(host: str, port: int) -> None:
             with socket.socket(family, kind, protocol) as listener:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)
-    except socket.gaierror:
-        raise UsageError(f"--host {host} is no address of this machine; 127.0.0.1 is for this machine alone") from None
+    except (socket.gaierror, UnicodeError):
+        raise UsageError(
+            f"--host {host!r} is no address of this machine; 127.0.0.1 is for this machine alone"
+        ) from None
     except OSError as error:
         raise SupraError(
             f"cannot listen at {host}, port {port}: {error.strerror.lower()}; choose another --port or --host"

@@ -149,6 +149,13 @@ def test_a_part_that_fails_leaves_the_others_be(monkeypatch, tmp_path, capfd):
     assert capfd.readouterr().out.splitlines()[-1] == "x: 2.5 (at least 1)"
 
 
+def test_a_part_that_is_not_there_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "operators"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "no part 'operators' here; there are tests" in capsys.readouterr().err
+
+
 SMALL = MistralConfig(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, sliding_window=None,

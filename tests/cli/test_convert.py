@@ -79,7 +79,7 @@ def test_the_aliases_are_listed_with_what_they_stand_for(supra):
     assert llama.split() == ["llama-7b", "meta-llama/Llama-2-7b-hf", "6.738B", "12.6", "GiB", "yes"]
 
 
-def test_the_mission_s_command_offline_is_exit_3_and_one_sentence(supra, monkeypatch, tmp_path):
+def test_command_offline_is_exit_3_and_one_sentence(supra, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     result = supra("convert", "llama-7b")

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from transformers import AutoTokenizer
 
 from supra_cli.core import checkpoint
 from supra_cli.core.archs import archs
+from supra_cli.core.checkpoint.slices import write_shards
 from supra_cli.core.errors import UsageError
 from supra_cli.core.export import export
 from supra_cli.core.mixers import mixers
@@ -229,20 +232,41 @@ def test_the_card_of_a_run_has_its_recipe_its_scores_and_the_licence_of_its_base
     assert str(tmp_path) not in "".join(file.read_text("utf-8") for file in (tmp_path / "out").glob("*.[pmj][yds]*"))
 
 
-def test_a_mixer_of_another_package_comes_along(tmp_path, monkeypatch):
+HALVED = """
+from .words import FACTOR
+from supra_cli.core.mixers import mixers
+from supra_cli.core.mixers.retention import Retention
+
+
+{decorator}
+class Halved(Retention):
+    def forward(self, *call):
+        o, state = super().forward(*call)
+        return FACTOR * o, state
+"""
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch) -> Iterator[Path]:
+    """Another package with a mixer `halved`, which registers itself or, by an entry point, does not."""
     package = tmp_path / "house"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "words.py").write_text("FACTOR = 0.5\n")
-    (package / "halved.py").write_text(
-        "from house.words import FACTOR\n"
-        "from supra_cli.core.mixers import mixers\nfrom supra_cli.core.mixers.retention import Retention\n\n\n"
-        "@mixers.register('halved')\nclass Halved(Retention):\n"
-        "    def forward(self, *call):\n        o, state = super().forward(*call)\n        return FACTOR * o, state\n"
-    )
+    (package / "words.py").write_text("import math\n\nFACTOR = math.sqrt(0.25)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(mixers, "_objects", {**mixers._objects})
-    import_module("house.halved")
+    yield package
+    for name in ("house", "house.words", "house.halved"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("entry_point", [False, True], ids=["registers itself", "by an entry point"])
+def test_a_mixer_of_another_package_comes_along(house, entry_point, tmp_path, monkeypatch):
+    (house / "halved.py").write_text(HALVED.format(decorator="" if entry_point else "@mixers.register('halved')"))
+    module = import_module("house.halved")
+    if entry_point:
+        monkeypatch.setitem(mixers._objects, "halved", module.Halved)
+        monkeypatch.setitem(mixers._origins, "halved", "house.halved")
     export(student := converted(tmp_path, mixer="halved"), tmp_path / "out")
     ids = torch.arange(3, 40)[None]
     torch.save(checkpoint.load(student)(ids).logits, tmp_path / "wanted.pt")
@@ -256,15 +280,43 @@ print(torch.equal(model(torch.arange(3, 40)[None]).logits, torch.load(sys.argv[2
         tmp_path / "wanted.pt",
     )
     assert done.stdout.split() == ["True", "False"], done.stderr[-3000:]
-    (package / "words.py").write_text("import einops\n")
-    with pytest.raises(UsageError, match="imports einops"):
-        export(student, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    for line, said in (
+        ("import os, einops", "house.words imports einops"),
+        ("import house.words", "write `from house import words`"),
+    ):
+        (house / "words.py").write_text(f"{line}\n")
+        with pytest.raises(UsageError, match=said):
+            export(student, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_a_large_export_has_several_shards_in_whatever_format(student, tmp_path, monkeypatch):
+    """Which are counted in the format that is written: a wider one needs more of them."""
+    narrow = export(student, tmp_path / "narrow", dtype=torch.bfloat16)
+    size = (narrow / "model.safetensors").stat().st_size
+    monkeypatch.setattr("supra_cli.core.export.write_shards", partial(write_shards, limit=size + size // 4))
+    wide = export(narrow, tmp_path / "wide", dtype=torch.float32)
+    assert len(list(wide.glob("*.safetensors"))) > 1
+    ids = torch.arange(3, 40)[None]
+    wanted = checkpoint.load(narrow, dtype=torch.float32)(ids).logits
+    assert torch.equal(checkpoint.load(wide)(ids).logits, wanted)
+
+
+def test_what_others_have_saved_is_exported_too(student, tmp_path):
+    """It has no record; and a card of its base that makes no sense says nothing."""
+    checkpoint.load(student).save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(student).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "README.md").write_text("---\nlicense: a: b\n---\n")
+    head, body = card(export(tmp_path / "saved", tmp_path / "mine"))
+    assert "license" not in head
+    assert "# mine\n" in body
+    assert "uptraining" not in body
+    assert "auto_map" not in checkpoint.read_config(tmp_path / "mine").to_dict()
 
 
 def test_what_cannot_be_exported_is_said_in_a_sentence(supra, base, student, tmp_path):
     shutil.copytree(student, tmp_path / "damaged")
-    shard = next((tmp_path / "damaged").glob("model*.safetensors"))
+    shard = tmp_path / "damaged" / "model-mixers.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)

@@ -118,7 +118,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # -- What works
 
 
-def test_the_mission_s_first_command(process, server, base, tmp_path):
+def test_an_alias_is_converted_from_its_gated_repository(process, server, base, tmp_path):
     """An alias, from its gated repository with a token; then the same without a network, from the cache."""
     commit = server.add(LLAMA, base, gated=True)
     done = process("convert", "llama-7b", HF_TOKEN=fakehub.TOKEN)

@@ -230,7 +230,7 @@ def test_documents_that_are_not_those_of_the_segment_are_refused():
 def test_an_exported_model_without_the_kernels_takes_the_form_of_pytorch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert ops.supra_kernels.default_form(OldGPU, None) == "triton"
-    monkeypatch.setattr("supra_kernels.boundaries.find_spec", lambda name: None)
+    monkeypatch.setattr("supra_kernels.boundaries.kernels_are_here", lambda: False)
     assert ops.supra_kernels.default_form(OldGPU, None) == "chunk"
 
 

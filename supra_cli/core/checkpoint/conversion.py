@@ -53,7 +53,13 @@ def convert(
         parent = digest({file: known[placed[name]].get("sha256") for name, file in entries.items()})
         drawn, hashes = write_shards(_drawn(new, seed), directory, "model-mixers", total, limit=MIXER_SHARD_BYTES)
         placed, known = placed | drawn, known | hashes
-        provenance = {"base": base or str(source), "parent": parent, "recipe": recipe, "seed": seed, "tokens": 0}
+        provenance = {
+            "base": base or str(source.resolve()),
+            "parent": parent,
+            "recipe": recipe,
+            "seed": seed,
+            "tokens": 0,
+        }
         finish(directory, config, placed, known, source=source, provenance=provenance)
     return output
 

@@ -71,7 +71,7 @@ def read_config(path: Path | str) -> SupraConfig:
         _generation(path)
     if record is None:
         return SupraConfig.from_base(base)
-    config = SupraConfig.from_dict(described)
+    config = SupraConfig.from_dict({key: value for key, value in described.items() if key != "auto_map"})
     config.name_or_path = str(path)
     with describing_a_model(file):
         config.swap.check(config.num_hidden_layers)

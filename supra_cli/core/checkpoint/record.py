@@ -165,7 +165,10 @@ def _record(path: Path) -> dict[str, Any]:
         isinstance(known, dict) and known.keys() & {"sha256", "header"} for known in files.values()
     ):
         raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
-    if (newer := record.get("format", FORMAT)) != FORMAT:
+    newer = record.get("format", FORMAT)
+    if not isinstance(newer, int) or newer < FORMAT:
+        raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
+    if newer > FORMAT:
         raise SupraError(
             f"{file} says that a newer supra wrote the model (format {newer}, here is {FORMAT}); install that supra, "
             "or write the model again with this one"

@@ -89,6 +89,8 @@ def write_shards(
     with ThreadPoolExecutor(1) as beside:  # a file is hashed while the next is written and the one after that is drawn
         for turn, members in enumerate(_ahead(_groups(tensors, limit, dtype))):
             file = directory / f"{stem}{f'-{turn + 1:05}' if several else ''}.safetensors"
+            if file.name in placed.values():
+                raise ValueError(f"the tensors take more than {total_bytes} bytes")
             _write(members, file, dtype, world)
             placed |= dict.fromkeys(members, file.name)
             if turn % world.size == world.rank:

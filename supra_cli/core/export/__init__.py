@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from supra_cli.core import checkpoint
 from supra_cli.core.checkpoint.slices import DTYPES, Entry, write_shards
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import NotFoundError, UsageError
 from supra_cli.core.export.card import card
 from supra_cli.core.export.code import code
 
@@ -20,8 +21,8 @@ def export(path: Path | str, output: Path | str, *, dtype: torch.dtype | None = 
     """Write the converted model in `path` so that AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
     loads it where this package is not installed; returns `output`. `dtype` is that of the weights, their own if None.
 
-    The weights are held against the hashes of supra.json first. UsageError: a model without a recurrent layer, which
-    transformers loads as it is, or code that others cannot run. SupraError: a damaged model.
+    The weights are held against supra.json first, where there is one. UsageError: a model without a recurrent layer,
+    which transformers loads as it is, or code that others cannot run. SupraError: a damaged model.
     """
     path, output = Path(path), Path(output)
     if path.resolve().is_relative_to(output.resolve()):
@@ -30,18 +31,24 @@ def export(path: Path | str, output: Path | str, *, dtype: torch.dtype | None = 
     config = checkpoint.examine(path)
     if not config.swap.any:
         raise UsageError(f"{path} has no recurrent layer: it is a plain {config.swap.base}, which needs no export")
-    checkpoint.verify(path)
+    with suppress(NotFoundError):  # what others have saved has no hashes, and its headers were read just now
+        checkpoint.verify(path)
     files, config.auto_map = code(config.swap.base, config.swap.mixer)
-    files["README.md"] = card(path, config)
+    files["README.md"] = card(path, config, output.absolute().name)
     config.dtype = dtype or config.dtype or torch.float32
     stored = checkpoint.tensors(path)
-    numbers = sum(torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize for entry in stored.values())
+    size = sum(torch.Size(entry.shape).numel() * _written(entry, dtype).itemsize for entry in stored.values())
     with checkpoint.atomic_directory(output, overwrite=overwrite) as directory:
-        placed, _ = write_shards(_read(path, stored), directory, "model", numbers, dtype=dtype)
+        placed, _ = write_shards(_read(path, stored), directory, "model", size, dtype=dtype)
         checkpoint.describe(directory, config, placed, path)
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
     return output
+
+
+def _written(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
+    own = DTYPES[entry.dtype]
+    return dtype if dtype is not None and own.is_floating_point else own
 
 
 def _read(path: Path, stored: dict[str, Entry]) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from supra_cli.core.recipe.keep import SOFTMAX
 _HUB = re.compile(r"([\w.-]+/[\w.-]+?)(@[0-9a-f]+)?")
 
 
-def card(path: Path, config: SupraConfig) -> str:
+def card(path: Path, config: SupraConfig, name: str) -> str:
     """What the model is, what it was made of, what was measured, how to load it."""
     record, swap = checkpoint.read_provenance(path), config.swap
     base = _base(record.get("base"))
@@ -32,11 +33,11 @@ def card(path: Path, config: SupraConfig) -> str:
     options = "".join(f", {key} = {value}" for key, value in swap.options.items())
     what = f"{base or f'a {swap.base} model'} whose attention was replaced by recurrent layers of fixed-size state"
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {path.resolve().name}\n",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}\n",
         f"This is {what}, by [SUPRA](https://arxiv.org/abs/2405.06640)'s toolkit `supra` {__version__}.\n",
         f"- mixer: {swap.mixer}{options}\n- layers: {len(swap.layers)}, "
         + (f"{len(kept)} of them softmax attention still ({', '.join(kept)})" if kept else "all recurrent")
-        + f"\n- uptraining: {record.get('tokens') or 0:,} tokens\n",
+        + (f"\n- uptraining: {record['tokens']:,} tokens\n" if "tokens" in record else "\n"),
         _USAGE,
         *_scores(path),
         *_recipe(record.get("recipe")),
@@ -74,7 +75,9 @@ def _licence(path: Path, base: str | None) -> dict[str, str]:
     folders = [path, base and hub.cached(base)]
     for file in (folder / "README.md" for folder in folders if folder):
         if file.is_file() and (found := re.match(r"---\n(.*?)\n---", file.read_text("utf-8", "replace"), re.DOTALL)):
-            said = yaml.safe_load(found[1])
+            said: Any = None
+            with suppress(yaml.YAMLError):
+                said = yaml.safe_load(found[1])
             if isinstance(said, dict) and "license" in said:
                 return {key: said[key] for key in ("license", "license_name", "license_link") if key in said}
     return {}

@@ -17,6 +17,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from supra_cli.core.config import config_class
 from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import mixers
 from supra_cli.core.modeling import SupraForCausalLM, SupraModel, model_class
+from supra_cli.core.registry import Registry
 
 _NAMES = {"supra_cli.core.config": "configuration_supra", "supra_cli.core.modeling": "modeling_supra"}
 _ENTRY = "modeling_supra"
@@ -44,6 +46,8 @@ class Import(NamedTuple):
     indent: int
     names: list[tuple[str, str | None, str]]
     """(module, what of it or None for the module itself, name here)."""
+    others: list[str]
+    """What else it imports, `os as system`."""
 
 
 class Code(NamedTuple):
@@ -65,13 +69,22 @@ def code(base: str, mixer: str) -> Code:
     kinds = (SupraForCausalLM, SupraModel)
     made = {"AutoConfig": ("config_class", "", config_class(base))}
     made |= {kind.auto.__name__: ("model_class", f", {kind.__name__}", model_class(base, kind)) for kind in kinds}
-    # A registry knows what was imported; and transformers 5.14 brings what the entry itself imports, no further.
+    # transformers 5.14 brings what the entry itself imports, no further.
     end = [f"from .{flat(module)} import __name__ as _" for module in sorted(sources) if flat(module) != _ENTRY]
+    end += [*_registered("archs", archs, base), *_registered("mixers", mixers, mixer)]
     for maker, of, kind in made.values():
         # Saved again, the code that is copied is that of the class's own module.
         end += ["", f'{kind.__name__} = {maker}("{base}"{of})', f"{kind.__name__}.__module__ = __name__"]
     files[f"{_ENTRY}.py"] += "\n" + "\n".join(end) + "\n"
     return Code(files, {auto: f"{_ENTRY}.{kind.__name__}" for auto, (*_, kind) in made.items()})
+
+
+def _registered(here: str, registry: Registry, name: str) -> Iterator[str]:
+    """Lines that register what an entry point names; what registers itself has no name of its own, or is the same."""
+    module, made = registry.origin(name), registry.get(name)
+    if own := next((key for key, value in vars(sys.modules[module]).items() if value is made), None):
+        yield f"from .{flat(module)} import {own} as _{here}"
+        yield f'{here}.register("{name}")(_{here})'
 
 
 def flat(module: str) -> str:
@@ -87,12 +100,12 @@ def _reached(modules: list[str], packages: set[str]) -> dict[str, str]:
         if module in found:
             continue
         found[module] = Path(importlib.import_module(module).__file__).read_text(encoding="utf-8")
-        for statement in _imports(found[module], packages):
+        for statement in _imports(module, found[module], packages):
             modules += [name for name, _, _ in statement.names]
     return found
 
 
-def _imports(source: str, packages: set[str]) -> Iterator[Import]:
+def _imports(module: str, source: str, packages: set[str]) -> Iterator[Import]:
     """Every import from `packages` outside of `try`. UsageError for one of anything else that may not be there."""
     todo: list[ast.AST] = [ast.parse(source)]
     while todo:
@@ -100,21 +113,32 @@ def _imports(source: str, packages: set[str]) -> Iterator[Import]:
         if isinstance(node, ast.Try):
             continue
         todo += ast.iter_child_nodes(node)
+        names, others, whole = [], [], set()
         if isinstance(node, ast.ImportFrom):
-            names = [_part(node.module, alias) for alias in node.names] if _top(node.module) in packages else []
-            tops = {_top(node.module)}
+            named = "." * node.level + (node.module or "")
+            whole = {resolve_name(named, importlib.import_module(module).__package__)}
+            if _top(min(whole)) in packages:
+                names = [_part(min(whole), alias) for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [(alias.name, None, alias.asname or alias.name) for alias in node.names]
-            tops = {_top(alias.name) for alias in node.names}
-        else:
-            continue
-        if foreign := tops - packages - _THERE:
+            whole = {alias.name for alias in node.names}
+            for alias in node.names:
+                if _top(alias.name) not in packages:
+                    others.append(ast.unparse(alias))
+                elif "." in alias.name and alias.asname is None:
+                    package, _, part = alias.name.rpartition(".")
+                    raise UsageError(
+                        f"{module} says `import {alias.name}`, which an export cannot follow; write "
+                        f"`from {package} import {part}`"
+                    )
+                else:
+                    names.append((alias.name, None, alias.asname or alias.name))
+        if foreign := {_top(name) for name in whole} - packages - _THERE:
             raise UsageError(
-                f"the model's code imports {min(foreign)}, which who loads an export may not have; import it inside "
-                "`try`, or do without"
+                f"{module} imports {min(foreign)}, which who loads an export may not have; import it inside `try`, or "
+                "do without"
             )
-        if tops & packages:
-            yield Import(node.lineno, node.end_lineno, node.col_offset, names)
+        if names:
+            yield Import(node.lineno, node.end_lineno, node.col_offset, names, others)
 
 
 def _top(module: str) -> str:
@@ -132,14 +156,16 @@ def _part(module: str, alias: ast.alias) -> tuple[str, str | None, str]:
 
 def _rewritten(module: str, source: str, packages: set[str]) -> str:
     lines = source.splitlines(keepends=True)
-    for statement in sorted(_imports(source, packages), reverse=True):
+    for statement in sorted(_imports(module, source, packages), reverse=True):
         lines[statement.first - 1 : statement.last] = [
-            f"{' ' * statement.indent}{line}\n" for line in _relative(statement.names)
+            f"{' ' * statement.indent}{line}\n" for line in _relative(statement)
         ]
     return f"# {module} of supra {__version__}, written by `supra export`.\n" + "".join(lines)
 
 
-def _relative(names: list[tuple[str, str | None, str]]) -> Iterator[str]:
+def _relative(statement: Import) -> Iterator[str]:
+    names = statement.names
+    yield from (f"import {other}" for other in statement.others)
     for module in dict.fromkeys(module for module, _, _ in names):
         parts = [(part, name) for other, part, name in names if other == module]
         attributes = [part if part == name else f"{part} as {name}" for part, name in parts if part]
