@@ -140,11 +140,20 @@ def test_new_parameters_are_written_in_shards_of_bounded_size(base, tmp_path, mo
     assert checkpoint.load(output)(IDS).logits.isfinite().all()
 
 
-def test_a_mixer_that_does_not_draw_a_parameter_is_a_mistake_of_ours(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(Supra, "reset_parameters", lambda self: None)
-    with pytest.raises(ValueError, match=r"Supra\.reset_parameters leaves 'E.weight' undrawn"):
-        checkpoint.convert(base, tmp_path / "out", **MIXER)
-    assert not (tmp_path / "out").exists()
+def test_a_value_that_a_mixer_has_from_where_it_is_made_is_kept(base, converted, tmp_path, monkeypatch):
+    original = Supra.__init__
+
+    def made(self, *given):
+        original(self, *given)
+        self.own = torch.nn.Parameter(torch.full((3,), 5.0))
+
+    monkeypatch.setattr(Supra, "__init__", made)
+    checkpoint.convert(base, tmp_path / "out", **MIXER)
+    known, new = (
+        safetensors.torch.load_file(path / "model-mixers.safetensors") for path in (converted, tmp_path / "out")
+    )
+    assert new.keys() - known.keys() == {f"model.layers.{layer}.self_attn.mixer.own" for layer in range(3)}
+    assert all(new[name].equal(known[name] if name in known else torch.full((3,), 5.0)) for name in new)
 
 
 def test_new_parameters_have_the_bases_dtype(tmp_path):

@@ -89,7 +89,9 @@ def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str,
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((seed << 16) + layer.spec.layer)
             mixer.reset_parameters()
+            if any(parameter.view(-1)[:1].isnan().any() for parameter in mixer.parameters()):
+                mixer = type(layer)(layer.spec, layer.options)  # a value that only making the mixer sets
+                torch.manual_seed((seed << 16) + layer.spec.layer)
+                mixer.reset_parameters()
         for key, parameter in mixer.named_parameters():
-            if parameter.view(-1)[:1].isnan().any():
-                raise ValueError(f"{type(mixer).__name__}.reset_parameters leaves '{key}' undrawn")
             yield f"{name}.{key}", parameter.detach().to(dtypes[key], copy=True)
