@@ -131,11 +131,13 @@ def _options(overrides: list[str]) -> dict[str, Any]:
 
 
 def _show_plan(document: dict[str, Any], source: Source, size: ModelPlan, json: bool) -> None:
+    from supra_cli.core import checkpoint
+
     swapped = len(size.layers) - len(size.softmax_windows)
-    layer_bytes = size.new_weight_bytes // max(1, swapped)
+    convert_bytes = checkpoint.conversion_bytes(swapped, size.new_parameters, size.new_weight_bytes)
     base_bytes = size.weight_bytes - size.new_weight_bytes
     if json:
-        console.document({**document, "convert_memory_bytes": layer_bytes})
+        console.document({**document, "convert_memory_bytes": convert_bytes})
         return
     run_bytes = size.weight_bytes + size.cache_bytes(4096)
     console.table(
@@ -144,7 +146,7 @@ def _show_plan(document: dict[str, Any], source: Source, size: ModelPlan, json: 
             ("to", document["path"]),
             ("mixer", document["mixer"]),
             *plan.model_rows(size),
-            ("memory to convert", f"{console.size(layer_bytes)}, one layer's new parameters"),
+            ("memory to convert", f"{console.size(convert_bytes)} of new parameters at a time"),
             ("memory to run", f"{console.size(run_bytes)} with a sequence of 4,096 tokens"),
             ("files", f"{console.size(base_bytes)} of the base's shards, linked"),
             ("", f"{console.size(size.new_weight_bytes)} of new parameters in model-mixers*.safetensors"),

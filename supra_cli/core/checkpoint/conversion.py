@@ -64,6 +64,13 @@ def convert(
     return output
 
 
+def conversion_bytes(layers: int, numbers: int, written: int) -> int:
+    """What drawing takes in memory: of `numbers` new parameters in `layers` a layer in fp32, and of the bytes that are
+    written the shard that is on its way and the next one.
+    """
+    return 4 * numbers // max(1, layers) + min(written, 2 * MIXER_SHARD_BYTES)
+
+
 def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) -> SupraConfig:
     """The config that converting `source` would give it; what stands in the way is a SupraError."""
     config = examine(source)
