@@ -56,7 +56,9 @@ def test_a_word_of_every_verb(said, supra, base, tmp_path):
     assert scores["results"]["stdlib_cloze"]["acc"]["teacher"] is not None
     assert "stdlib_ppl" in said("report", "run")
     assert "train" in said("bench", "train", "--help")
-    TRIED.add("prefetch")
+    assert said("export", "run", "-o", "exported").strip() == "exported"
+    TRIED.update(("prefetch", "serve"))
+    assert supra("serve", "nowhere").code == 3  # test_serve.py has one that answers
     assert supra("prefetch", "org/model").code == 3  # there is no network
     verbs = {module.name for module in pkgutil.iter_modules(supra_cli.commands.__path__)}
     assert verbs - TRIED == {"console"}
