@@ -8,8 +8,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -36,6 +35,7 @@ from supra_cli.core.train.step import Computing, take
 
 Run = Callable[[], object]
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+CLOCKS = {"cpu": "CPU time of one thread", "cuda": "CUDA events"}
 RATES = {"cpu": (1024, 1 << 27), "cuda": (8192, 1 << 30)}  # rows of the square matrices; bytes that are copied
 OPERATORS = {"cpu": (1, 4, 64), "cuda": (4, 32, 128)}  # batch, heads, width K = V
 
@@ -105,8 +105,7 @@ class _Filled(DynamicLayer):
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def get_seq_length(self) -> int:
-        """Those before the one that the next step overwrites."""
-        return self.keys.shape[-2] - 1
+        return self.keys.shape[-2] - 1  # a step overwrites the last
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys[:, :, -1:].copy_(key_states)
@@ -118,8 +117,8 @@ def _read(model: SupraForCausalLM, batch: int, tokens: int) -> Cache:
     config, place = model.config, {"device": model.device, "dtype": model.dtype}
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = (2, batch, config.num_key_value_heads, tokens, width)
-    kinds = config.swap.layers  # a recurrent layer takes the place of the empty one
-    return Cache(layers=[_Filled(*torch.randn(size, **place)) if k == SOFTMAX else DynamicLayer() for k in kinds])
+    kinds = (kind == SOFTMAX for kind in config.swap.layers)  # a recurrent layer takes the place of the empty one
+    return Cache(layers=[_Filled(*torch.randn(size, **place)) if kept else DynamicLayer() for kept in kinds])
 
 
 def train(
@@ -160,28 +159,20 @@ def drawn(model: str, mixers: Sequence[str], layers: int | None, device: str, dt
 
 
 def graphed(step: Run) -> Run:
-    """`step` captured once, after warm-up on a stream of its own, as CUDA graphs want it; replayed from then on.
-
-    transformers 5.17 writes a mask out while a stream is captured, which would keep the softmax base
-    from its fastest kernel: it is told that none is.
-    """
+    """`step` captured once, after warm-up on a stream of its own, as CUDA graphs want it; replayed from then on."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph), _untraced():
-        step()
-    return graph.replay
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    before, masking_utils.is_tracing = masking_utils.is_tracing, lambda *_: False
+    # transformers 5.17 would write a mask out here, which keeps the softmax base from its fastest kernel.
+    traced, masking_utils.is_tracing = masking_utils.is_tracing, lambda *_: False
     try:
-        yield
+        with torch.cuda.graph(graph):
+            step()
     finally:
-        masking_utils.is_tracing = before
+        masking_utils.is_tracing = traced
+    return graph.replay
 
 
 def counted_flops(run: Run) -> int:
@@ -257,13 +248,5 @@ def _ms(run: Run, device: str) -> float:
 
 
 def result(benchmark: str, device: str, rounds: int, rows: list[dict], **more: object) -> dict:
-    clock = "CUDA events" if device == "cuda" else "CPU time of one thread"
-    return {
-        "benchmark": benchmark,
-        "hardware": hardware(),
-        "versions": versions("triton"),
-        "clock": clock,
-        "rounds": rounds,
-        **more,
-        "rows": rows,
-    }
+    found = {"benchmark": benchmark, "hardware": hardware(), "versions": versions("triton"), "clock": CLOCKS[device]}
+    return {**found, "rounds": rounds, **more, "rows": rows}
