@@ -23,7 +23,6 @@ import argparse  # noqa: E402
 import ctypes  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
-import re  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
@@ -34,6 +33,7 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from benchmarks import saving  # noqa: E402
 from benchmarks.measure import machine, report  # noqa: E402
 from supra_cli.core import accounting, corpus, parallel  # noqa: E402
 from supra_cli.core import recipe as recipes  # noqa: E402
@@ -179,21 +179,15 @@ def settled(device: str) -> int:
     if device == "cuda":
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    return status("VmRSS")
+    return saving.peak("VmRSS")
 
 
 def forget_peak(device: str) -> None:
-    torch.cuda.reset_peak_memory_stats() if device == "cuda" else Path("/proc/self/clear_refs").write_text("5")
+    torch.cuda.reset_peak_memory_stats() if device == "cuda" else saving.reset_peak()
 
 
 def peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
-
-
-def status(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024
+    return torch.cuda.max_memory_allocated() if device == "cuda" else saving.peak()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def run(
     rows = _batch_size(batch_size)
     if output is not None:
         _make_room(output)
-    source = hub.resolve(model) if model is not None else hub.resolve(str(hub.newest_output()))
+    source = hub.chosen(model)
     console.note(f"model: {source}")
     with _watch() as progress:
         progress("", "reading the tasks and their data", 0, 0)

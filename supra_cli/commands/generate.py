@@ -59,7 +59,7 @@ def run(
         )
     if (dashes := [*(prompts or ()), *(prompt_files or ())].count("-")) > 1:
         raise UsageError(f"- is given {dashes} times, and all of stdin is one prompt; give it once")
-    source = hub.resolve(model) if model is not None else hub.resolve(str(hub.newest_output()))
+    source = hub.chosen(model)
     console.note(f"model: {source}")
     stop = [_text(text) for text in stop or ()]
     prompts = [_stdin() if text == "-" else _text(text) for text in prompts or ()]

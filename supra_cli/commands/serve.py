@@ -24,7 +24,7 @@ def run(
     """Answer OpenAI's chat, completion and responses requests, streamed or not, by transformers' own server."""
     from supra_cli.core import hub
 
-    source = hub.resolve(model) if model is not None else hub.resolve(str(hub.newest_output()))
+    source = hub.chosen(model)
     console.note(f"model: {source}")
 
     from supra_cli.core import checkpoint, serve

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from supra_cli.core.errors import SupraError
+from supra_cli.core.files import sha256
 
 log = logging.getLogger(__name__)
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def _download(file: _File, blobs: Path, which: str) -> None:
             if partial.exists() and not _size(partial):
                 partial.unlink()
         # Everything that names a model by its weights trusts the hash that is the blob's name.
-        if file.etag not in _hashes(partial):
+        if file.etag != (sha256(partial) if len(file.etag) == 64 else _git_hash(partial)):
             partial.unlink()
             raise SupraError(f"{file.name} did not arrive as the hub describes it; download it again")
         partial.replace(blob)
@@ -137,12 +135,10 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _hashes(path: Path) -> set[str]:
-    """What the hub may call a file: by SHA-256 if it is large, else as git does."""
+def _git_hash(path: Path) -> str:
+    """By which the hub calls a file that is not large."""
+    found = hashlib.sha1(f"blob {_size(path)}\0".encode())
     with path.open("rb") as stream:
-        large = hashlib.file_digest(stream, "sha256").hexdigest()
-        stream.seek(0)
-        small = hashlib.sha1(f"blob {_size(path)}\0".encode())
         while piece := stream.read(1 << 20):
-            small.update(piece)
-    return {large, small.hexdigest()}
+            found.update(piece)
+    return found.hexdigest()

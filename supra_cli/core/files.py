@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -81,3 +82,8 @@ def sync_tree(folder: Path) -> None:
     for path in [path for path in below if path.is_file()] + [path for path in below if path.is_dir()]:
         sync(path)
     sync(folder)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

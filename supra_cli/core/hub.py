@@ -105,6 +105,11 @@ def resolve(name: str) -> Source:
     raise NotFoundError(f"no model '{name}': it is no directory, no alias and not of the hub's form org/name{hint}")
 
 
+def chosen(name: str | None) -> Source:
+    """The source that `name` stands for, as `resolve` finds it; of None the newest finished output."""
+    return resolve(str(newest_output()) if name is None else name)
+
+
 def fetch(source: Source) -> Path:
     """The model's directory on this machine, downloaded to the hub's cache first where it must be.
 
@@ -158,12 +163,16 @@ def cached(name: str) -> Path | None:
     """The directory of a model that `lasting_name` named, if it is on this machine still; touches no network."""
     from huggingface_hub import try_to_load_from_cache
 
-    if _HUB_ID.fullmatch(name) is None:
+    if (repo := repo_of(name)) is None:
         folder = BUNDLED.get(name) or Path(name)
         return folder if _is_model(folder) else None
-    repo, _, revision = name.partition("@")
-    config = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    config = try_to_load_from_cache(repo, "config.json", revision=name.partition("@")[2] or None)
     return Path(config).parent if isinstance(config, str) else None
+
+
+def repo_of(name: str) -> str | None:
+    """The hub repository of a model that `lasting_name` named; None for what lay on a machine alone."""
+    return ALIASES.get(name) or (name.partition("@")[0] if _HUB_ID.fullmatch(name) else None)
 
 
 def lasting_name(source: Source, folder: Path) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from supra_cli.core.errors import SupraError, UsageError, first_line
-from supra_cli.core.files import cache_folder, sync, sync_tree
+from supra_cli.core.files import cache_folder, sha256, sync, sync_tree
 
 _LARGE = 64 * 2**20
 """Bytes of a file that takes a while to hash."""
@@ -97,11 +97,6 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def header_sha256(path: Path) -> str:

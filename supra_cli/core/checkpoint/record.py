@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.checkpoint.files import header_sha256, named_by_hash, sha256, sha256_again, sha256_once
+from supra_cli.core.checkpoint.files import header_sha256, named_by_hash, sha256_again, sha256_once
 from supra_cli.core.errors import NotFoundError, SupraError
-from supra_cli.core.files import read_json
+from supra_cli.core.files import read_json, sha256
 from supra_cli.core.folder import weight_files
 
 log = logging.getLogger(__name__)
@@ -160,13 +160,15 @@ def _record(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     record = read_json(file)
-    files = record.get("files") or {} if isinstance(record, dict) else None
-    if not isinstance(files, dict) or not all(
-        isinstance(known, dict) and known.keys() & {"sha256", "header"} for known in files.values()
+    files, newer = (
+        (record.get("files") or {}, record.get("format", FORMAT)) if isinstance(record, dict) else (None, None)
+    )
+    if (
+        not isinstance(files, dict)
+        or not all(isinstance(known, dict) and known.keys() & {"sha256", "header"} for known in files.values())
+        or not isinstance(newer, int)
+        or newer < FORMAT
     ):
-        raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
-    newer = record.get("format", FORMAT)
-    if not isinstance(newer, int) or newer < FORMAT:
         raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
     if newer > FORMAT:
         raise SupraError(

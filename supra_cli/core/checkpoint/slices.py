@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from supra_cli.core.checkpoint.files import sha256
 from supra_cli.core.checkpoint.record import Hashes, entry
 from supra_cli.core.errors import SupraError, first_line
+from supra_cli.core.files import sha256
 from supra_cli.core.parallel import ALONE, World
 
 SHARD_BYTES = 5 * 10**9
@@ -114,7 +114,7 @@ def _groups(
     group: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        more = tensor.numel() * _written(tensor, dtype).itemsize
+        more = tensor.numel() * written(tensor.dtype, dtype).itemsize
         if group and size + more > limit:
             yield group
             group, size = {}, 0
@@ -129,8 +129,8 @@ def _write(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None,
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places: dict[str, int] = {}
     end = 0
-    for name in sorted(tensors, key=lambda name: (-_written(tensors[name], dtype).itemsize, name)):
-        kind, shape = _written(tensors[name], dtype), tensors[name].shape
+    for name in sorted(tensors, key=lambda name: (-written(tensors[name].dtype, dtype).itemsize, name)):
+        kind, shape = written(tensors[name].dtype, dtype), tensors[name].shape
         places[name], start = end, end
         end += shape.numel() * kind.itemsize
         header[name] = {"dtype": _NAMES[kind], "shape": list(shape), "data_offsets": [start, end]}
@@ -152,7 +152,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None,
                     tensor = tensors[name].detach()
                     if not isinstance(tensor, DTensor) and turn % world.size != world.rank:
                         continue  # whole on every rank, of which one writes it
-                    kind = _written(tensor, dtype)
+                    kind = written(tensor.dtype, dtype)
                     rows, first = _own_rows(tensor)
                     file.seek(8 + len(text) + place + first * tensor.shape[1:].numel() * kind.itemsize)
                     for piece in rows.reshape(-1).split(_PIECE_BYTES // kind.itemsize):
@@ -224,5 +224,6 @@ def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), offset[0]
 
 
-def _written(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+def written(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor of dtype `own` is written in where `dtype` is asked for."""
+    return dtype if dtype is not None and own.is_floating_point else own

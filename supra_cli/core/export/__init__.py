@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from supra_cli.core import checkpoint
-from supra_cli.core.checkpoint.slices import DTYPES, Entry, write_shards
+from supra_cli.core.checkpoint.slices import DTYPES, Entry, write_shards, written
 from supra_cli.core.errors import NotFoundError, UsageError
 from supra_cli.core.export.card import card
 from supra_cli.core.export.code import code
@@ -37,18 +37,15 @@ def export(path: Path | str, output: Path | str, *, dtype: torch.dtype | None = 
     files["README.md"] = card(path, config, output.absolute().name)
     config.dtype = dtype or config.dtype or torch.float32
     stored = checkpoint.tensors(path)
-    size = sum(torch.Size(entry.shape).numel() * _written(entry, dtype).itemsize for entry in stored.values())
+    size = sum(
+        torch.Size(entry.shape).numel() * written(DTYPES[entry.dtype], dtype).itemsize for entry in stored.values()
+    )
     with checkpoint.atomic_directory(output, overwrite=overwrite) as directory:
         placed, _ = write_shards(_read(path, stored), directory, "model", size, dtype=dtype)
         checkpoint.describe(directory, config, placed, path)
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
     return output
-
-
-def _written(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
-    own = DTYPES[entry.dtype]
-    return dtype if dtype is not None and own.is_floating_point else own
 
 
 def _read(path: Path, stored: dict[str, Entry]) -> Iterator[tuple[str, Tensor]]:

@@ -18,13 +18,11 @@ from supra_cli.core.evaluate.store import folder_of
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import SOFTMAX
 
-_HUB = re.compile(r"([\w.-]+/[\w.-]+?)(@[0-9a-f]+)?")
-
 
 def card(path: Path, config: SupraConfig, name: str) -> str:
     """What the model is, what it was made of, what was measured, how to load it."""
     record, swap = checkpoint.read_provenance(path), config.swap
-    base = _base(record.get("base"))
+    base = hub.repo_of(record.get("base") or "")  # nothing of this machine's folders
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["supra"]}
     if base is not None:
         head |= {"base_model": base}
@@ -59,15 +57,6 @@ tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=True)
 The code beside the weights needs torch and transformers. On a GPU it takes the Triton kernels of the package `supra`
 where that is installed, and PyTorch's operations, which are several times slower, where it is not.
 """
-
-
-def _base(name: str | None) -> str | None:
-    """The hub id of what was converted; nothing of this machine's folders."""
-    if name is None:
-        return None
-    if (found := _HUB.fullmatch(name)) is not None:
-        return found[1]
-    return hub.resolve(name).repo if name in hub.ALIASES else None
 
 
 def _licence(path: Path, base: str | None) -> dict[str, str]:

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from supra_cli.core.checkpoint import slices
-from supra_cli.core.checkpoint.files import sha256
 from supra_cli.core.errors import SupraError, UsageError
-from supra_cli.core.files import write_json
+from supra_cli.core.files import sha256, write_json
 from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.train import lowbit
 
