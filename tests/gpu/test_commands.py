@@ -12,6 +12,9 @@ import pytest
 import tomli_w
 import torch
 from tiny import save_base
+from transformers import AutoTokenizer
+
+from supra_cli.core import checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -82,3 +85,37 @@ def test_compiled_text_is_the_same(folder: Path) -> None:
 
 def test_bench_runs(folder: Path) -> None:
     supra(folder, "bench", "decode", "student")
+
+
+@pytest.mark.parametrize("engine", ["triton", "torch"])
+def test_an_exported_model_is_the_same_without_this_package(folder: Path, engine: str) -> None:
+    """By the Triton kernels where `supra_kernels` can be imported, by the PyTorch form otherwise; says which, once."""
+    if not (folder / "exported").exists():
+        supra(folder, "export", "student", "-o", "exported")
+    hidden = ("supra_cli",) if engine == "triton" else ("supra_cli", "supra_kernels")
+    code = f"""
+import logging, sys
+sys.modules.update(dict.fromkeys({hidden}))
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True, dtype=torch.float32).cuda()
+text = AutoTokenizer.from_pretrained("exported", trust_remote_code=True)
+ids = text("def read", return_tensors="pt").to("cuda")
+logging.basicConfig(level=logging.INFO)
+print(model.generate(**ids, do_sample=False, max_new_tokens=24)[0].tolist())
+with torch.no_grad():
+    torch.save(model(ids.input_ids).logits.cpu(), "{engine}.pt")
+"""
+    path = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = checkpoint.load(folder / "student", dtype=torch.float32, device="cuda")
+    ids = AutoTokenizer.from_pretrained(folder / "student")("def read", return_tensors="pt").to("cuda")
+    wanted = model.generate(**ids, do_sample=False, max_new_tokens=24)[0].tolist()
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted
+    with torch.no_grad():
+        logits = model(ids.input_ids).logits.cpu()
+    torch.testing.assert_close(torch.load(folder / f"{engine}.pt"), logits, rtol=1e-4, atol=1e-4)
+    assert done.stderr.count(f"linear attention: {engine} on cuda") == 1, done.stderr[-3000:]
