@@ -51,8 +51,16 @@ def run(
     ] = None,
     keep: Annotated[
         str,
-        typer.Option("--keep", help="Layers that stay softmax: none, all, every:N, first:2,last:2, sliding, 0,5,7."),
+        typer.Option(
+            "--keep",
+            help="Layers that stay softmax: none, all, every:N, first:2,last:2, sliding, 0,5,7; of a student whose "
+            "attention was transferred, auto:N gives it back to those that need it most.",
+        ),
     ] = "none",
+    text: Annotated[
+        str, typer.Option("--text", help="With --keep auto:N: the text that layers are ranked by.")
+    ] = "python-stdlib",
+    device: Annotated[str, typer.Option("--device", help="With --keep auto:N: auto, cpu, cuda or mps.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the new parameters.")] = 0,
     list_: Annotated[
         bool, typer.Option("--list", help="List the aliases and leave.", is_eager=True, callback=_list)
@@ -66,6 +74,8 @@ def run(
     The result is a Hugging Face model directory, ready for `supra uptrain`.
     """
     from supra_cli.core import hub
+    from supra_cli.core.errors import UsageError
+    from supra_cli.core.recipe.keep import automatic
 
     options = _options(overrides or ())
     source = hub.resolve(model)
@@ -75,6 +85,11 @@ def run(
 
     output = output or Path("runs") / f"{_short(source)}-{mixer}"
     base = checkpoint.outline(source)
+    if automatic(keep) and base.swap.any:
+        if options:
+            raise UsageError(f"--set has no effect with --keep {keep}, which keeps the student's own mixer")
+        _keep_most_needed(source, output, base, keep, text, device, overwrite=overwrite, json=json)
+        return
     config = _unconverted(base, model).with_mixer(mixer, options, keep)
     size = accounting.measure(config)
     document = {
@@ -106,6 +121,41 @@ def _convert(source: Source, output: Path, **settings: Any) -> None:
     checkpoint.check_free(output, settings["overwrite"])  # before anything is downloaded
     folder = hub.fetch(source)
     checkpoint.convert(folder, output, base=hub.lasting_name(source, folder), **settings)
+
+
+def _keep_most_needed(
+    source: Source,
+    output: Path,
+    config: SupraConfig,
+    keep: str,
+    text: str,
+    device: str,
+    *,
+    overwrite: bool,
+    json: bool,
+) -> None:
+    from supra_cli.core import checkpoint, hub, need
+    from supra_cli.core import device as devices
+    from supra_cli.core.data import rows
+    from supra_cli.core.recipe import Data
+
+    need.check(config, keep)
+    checkpoint.check_free(output, overwrite)
+    folder = hub.fetch(source)
+    tokens = min(need.ROW, config.max_position_embeddings)
+    mixture = rows.training(Data(seq_len=tokens, sources=[{"path": text}]), checkpoint.load_tokenizer(folder), seed=0)
+    batches = [mixture.batch(need.ROWS, tokens) for _ in range(need.BATCHES)]
+    device = devices.resolve(device)
+    student = checkpoint.load(folder, device=device, dtype=devices.dtype("auto", device))
+    losses = need.divergences(student, batches)
+    kept = need.most_needed(losses, keep)
+    need.restore(folder, output, student, kept, overwrite=overwrite)
+    if json:
+        console.document({"source": asdict(source), "path": str(output), "divergences": losses, "softmax": kept})
+        return
+    for number, loss in losses.items():
+        console.note(f"layer {number}: {loss:.4f} nats{', softmax again' if number in kept else ''}")
+    console.result(str(output))
 
 
 def _unconverted(config: SupraConfig, model: str) -> SupraConfig:

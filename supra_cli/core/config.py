@@ -76,8 +76,11 @@ class SupraConfig(PreTrainedConfig):
         return Swap(**self.supra)
 
     def with_mixer(self, mixer: str, options: Mapping[str, Any] | None = None, keep: str = "none") -> SupraConfig:
-        """The base with `mixer` in every layer that `keep`, as `layer_kinds` reads it, does not spare."""
-        layers = layer_kinds(self.num_hidden_layers, mixer, keep, sliding_layers(self))
+        """The base with `mixer` in every layer that `keep`, as `layer_kinds` reads it, does not spare; `auto` are those
+        that are spared already.
+        """
+        ranked = [n for n, kind in enumerate(self.swap.layers) if kind == SOFTMAX] if self.swap.any else ()
+        layers = layer_kinds(self.num_hidden_layers, mixer, keep, sliding_layers(self), ranked)
         return self.from_base(self, mixer=mixer, options=options, layers=layers)
 
     def plain(self) -> PreTrainedConfig:

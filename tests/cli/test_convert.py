@@ -237,3 +237,15 @@ def test_plan_refuses_a_recipe_that_is_none(supra, tmp_path):
     assert result.code == 2
     assert "seq_len" in result.err
     assert tomllib.loads(RECIPE)
+
+
+def test_the_neediest_layers_of_a_student_are_softmax_again(supra, base, tmp_path):
+    (tmp_path / "text.txt").write_text("def read(self):\n    return self.size\n" * 400)
+    assert supra("convert", base, "-o", "student").code == 0
+    given = ("--text", "text.txt", "--device", "cpu", "--json")
+    found = json.loads(supra("convert", "student", "--keep", "auto:1", "-o", "hybrid", *given).out)
+    assert found["softmax"] == [int(max(found["divergences"], key=found["divergences"].get))]
+    assert "1 softmax" in supra("inspect", "hybrid").out
+    for model, keep, said in ((base, "auto:1", "no layer has been ranked"), ("hybrid", "auto:1", "softmax layers")):
+        refused = supra("convert", model, "--keep", keep, "-o", "x")
+        assert (refused.code, said in refused.error) == (2, True)

@@ -14,6 +14,7 @@ from supra_cli.core.accounting.layers import extrapolated
 from supra_cli.core.accounting.model import ModelPlan, measure
 from supra_cli.core.accounting.step import Figures, figures
 from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.recipe.keep import automatic
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.optimizer import moment_bytes
@@ -210,4 +211,5 @@ def student_config(recipe: recipes.Recipe) -> SupraConfig:
         base = checkpoint.outline(hub.resolve(recipe.base))
     else:
         base = checkpoint.own_shape({"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
-    return base.with_mixer(recipe.mixer.name, recipe.mixer.options, recipe.keep)
+    chosen = automatic(recipe.keep)  # layers that nobody knows yet; the last cost as much
+    return base.with_mixer(recipe.mixer.name, recipe.mixer.options, f"last:{chosen}" if chosen else recipe.keep)

@@ -9,15 +9,20 @@ from supra_cli.core.errors import UsageError
 SOFTMAX = "softmax"
 """The kind of a layer that keeps the base's own attention."""
 
-_EXPECTED = "expected none, all or, joined by commas, every:N, first:N, last:N (N from 1), sliding and layer numbers"
+_EXPECTED = (
+    "expected none, all, auto:N or, joined by commas, every:N, first:N, last:N (N from 1), sliding and layer numbers"
+)
 
 
-def layer_kinds(layers: int, mixer: str, keep: str, sliding: Collection[int] = ()) -> list[str]:
+def layer_kinds(
+    layers: int, mixer: str, keep: str, sliding: Collection[int] = (), ranked: Collection[int] = ()
+) -> list[str]:
     """The kind of each layer: `mixer`, or softmax where `keep` says so.
 
-    keep is `none`, `all`, or rules joined by commas, of which each keeps some: `every:N` (layers N-1, 2N-1, ...),
-    `first:N`, `last:N`, `sliding` (those that see a window, whose numbers are given) or a layer's number. Anything
-    else, a number outside the model, or `sliding` where none is, is a UsageError.
+    keep is `none`, `all`, `auto:N`, or rules joined by commas, of which each keeps some: `every:N` (layers N-1, 2N-1,
+    ...), `first:N`, `last:N`, `sliding` (those that see a window, whose numbers are given) or a layer's number.
+    `auto:N` are those that were `ranked` before, N of them. Anything else, a number outside the model, or `sliding`
+    where none is, is a UsageError.
     """
     kept: set[int] = set()
     for rule, number in parse(keep):
@@ -28,8 +33,14 @@ def layer_kinds(layers: int, mixer: str, keep: str, sliding: Collection[int] = (
             )
         if rule == "sliding" and not sliding:
             raise UsageError(f"keep is '{keep}' and the model has no sliding layers; leave out 'sliding'")
+        if rule == "auto" and len(ranked) != number:
+            raise UsageError(
+                f"keep is '{keep}', which takes the layers that need it most, and no layer has been ranked; transfer "
+                f"attention with keep = 'none' first, then `supra convert STUDENT --keep {keep}`, then go on from that"
+            )
         chosen = {
             "none": (),
+            "auto": ranked,
             "all": range(layers),
             "every": range(number - 1, layers, max(1, number)),
             "first": range(number),
@@ -45,7 +56,15 @@ def parse(keep: str) -> list[tuple[str, int]]:
     """The rules with their numbers, 0 where one has none. UsageError for what means nothing for a model of any size."""
     if keep in ("none", "all"):
         return [(keep, 0)]
+    if number := automatic(keep):
+        return [("auto", number)]
     return [_rule(part.strip(), keep) for part in keep.split(",")]
+
+
+def automatic(keep: str) -> int:
+    """N of `auto:N`, 0 of anything else."""
+    rule, _, number = keep.partition(":")
+    return int(number) if rule == "auto" and _is_number(number) else 0
 
 
 def _rule(part: str, keep: str) -> tuple[str, int]:

@@ -179,7 +179,8 @@ class Recipe(Table):
     init: Literal["pretrained", "scratch"] = "pretrained"
     """`pretrained` takes the base's weights, `scratch` only its shape and tokenizer."""
     keep: str = "none"
-    """Layers that keep softmax attention: none, all, or every:N, first:N, last:N, sliding and numbers as in 0,5,7."""
+    """Layers that keep softmax attention: none, all, or every:N, first:N, last:N, sliding and numbers as in 0,5,7;
+    auto:N with a student that `supra convert STUDENT --keep auto:N` has made."""
     seed: Annotated[int, Field(ge=0, lt=2**47)] = 0
     """Seed of new parameters, data order and dropout."""
     mixer: Mixer = Mixer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -99,29 +99,39 @@ class Transfer(Stage):
 def visit(student: nn.Module, batch: Batch, look: Look) -> None:
     """Run the student's layers, without head and cache, as the base that it was; `look` sees each swapped layer."""
 
-    def forward(
-        layer: SwappedAttention, hidden_states: Tensor, *, layout: Layout | None, **call: Any
-    ) -> tuple[Tensor, None]:
+    def forward(layer: SwappedAttention, hidden_states: Tensor, *, layout: Layout | None, **call: Any) -> Tensor:
         inputs = (*layer.inputs(hidden_states, **call), None, layout)
-        taught, _ = Softmax(layer.mixer.spec, Softmax.Options())(*inputs)
-        answer = layer.arch.out(layer, taught.flatten(-2))
+        taught, answer = softmax_answer(layer, *inputs)
         look(layer, lambda: layer.mixer(*inputs)[0], taught, answer)
-        return answer, None
+        return answer
 
     layers = [layer for _, layer in student.swapped_layers()]
-    with _as_a_teacher(student, layers):
+    with _as_a_teacher(student, layers), answering(layers, forward):
+        student(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            objective=lambda hidden, head: None,
+        )
+
+
+def softmax_answer(layer: SwappedAttention, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Heads [B,T,H,V] and output [B,T,D] of the attention that a layer's mixer replaced, from a mixer's inputs."""
+    heads, _ = Softmax(layer.mixer.spec, Softmax.Options())(*inputs)
+    return heads, layer.arch.out(layer, heads.flatten(-2))
+
+
+@contextmanager
+def answering(layers: Iterable[SwappedAttention], answer: Callable[..., Tensor]) -> Iterator[None]:
+    """While this lasts, each layer's output is `answer(layer, hidden_states, layout=..., ...)`."""
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = lambda *args, layer=layer, **call: (answer(layer, *args, **call), None)
+    try:
+        yield
+    finally:
         for layer in layers:
-            layer.forward = partial(forward, layer)
-        try:
-            student(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                objective=lambda hidden, head: None,
-            )
-        finally:
-            for layer in layers:
-                del layer.forward
+            del layer.forward
 
 
 @contextmanager
