@@ -158,6 +158,22 @@ def memory(device: str = "cpu") -> str:
     return _markdown(["a step of", "planned MiB", "measured MiB", "planned / measured"], rows)
 
 
+def operator_gpu() -> str:
+    columns = {
+        "T": "tokens",
+        "forward": "forward_ms",
+        "forward + backward": "forward_backward_ms",
+        "SDPA": "sdpa_forward_backward_ms",
+        "flash-linear-attention": "fla_forward_backward_ms",
+    }
+    rows = [
+        [f"{row['tokens']:,}", *(_figure(row[key]) for key in list(columns.values())[1:])]
+        + [f"{row['over_softmax']:.2f}", f"{row['over_fla']:.2f}", f"{row['share_of_copy_rate']:.2f}"]
+        for row in _found("operator-gpu")["rows"]
+    ]
+    return _markdown([*columns, "× SDPA", "× fla", "share of a copy's rate"], rows)
+
+
 def step_gpu() -> str:
     columns = {"batch": "batch", "tokens/s through 32 layers": "tokens_per_s", "GB/s": "gb_per_s"}
     columns["a copy, GB/s"] = "copy_gb_per_s"
@@ -288,6 +304,7 @@ def render(text: str) -> str:
         "compiled-cards": compiled_cards,
         "memory": memory,
         "memory-gpu": partial(memory, "gpu"),
+        "operator-gpu": operator_gpu,
         "step-gpu": step_gpu,
         "uptrain-gpu": uptrain_gpu,
         "overhead": overhead,
