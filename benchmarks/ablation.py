@@ -126,3 +126,40 @@ def train(row: Row, seed: int, tokens: int, folder: Path, device: str) -> Iterat
     hybrid = folder / "hybrid"
     supra("convert", str(first), "--keep", row.keep, "-o", str(hybrid), "--overwrite", "--device", device)
     yield uptrain(recipe(row, seed, distill, row.keep), folder / "run", device, "--model", str(hybrid))
+
+
+def supra(*arguments: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "supra_cli", *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"supra {' '.join(arguments)}: {done.stderr.splitlines()[-1]}")
+    return done.stdout
+
+
+def uptrain(recipe: dict[str, Any], output: Path, device: str, *more: str) -> Path:
+    """Run or resume a recipe; returns `output`."""
+    written = output.with_suffix(".toml")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(tomli_w.dumps(recipe), encoding="utf-8")
+    begun = ["--resume"] if output.is_dir() else []
+    supra("uptrain", "-r", str(written), "-o", str(output), "--device", device, "--dtype", "float32", *more, *begun)
+    return output
+
+
+def student(row: Row, seed: int, tokens: int, folder: Path, device: str) -> dict[str, Any]:
+    """Train a student of `row` and measure it at every save: excess over the teacher in nats, recall by gap."""
+    runs = list(train(row, seed, tokens, folder, device)) if row.trained else []
+    if not runs:
+        supra("convert", "tiny", *converted(row), "-o", str(folder / "run"), "--overwrite")
+    curve, seen, teacher = [], 0, None
+    for run in runs:
+        events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        at = {0: 0} | {event["step"]: event["tokens"] for event in events if event["event"] == "step"}
+        for event in (event for event in events if event["event"] == "validation"):
+            teacher, saved = event["teacher"], run / f"step-{event['step']:06d}"
+            recalled = recall(saved, row.seq_len, device) if saved.is_dir() else None
+            curve.append({"tokens": seen + at[event["step"]], "nats": event["loss"], "repeats": recalled})
+        seen += at[max(at)]
+    ...

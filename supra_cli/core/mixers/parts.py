@@ -202,3 +202,51 @@ class HeadMap(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
+
+
+class ShortConv(nn.Module):
+    """y_t = x_t + Σ_{1≤i<taps} w_i ⊙ x_{t-i} over each channel of x [B,T,heads,K], within a document.
+
+    w starts at zero. What came before is the last taps - 1 real tokens of the row's document, [B,taps-1,heads,K].
+    """
+
+    def __init__(self, heads: int, width: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(taps - 1, heads, width))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor, past: Tensor | None, layout: Layout | None) -> tuple[Tensor, Tensor]:
+        """-> y in x's dtype, and what the next call is given as `past`, in fp32 or finer."""
+        tokens, before, kept = x.shape[1], len(self.weight), wide(x)
+        if past is None:
+            past = kept.new_zeros(x.shape[0], before, *x.shape[2:])
+        taps = range(1, before + 1)
+        if layout is None:
+            line = torch.cat((past.to(kept.dtype), kept), dim=1)
+            y = kept + sum(self.weight[i - 1] * line[:, before - i : before - i + tokens] for i in taps)
+            return y.to(x.dtype), line[:, tokens:]
+        # The past stands right before the first real token, wherever padding has put that.
+        real = layout.segment >= 0
+        first = (real.cumsum(1) == 0).sum(1, keepdim=True)
+        place = torch.arange(tokens + before, device=x.device)[None] - first
+        old = past.to(kept.dtype).gather(1, _as(place.clamp(0, before - 1), past))
+        new = nn.functional.pad(kept, (0, 0, 0, 0, before, 0))
+        line = torch.where((place < before)[..., None, None], old, new)
+        number = layout.segment.gather(1, (place - before + first).clamp(0, tokens - 1))
+        opening = layout.segment.gather(1, first.clamp(max=tokens - 1))
+        number = torch.where(place < before, torch.where(place < 0, -1, opening), number)
+        y = kept
+        for i in taps:
+            shifted = slice(before - i, before - i + tokens)
+            same = number[:, shifted] == layout.segment
+            y = y + self.weight[i - 1] * line[:, shifted].masked_fill(~same[..., None, None], 0)
+        last = first + real.sum(1, keepdim=True) + torch.arange(before, device=x.device)
+        own = number.gather(1, last) == number.gather(1, last[:, -1:])
+        return y.to(x.dtype), line.gather(1, _as(last, line)).masked_fill(~own[..., None, None], 0)
+
+
+def _as(index: Tensor, x: Tensor) -> Tensor:
+    """index [B,N] for a gather along dimension 1 of x [B,·,heads,K]."""
+    return index[..., None, None].expand(-1, -1, *x.shape[2:])
