@@ -2,7 +2,18 @@
 and triton when a kernel of it is first called."""
 
 from supra_kernels.boundaries import documents, triton_compiles_for
+from supra_kernels.delta import DELTA_FORMS, delta_rule
 from supra_kernels.operator import FORMS, default_form, linear_attention, operand_dtype
 from supra_kernels.rotary import rotary
 
-__all__ = ["FORMS", "default_form", "documents", "linear_attention", "operand_dtype", "rotary", "triton_compiles_for"]
+__all__ = [
+    "DELTA_FORMS",
+    "FORMS",
+    "default_form",
+    "delta_rule",
+    "documents",
+    "linear_attention",
+    "operand_dtype",
+    "rotary",
+    "triton_compiles_for",
+]

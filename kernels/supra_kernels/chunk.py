@@ -72,7 +72,11 @@ class _Block(NamedTuple):
         return into(name, *window.shape).copy_(window)
 
     def store(self, x: Tensor, value: Tensor) -> None:
-        self._window(self._tokens(x)).copy_(value)
+        self.window(x).copy_(value)
+
+    def window(self, x: Tensor) -> Tensor:
+        """[B,T,heads,·] -> [M,B,heads,C,·] of this block, as a view."""
+        return self._window(self._tokens(x))
 
     def _tokens(self, x: Tensor) -> Tensor:
         return x.narrow(1, self.start, self.chunks * self.length)
@@ -81,7 +85,7 @@ class _Block(NamedTuple):
         return x.unflatten(1, (self.chunks, self.length)).permute(1, 0, 3, 2, 4)
 
 
-def _blocks(length: int, size: int, most: int) -> list[_Block]:
+def cut(length: int, size: int, most: int) -> list[_Block]:
     """Chunks of `size` tokens, `most` of them in a block; what is left over is a block of one shorter chunk."""
     whole = length // size
     blocks = [_Block(first * size, min(most, whole - first), size) for first in range(0, whole, most)]
@@ -104,7 +108,7 @@ class Plan:
         self.g = log_decay(g, real, self.dtype)
         batch, length, heads, key_dim = q.shape
         size, most = block_sizes(batch, heads, key_dim, v.shape[-1])
-        self.blocks = _blocks(length, size, most)
+        self.blocks = cut(length, size, most)
         self._fixed: dict[int, Weights] = {}
 
     def weights(self, block: _Block, device: torch.device) -> Weights:

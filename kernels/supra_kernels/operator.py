@@ -74,7 +74,7 @@ def linear_attention(
             segment = documents = None
         layout = {"documents": coded(segment) if documents is None and segment is not None else documents}
     q, k, v = (x.to(operand_dtype(x, form)) for x in (q, k, v))
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         if form == "triton":
             before = {"relu": relu, "rotation": rotation}
             after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
@@ -116,7 +116,7 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _without_autocast(device: str) -> AbstractContextManager:
+def without_autocast(device: str) -> AbstractContextManager:
     """The forms settle their dtypes themselves; autocast would round the fp32 state's products to half precision.
 
     Not by torch.amp.is_autocast_available, which torch.compile cannot trace in PyTorch 2.11.

@@ -88,6 +88,33 @@ def linear_attention(
     return supra_kernels.linear_attention(q, k, v, g, **here, **before, **after)
 
 
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    layout: Layout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S ← exp(g_t) S,  S ← S + β_t k_t (v_t - Sᵀ k_t)ᵀ,  o_t = scale · Sᵀ q_t,  with S = 0 where a document starts and
+    S kept over padding.
+
+    q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with G dividing H; g a log decay ≤ 0, None, [B,T,H] or, one a channel,
+    [B,T,H,K]; β [B,T,H] in (0,2); state [B,H,K,V] or None for zeros. Keys are to be of length 1.
+    Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, in fp32.
+    It runs in PyTorch's operations on every device: SUPRA_KERNEL = naive is heeded, triton stands for those.
+    """
+    segment, documents = (None, None) if layout is None else layout
+    forced = _forced(q.device)
+    if not torch.compiler.is_compiling() and _planned is None:
+        _tell_once("naive" if forced == "naive" else "torch", q.device.type, q.dtype, operator="delta rule")
+    here = {"state": state, "segment": segment, "documents": documents}
+    return supra_kernels.delta_rule(q, k, v, g, beta, scale=scale, form="naive" if forced == "naive" else None, **here)
+
+
 def chunk_tokens(device: str, key_dim: int, v_dim: int) -> int:
     """Tokens in a chunk, by which FLOPs and traffic are counted."""
     return 64 if device == "cuda" else chunk_length(key_dim, v_dim)
@@ -126,8 +153,10 @@ def _forced(device: torch.device) -> str | None:
 
 
 @cache
-def _tell_once(path: str, device: str, dtype: torch.dtype, slower: bool = False) -> None:
-    _log.info("linear attention: %s on %s in %s", path, device, str(dtype).removeprefix("torch."))
+def _tell_once(
+    path: str, device: str, dtype: torch.dtype, slower: bool = False, operator: str = "linear attention"
+) -> None:
+    _log.info("%s: %s on %s in %s", operator, path, device, str(dtype).removeprefix("torch."))
     if slower:
         _log.warning(
             "linear attention runs in PyTorch's operations, several times slower than the Triton kernels, which need "

@@ -1,0 +1,133 @@
+"""The delta rule: the entry point, the recurrence token by token, and the step that decodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from supra_kernels import delta_chunk  # noqa: F401  (defines the operator of torch.library)
+from supra_kernels.boundaries import OPERATORS, compute_dtype, decoded, log_decay
+from supra_kernels.boundaries import documents as coded
+from supra_kernels.library import STEP_LENGTH
+from supra_kernels.operator import without_autocast
+
+DELTA_FORMS = ("naive", "chunk", "step")
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    segment: Tensor | None = None,
+    documents: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S ← exp(g_t) S,   S ← S + β_t k_t (v_t - S^T k_t)^T,   o_t = scale · S^T q_t.
+
+    q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with G dividing H; query head h reads kv head h // (H/G). g is a log decay
+    ≤ 0: None, [B,T,H], or [B,T,H,K] for one a channel (row of S). β [B,T,H] is in (0,1), or in (0,2) for eigenvalues
+    of the transition down to -1; keys are to be of length 1 (β |k|² < 2), or S may grow without bound.
+    state [B,H,K,V], segment and documents as in `linear_attention`.
+    Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
+    Without gradients the step form overwrites `state` and returns it. Raises ValueError for shapes that do not fit and
+    for an unknown form.
+    """
+    _check(q, k, v, g, beta, state)
+    if form is None:
+        form = "step" if q.shape[1] <= (STEP_LENGTH if segment is None else 1) else "chunk"
+    if form not in DELTA_FORMS:
+        raise ValueError(f"form is one of {', '.join(DELTA_FORMS)}, got '{form}'")
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    with without_autocast(q.device.type):
+        if form == "naive":
+            return _naive(q, k, v, g, beta, scale, state, segment)
+        if segment is not None and q.shape[1] == 1:
+            # One token starts no document: padding is all that a segment can say of it, and it changes nothing.
+            real = (segment >= 0)[:, :, None]
+            k, segment = k.masked_fill(~real.unsqueeze(-1), 0), None
+            g = None if g is None else g.masked_fill(~real if g.dim() == 3 else ~real.unsqueeze(-1), 0)
+            documents = None
+        if documents is None and segment is not None:
+            documents = coded(segment)
+        if form == "step":
+            return _step(q, k, v, g, beta, scale, state, documents)
+        grows = [x for x in (q, k, v, g, beta, state) if x is not None and x.requires_grad]
+        keep = torch.is_grad_enabled() and bool(grows)
+        return OPERATORS.delta_chunk(q, k, v, g, beta, state, documents, scale, keep)[:2]
+
+
+def _naive(q, k, v, g, beta, scale, state, segment):
+    """The specification, backward by autograd; float64 in, float64 out."""
+    dtype = compute_dtype(q, k, v)
+    decay = None if g is None else g.to(dtype).exp().view(*q.shape[:3], -1)
+    q, k, values, beta = (x.to(dtype) for x in (q, k, v, beta))
+    S = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
+    document = torch.full((len(q),), -1, device=q.device)  # of the row's last real token so far; -1: none yet
+    outputs = []
+    for t in range(q.shape[1]):
+        left = S if decay is None else S * decay[:, t].unsqueeze(-1)
+        if segment is not None:
+            here = segment[:, t]
+            starts = (here >= 0) & (document >= 0) & (here != document)
+            left = torch.where(starts[:, None, None, None], 0, left)
+        wrong = values[:, t] - torch.einsum("bhkv,bhk->bhv", left, k[:, t])
+        after = left + torch.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], wrong)
+        if segment is not None:
+            after = torch.where((here >= 0)[:, None, None, None], after, S)
+            document = torch.where(here >= 0, here, document)
+        S = after
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+    return torch.stack(outputs, dim=1).to(v.dtype), S
+
+
+def _step(q, k, v, g, beta, scale, state, documents):
+    """One token after another; without gradients `state` is overwritten and returned."""
+    dtype = compute_dtype(q, k, v)
+    layout = None if documents is None else decoded(documents)
+    real = None if layout is None else layout.real
+    if g is not None:
+        g = log_decay(g.view(*q.shape[:3], -1), None if real is None else real.unsqueeze(-1), dtype)
+    decay = None if g is None else g.exp()
+    if layout is not None:
+        kept = (layout.continues | ~real).to(dtype)[:, :, None, None]
+        kept[:, 0] = 1
+        decay = kept.expand(*q.shape[:3], 1) if decay is None else decay * kept
+        k = k * real[:, :, None, None]
+    q, k, values, beta = ((q * scale).to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype))
+    S = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
+    inputs = [x for x in (q, k, values, beta, decay, S) if x is not None]
+    in_place = not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    outputs = []
+    for t in range(q.shape[1]):
+        if decay is not None:
+            S = S.mul_(decay[:, t].unsqueeze(-1)) if in_place else S * decay[:, t].unsqueeze(-1)
+        key = k[:, t].unsqueeze(-1)
+        wrong = values[:, t].unsqueeze(-2) - key.mT @ S
+        key = key * beta[:, t, :, None, None]
+        S = S.addcmul_(key, wrong) if in_place else S + key * wrong
+        outputs.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2))
+    return torch.stack(outputs, dim=1).to(v.dtype), S
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor | None) -> None:
+    if any(x.dim() != 4 for x in (q, k, v)) or q.shape[1] == 0:
+        raise ValueError(f"q, k, v are [B, T, heads, dim] with T > 0, got {[tuple(x.shape) for x in (q, k, v)]}")
+    batch, length, heads, key_dim = q.shape
+    kv_heads, v_dim = v.shape[2:]
+    if k.shape != (batch, length, kv_heads, key_dim) or v.shape[:2] != (batch, length) or heads % kv_heads:
+        raise ValueError(
+            f"q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with H a multiple of G, got {[tuple(x.shape) for x in (q, k, v)]}"
+        )
+    if g is not None and g.shape != q.shape[:3] and g.shape != q.shape:
+        raise ValueError(f"g is None, {list(q.shape[:3])} or {list(q.shape)}, got {tuple(g.shape)}")
+    if beta.shape != q.shape[:3]:
+        raise ValueError(f"beta is {list(q.shape[:3])}, got {tuple(beta.shape)}")
+    if state is not None and state.shape != (batch, heads, key_dim, v_dim):
+        raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {v_dim}], got {tuple(state.shape)}")

@@ -1,0 +1,320 @@
+"""The delta rule in chunks: within a chunk a triangular system, between chunks a state.
+
+Forward, for a chunk of C tokens with incoming state S and c_i the sum of its log decays up to and including token i,
+per head (a number) or per channel (a vector over K; products of exponentials and keys are then by channel):
+    A_ij = β_i k_i·(exp(c_i - c_j) k_j) [j<i]          P_ij = q_i·(exp(c_i - c_j) k_j) [j≤i]
+    R = V - (K ∘ e^c) S,    V' = (I + A)^-1 β R
+    O = (Q ∘ e^c) S + P V',    S' = e^{c_C} S + (K ∘ e^{c_C - c})^T V'
+Backward, dS' being the gradient of S':
+    dV' = P^T dO + (K ∘ e^{c_C - c}) dS',    dY = (I + A)^-T dV',    dA = -dY V'^T,    dP = dO V'^T
+    dS = e^{c_C} dS' + (Q ∘ e^c)^T dO - (K ∘ e^c)^T β dY,    dV = β dY,    dβ_i = dY_i·R_i + Σ_j dA_ij A_ij / β_i
+and dq, dk through the products above. A log decay stands in e^c at q_i or k_i and in e^-c at k_j, so its gradient is
+    dc = q∘dq + k∘dk_row - k∘dk_column,    dg_t = Σ_{i≥t} dc_i .
+Every exponent is a sum of log decays over a stretch of tokens, so ≤ 0: nothing overflows.
+
+Source: Yang et al. 2024, arXiv:2412.06464, section 3.2 (a decay per head); arXiv:2510.26692 (per channel). Tokens are
+worked through in blocks of a few chunks; the forward pass keeps the state at each block's start, the backward pass
+recomputes the rest, so that time and memory are linear in T.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from supra_kernels.boundaries import NAMESPACE, OPERATORS, compute_dtype, decoded, log_decay
+from supra_kernels.chunk import BLOCK_ELEMENTS, cut
+from supra_kernels.library import library
+from supra_kernels.weights import block_weights, fixed_weights
+
+HEAD_CHUNK, CHANNEL_CHUNK = 64, 16
+"""Tokens of a chunk: with a decay per channel a chunk's weights are [C,C,K], so it is short."""
+
+
+def block_sizes(q: Tensor, v: Tensor, channels: bool) -> tuple[int, int]:
+    """Tokens in a chunk, and chunks in a block at most."""
+    batch, _, heads, key_dim = q.shape
+    size = CHANNEL_CHUNK if channels else HEAD_CHUNK
+    width = size * key_dim if channels else max(key_dim, v.shape[-1])
+    return size, max(1, (8 if channels else 1) * BLOCK_ELEMENTS // (size * batch * heads * width))
+
+
+class _Decay(NamedTuple):
+    """Leading dimensions [m,b,h] are chunk, batch and head, each whole or 1; w is 1, or K with a decay per channel.
+
+    within [m,b,h,C,C] or [m,b,h,C,C,K]: of token j at token i ≥ j. from_start, to_end [m,b,h,C,w]: of the incoming
+    state at token i, of token j in the outgoing state. through [m,b,h,w,1]: of the incoming state in the outgoing one.
+    """
+
+    within: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    through: Tensor
+
+    @property
+    def channels(self) -> bool:
+        return self.within.dim() == 6
+
+    def scores(self, x: Tensor, k: Tensor) -> Tensor:
+        """x_i·(within_ij k_j), [m,b,h,C,C]."""
+        if not self.channels:
+            return (x @ k.mT).mul_(self.within)
+        return ((self.within * k.unsqueeze(-3)) @ x.unsqueeze(-1)).squeeze(-1)
+
+    def gradients(self, d: Tensor, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x and k, from d [m,b,h,C,C], that of the scores."""
+        if not self.channels:
+            d = d * self.within
+            return d @ k, d.mT @ x
+        weighted = self.within * d.unsqueeze(-1)
+        return (weighted * k.unsqueeze(-3)).sum(-2), (weighted * x.unsqueeze(-2)).sum(-3)
+
+
+class _Plan:
+    """The blocks of one call and the decay of each."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, documents: Tensor | None):
+        self.dtype = compute_dtype(q, k, v)
+        self.layout = None if documents is None else decoded(documents)
+        self.channels = g is not None and g.dim() == 4
+        if g is not None:
+            real = None if self.layout is None else self.layout.real
+            g = log_decay(g, real.unsqueeze(-1) if self.channels and real is not None else real, self.dtype)
+        self.g = g
+        self.blocks = cut(q.shape[1], *block_sizes(q, v, self.channels))
+
+    def load(self, block, x: Tensor) -> Tensor:
+        """[B,T,H,·] -> [M,B,H,C,·] of the block in the compute dtype."""
+        return block.window(x).to(self.dtype).contiguous()
+
+    def decay(self, block, device: torch.device) -> _Decay:
+        if self.channels:
+            return self._by_channel(block)
+        fixed = fixed_weights(None, block.length, 1.0, self.dtype, device) if self.g is None else None
+        weights = block_weights(fixed, self.g, self.layout, block, 1.0)
+        starts, ends = weights.from_start.unsqueeze(-1), weights.to_end.unsqueeze(-1)
+        return _Decay(weights.within, starts, ends, weights.through[..., None, None])
+
+    def _by_channel(self, block) -> _Decay:
+        total = block.window(self.g).double().cumsum(-2)  # a difference of two fp32 sums would lose digits
+        apart = (total.unsqueeze(-2) - total.unsqueeze(-3)).clamp_(max=0).to(self.dtype)
+        token = torch.arange(block.length, device=apart.device)
+        seen = token[:, None] >= token
+        to_end = (total[..., -1:, :] - total).to(self.dtype).exp_()
+        from_start = total.to(self.dtype).exp_()
+        through = from_start[..., -1, :, None]
+        if self.layout is not None:
+            # Of documents a fixed decay of 1 has what is cut: weights of 0 and 1.
+            ones = fixed_weights(None, block.length, 1.0, self.dtype, apart.device)
+            cuts = block_weights(ones, None, self.layout, block, 1.0)
+            seen = cuts.within > 0
+            from_start, to_end = from_start * cuts.from_start.unsqueeze(-1), to_end * cuts.to_end.unsqueeze(-1)
+            through = through * cuts.through[..., None, None]
+        return _Decay(apart.exp_().mul_(seen.to(self.dtype).unsqueeze(-1)), from_start, to_end, through)
+
+
+class _Chunks(NamedTuple):
+    """What both directions need of a block."""
+
+    A: Tensor
+    lower: Tensor
+    """I + A."""
+    P: Tensor
+    states: Tensor
+    """Before each chunk, and after the last: [M+1,B,H,K,V]."""
+    values: Tensor
+    """V'."""
+
+
+def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: _Decay, start: Tensor) -> _Chunks:
+    """q, k, v [M,B,H,C,·], beta [M,B,H,C,1]."""
+    A = decay.scores(k, k).tril_(-1).mul_(beta)
+    lower = inverse(A)
+    right = torch.cat((v, k * decay.from_start), -1).mul_(beta)
+    U, W = (lower @ right).split((v.shape[-1], k.shape[-1]), -1)
+    to_end = (k * decay.to_end).mT
+    states = start.new_empty(len(k) + 1, *start.shape)
+    states[0] = start
+    values = torch.empty_like(U, memory_format=torch.contiguous_format)
+    through = decay.through.expand(len(k), -1, -1, -1, -1)
+    for m in range(len(k)):
+        torch.sub(U[m], W[m] @ states[m], out=values[m])
+        torch.addcmul(to_end[m] @ values[m], states[m], through[m], out=states[m + 1])
+    return _Chunks(A, lower, decay.scores(q, k), states, values)
+
+
+def inverse(A: Tensor) -> Tensor:
+    """(I + A)^-1 of strictly lower triangular A [..., C, C], by forward substitution."""
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve_triangular(A + eye, eye.expand_as(A), upper=False, unitriangular=True)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> o, the final state, and with `keep` the state at each block's start [blocks,B,H,K,V], for `backward`."""
+    plan = _Plan(q, k, v, g, documents)
+    batch, length, heads, key_dim = q.shape
+    shape = (batch, heads, key_dim, v.shape[-1])
+    S = q.new_zeros(shape, dtype=plan.dtype) if state is None else state.to(plan.dtype)
+    o = v.new_empty(batch, length, heads, v.shape[-1])
+    starts = q.new_empty((len(plan.blocks) if keep else 0, *shape), dtype=plan.dtype)
+    for i, block in enumerate(plan.blocks):
+        if keep:
+            starts[i] = S
+        q_, k_, v_, beta_ = (plan.load(block, x) for x in (q, k, v, beta.unsqueeze(-1)))
+        decay = plan.decay(block, q.device)
+        chunks = _chunks(q_, k_, v_, beta_, decay, S)
+        part = (q_ * decay.from_start) @ chunks.states[:-1] + chunks.P @ chunks.values
+        block.window(o).copy_(part * scale)
+        S = chunks.states[-1]
+    return o, S.clone(), starts
+
+
+def backward(
+    do: Tensor,
+    dS: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    documents: Tensor | None,
+    starts: Tensor,
+    scale: float,
+    decays: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of q, k, v, g (empty unless `decays`), beta and the initial state, in the compute dtype."""
+    plan = _Plan(q, k, v, g, documents)
+    dS = torch.zeros_like(starts[0]) if dS is None else dS.to(plan.dtype)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta.unsqueeze(-1))]
+    dg = torch.empty_like(plan.g if g is None or plan.channels else plan.g.unsqueeze(-1)) if decays else None
+    for block, start in zip(reversed(plan.blocks), reversed(starts.unbind()), strict=True):
+        inputs = (plan.load(block, x) for x in (q, k, v, beta.unsqueeze(-1), do))
+        *parts, d_decay, dS = _backward_block(*inputs, plan.decay(block, q.device), start, dS, scale, decays)
+        for whole, part in zip(grads, parts, strict=True):
+            block.window(whole).copy_(part)
+        if decays:
+            block.window(dg).copy_(d_decay)
+    dq, dk, dv, d_beta = grads
+    if not decays:
+        return dq, dk, dv, q.new_empty(0), d_beta.squeeze(-1), dS.clone()
+    if plan.layout is not None:
+        dg *= plan.layout.continues[:, :, None, None]  # where a document starts, and on padding, it acts on nothing
+    return dq, dk, dv, dg.view(g.shape).to(g.dtype), d_beta.squeeze(-1), dS.clone()
+
+
+def _backward_block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    do: Tensor,
+    decay: _Decay,
+    start: Tensor,
+    d_end: Tensor,
+    scale: float,
+    decays: bool,
+) -> tuple[Tensor | None, ...]:
+    """Letters as in the module's formulas -> dq, dk, dv, dβ, dg or None, dS of the block's start."""
+    chunks = _chunks(q, k, v, beta, decay, start)
+    before, values = chunks.states[:-1], chunks.values
+    do = do * scale
+    to_end, from_start = k * decay.to_end, k * decay.from_start
+
+    d_values = chunks.P.mT @ do
+    from_output = (q * decay.from_start).mT @ do
+    W = chunks.lower @ (from_start * beta)
+    d_states = torch.empty_like(chunks.states)
+    d_states[-1] = d_end
+    through = decay.through.expand(len(k), -1, -1, -1, -1)
+    for m in reversed(range(len(k))):
+        d_values[m] += to_end[m] @ d_states[m + 1]
+        torch.addcmul(from_output[m] - W[m].mT @ d_values[m], d_states[m + 1], through[m], out=d_states[m])
+
+    dY = chunks.lower.mT @ d_values
+    dA = (dY @ values.mT).neg_().tril_(-1)
+    dP = (do @ values.mT).tril_()
+    dv = dY * beta
+    d_beta = (dY * (v - from_start @ before)).sum(-1, keepdim=True)
+    # A's rows without their β: where β is 0 there is no dividing by it.
+    d_beta += (dA * decay.scores(k, k)).sum(-1, keepdim=True)
+
+    dq, k_column = decay.gradients(dP, q, k)
+    k_row, k_other = decay.gradients(dA * beta, k, k)
+    q_start = (do @ before.mT).mul_(decay.from_start)
+    k_start = (dv @ before.mT).mul_(decay.from_start).neg_()
+    k_end = (values @ d_states[1:].mT).mul_(decay.to_end)
+    dq += q_start
+    k_row += k_start
+    k_column += k_other
+    dg = None
+    if decays:
+        each = q * dq + k * (k_row - k_column)
+        carried = decay.through * (before * d_states[1:])
+        earlier = k * k_end
+        if not decay.channels:
+            each, earlier = each.sum(-1, keepdim=True), earlier.sum(-1, keepdim=True)
+            carried = carried.sum((-2, -1), keepdim=True)
+        else:
+            carried = carried.sum(-1).unsqueeze(-2)
+        shifted = torch.nn.functional.pad(earlier[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
+        dg = each.flip(-2).cumsum(-2).flip(-2) + shifted + carried
+    return dq, k_row + k_column + k_end, dv, d_beta, dg, d_states[0]
+
+
+library.define(
+    "delta_chunk(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor? state, Tensor? documents, float scale,"
+    " bool keep) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "delta_chunk_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta,"
+    " Tensor? documents, Tensor starts, float scale, bool decays) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.impl("delta_chunk", forward, "CompositeExplicitAutograd")
+library.impl("delta_chunk_backward", backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::delta_chunk", lib=library)
+def _(q, k, v, g, beta, state, documents, scale, keep):
+    batch, length, heads, key_dim = q.shape
+    S = q.new_empty(batch, heads, key_dim, v.shape[-1], dtype=compute_dtype(q, k, v))
+    size, most = block_sizes(q, v, g is not None and g.dim() == 4)
+    blocks = (length // size + most - 1) // most + (length % size + size - 1) // size
+    return v.new_empty(batch, length, heads, v.shape[-1]), S, S.new_empty(blocks if keep else 0, *S.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::delta_chunk_backward", lib=library)
+def _(do, dS, q, k, v, g, beta, documents, starts, scale, decays):
+    like = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dg = torch.empty_like(g, memory_format=torch.contiguous_format) if decays else q.new_empty(0)
+    return *like, dg, torch.empty_like(beta, memory_format=torch.contiguous_format), torch.empty_like(starts[0])
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, g, beta, state, documents, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, beta, state, documents, output[2])
+
+
+def _gradients(ctx, do, dS, _):
+    q, k, v, g, beta, state, documents, starts = ctx.saved_tensors
+    do, decays = torch.zeros_like(v) if do is None else do, ctx.needs_input_grad[3]
+    given = (do, dS, q, k, v, g, beta, documents, starts, ctx.scale, decays)
+    dq, dk, dv, dg, d_beta, d_state = OPERATORS.delta_chunk_backward(*given)
+    d_state = None if state is None else d_state.to(state.dtype)
+    return dq, dk, dv, dg if decays else None, d_beta, d_state, None, None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::delta_chunk", _gradients, setup_context=_setup, lib=library)

@@ -1,0 +1,122 @@
+"""Gated DeltaNet: a state that is corrected towards each value; the data choose strength and decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from supra_cli.core.errors import UsageError
+from supra_cli.core.layout import HeadSpec, Layout, Rotate
+from supra_cli.core.mixers import mixers
+from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState, dots, wide
+from supra_cli.core.ops import delta_rule
+
+RMS_EPS = 1e-5
+
+
+@mixers.register("gated_delta")
+class GatedDelta(MatrixMixer):
+    """S ← e^{g_t} S,   S ← S + β_t k'_t (v_t - Sᵀ k'_t)ᵀ,   o_t = s_h · Sᵀ q'_t
+
+    x' = act(E_h x) / |act(E_h x)| of q and k, with maps of their own, β_t = σ(w_β·x_t + b_β) and
+    g_t = -exp(A_h) softplus(w_g·x_t + b_g), one number a query head. E starts as the identity and, below it,
+    key_width - 1 random orthogonal maps that q and k share; w starts at 0, so that β = 1/2 and the decays of the heads
+    lie between 0.999 and 0.9 a token; the gain s_h starts at 1 and is fitted. As |k'| = 1, a value that was written
+    with β = 1 is what its own key reads: q' is not scaled by K^-1/2, which s_h would have to undo. v has no activation.
+
+    Source: Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464, without its convolutions.
+    """
+
+    variants = ({"key_width": 2},)
+
+    @dataclass(frozen=True)
+    class Options:
+        key_width: int = 1
+        """Rows of the state, in multiples of the base's head width: they bound how many keys can be told apart."""
+        activation: Literal["silu", "none"] = "silu"
+        """Of the mapped q and k, before they are brought to length 1."""
+        rotary: bool = True
+        """Whether q and k get the base's positions before the map; without, a key is found at any distance alike."""
+        negative_eigenvalues: bool = False
+        """β in (0,2): a transition may then flip the sign of what lies along k (arXiv:2411.12537)."""
+        norm: Literal["none", "rms"] = "none"
+        """rms: each head divided by its root mean square, before the gain."""
+        output_gate: bool = False
+        """Multiply the heads by 2 σ(U x), which starts at 1."""
+
+        def __post_init__(self) -> None:
+            if self.key_width < 1:
+                raise UsageError(f"mixer.key_width is {self.key_width}, expected 1 or more")
+
+    def __init__(self, spec: HeadSpec, options: Options):
+        super().__init__(spec, options)
+        self.phi_q = HeadMap(spec.heads, spec.head_dim, self.state_shape()[0])
+        self.phi_k = HeadMap(spec.kv_heads, spec.head_dim, self.state_shape()[0])
+        self.write = nn.Linear(spec.model_dim, spec.heads)
+        self.decay = self.decay_map()
+        self.A_log = nn.Parameter(torch.empty(spec.heads))
+        self.gate = nn.Linear(spec.model_dim, spec.heads * spec.v_dim, bias=False) if options.output_gate else None
+        self.gain = nn.Parameter(torch.empty(spec.heads, 1))
+
+    def decay_map(self) -> nn.Module:
+        """x [B,T,D] -> a number a head, or a channel of a head, before the softplus; its last bias sets the start."""
+        return nn.Linear(self.spec.model_dim, self.spec.heads)
+
+    def state_shape(self) -> tuple[int, int]:
+        return self.options.key_width * self.spec.head_dim, self.spec.v_dim
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        width, group = self.spec.head_dim, self.spec.heads // self.spec.kv_heads
+        for head in range(self.spec.kv_heads):
+            for part in range(self.options.key_width):
+                rows = self.phi_k.weight[head, part * width : (part + 1) * width]
+                nn.init.eye_(rows) if part == 0 else nn.init.orthogonal_(rows)
+        self.phi_q.weight.copy_(self.phi_k.weight.repeat_interleave(group, 0))
+        last = self.decay if isinstance(self.decay, nn.Linear) else self.decay[-1]
+        for zero in (self.phi_q.bias, self.phi_k.bias, self.write.weight, self.write.bias, last.weight, self.A_log):
+            nn.init.zeros_(zero)
+        # softplus(b) from 0.001 to 0.1 over the heads, evenly in the logarithm.
+        decays = torch.logspace(-3, -1, self.spec.heads, dtype=torch.float64).expm1().log()
+        last.bias.copy_(decays.repeat_interleave(last.out_features // self.spec.heads))
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+        nn.init.ones_(self.gain)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
+    ) -> tuple[Tensor, MatrixState]:
+        if self.options.rotary:
+            q, k = rope(q), rope(k)
+        q, k = self._feature(self.phi_q(q)), self._feature(self.phi_k(k))
+        beta = wide(self.write(x)).sigmoid() * (2 if self.options.negative_eigenvalues else 1)
+        g = self._log_decay(x)
+        o, S = delta_rule(q, k, v, g, beta, state=None if state is None else state.S, layout=layout)
+        if self.options.norm == "rms":
+            o = nn.functional.rms_norm(wide(o), o.shape[-1:], eps=RMS_EPS).to(o.dtype)
+        o = o * self.gain
+        if self.gate is not None:
+            o = o * 2 * self.gate(x).sigmoid().view(o.shape)
+        return o, MatrixState(S)
+
+    def _feature(self, x: Tensor) -> Tensor:
+        x = wide(x)
+        return nn.functional.normalize(nn.functional.silu(x) if self.options.activation == "silu" else x, dim=-1)
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        """[B,T,H], or [B,T,H,·] with a number a channel."""
+        rate = nn.functional.softplus(wide(self.decay(x))).unflatten(-1, (self.spec.heads, -1))
+        g = -wide(self.A_log).exp().unsqueeze(-1) * rate
+        return g.squeeze(-1)
+
+    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
+        """[2, H]: Σ o_h·o_h and Σ o_h·taught_h of every head."""
+        return torch.stack((dots(o, o), dots(o, taught)))
+
+    def fit(self, moments: Tensor) -> None:
+        """Least squares for the gain; a head that answers 0 keeps its own."""
+        square, product = moments
+        self.gain *= torch.where(square > 0, product / square, 1)[:, None]
