@@ -138,7 +138,7 @@ class HeadNorm(nn.Module):
         self.gain = nn.Parameter(torch.empty(heads, 1)) if gain == "head" else None
 
     def forward(self, o: Tensor) -> Tensor:
-        return self.scaled(nn.functional.layer_norm(o.float(), o.shape[-1:], eps=self.eps).to(o.dtype))
+        return self.scaled(nn.functional.layer_norm(wide(o), o.shape[-1:], eps=self.eps).to(o.dtype))
 
     def scaled(self, normed: Tensor) -> Tensor:
         """Heads that are normalised already, times the gain."""
@@ -202,3 +202,34 @@ class HeadMap(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
+
+
+class FromIdentity(HeadMap):
+    """A `HeadMap` that begins at W = 1, b = 0: its answers are the teacher's q and k, as a feature map then takes
+    them."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.copy_(torch.eye(self.weight.shape[-1]))
+        nn.init.zeros_(self.bias)
+
+
+class ReluMap(FromIdentity):
+    """φ(x)_h = ReLU(W_h x_h + b_h), T2R's (Kasai et al. 2021, arXiv:2103.13076), as wide as x."""
+
+    width = 1
+    """Features for each number of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class HedgehogMap(FromIdentity):
+    """φ(x)_h = [softmax(W_h x_h + b_h), softmax(-W_h x_h - b_h)], Hedgehog's (Zhang et al. 2024, arXiv:2402.04347):
+    twice as wide as x and positive."""
+
+    width = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1)
