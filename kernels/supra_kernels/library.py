@@ -231,7 +231,8 @@ def triton(
     documents: Tensor | None = None,
     around: Around = Around(),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> o, S and the denominators, if there are any. The Triton form (supra_kernels.gpu): chunks in parallel, or without gradients and for few tokens the decode step.
+    """The Triton form (supra_kernels.gpu): chunks in parallel, or without gradients and for few tokens the decode step.
+    The third tensor is d where there is a denominator.
 
     ReLU and rotation are done within the step, and in a kernel of their own, once for q and once for k, before the
     chunks, whose kernels read q four times and k five.

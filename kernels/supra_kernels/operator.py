@@ -47,8 +47,8 @@ def linear_attention(
     rotation is `rotary`'s, and norm_eps normalises as GroupNorm with H groups and no affine does.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs);
     after them d [B,T,H] if denominators are asked for.
-    With denominator_min, o_t is divided by the sum of its weights, o_t / max(d_t, denominator_min), d_t = scale · q_t·z_t
-    with z_t = exp(g_t) z_{t-1} + k_t. The state is then [B,H,K,V+1], its last column z.
+    With denominator_min, o_t is divided by the sum of its weights, o_t / max(d_t, denominator_min), where d_t = scale ·
+    q_t·z_t and z_t = exp(g_t) z_{t-1} + k_t. The state is then [B,H,K,V+1], its last column z.
     Without gradients the step form overwrites `state` and returns it.
     Under autocast to bf16 the Triton form takes q, k and v in bf16, as PyTorch's own attention does: a feature map may
     leave them in fp32, whose products take several times as long. Nothing else heeds autocast.

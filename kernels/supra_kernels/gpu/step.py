@@ -22,8 +22,8 @@ def step_kernel(
     the next rows are on their way while these are worked on.
 
     With NORM or SUMS, BV covers V. NORM normalises o as query_side_kernel does. With SUMS the state is [B,H,K,V+1], z
-    its last column, and d [B,T,H] is stored. ROTARY and RELU as in load_turned, with R and STRIDE as in rotary_kernel. No dot: K · BV
-    multiplications are bound by memory.
+    its last column, and d [B,T,H] is stored. ROTARY and RELU as in load_turned, with R and STRIDE as in rotary_kernel.
+    No dot: K · BV multiplications are bound by memory.
     """
     W = V + 1 if SUMS else V
     tiles_v = tl.cdiv(V, BV)

@@ -26,7 +26,8 @@ def step(
     norm_eps: float | None = None,
     denominator_min: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> o and, with a denominator, what it is [B,T,H] fp32, else nothing; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch a token.
+    """-> o and, with a denominator, d [B,T,H] fp32, else an empty tensor; `state` [B,H,K,V or V+1], fp32 and
+    contiguous, is overwritten, in one launch a token.
 
     q and k go through the ReLU with `relu`, then turn by cos, sin [B or 1,T,R] where given.
     """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.parts import HeadNorm, HedgehogMap, MatrixMixer, MatrixState
+from supra_cli.core.mixers.parts import HeadNorm, HedgehogMap, MatrixMixer, MatrixState, nearly_none
 from supra_cli.core.ops import linear_attention
 
 
@@ -44,8 +44,7 @@ class Gated(MatrixMixer):
     def reset_parameters(self) -> None:
         for phi in (self.phi_q, self.phi_k):
             phi.reset_parameters()
-        nn.init.zeros_(self.decay.weight)
-        nn.init.constant_(self.decay.bias, 6.0)
+        nearly_none(self.decay)
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
 

@@ -1,4 +1,4 @@
-"""Mamba-2's state space in the place of attention: a decay and a step that the data choose together (Dao and Gu 2024)."""
+"""Mamba-2: a state space whose decay and step width are one number that the data choose (Dao and Gu 2024)."""
 
 from __future__ import annotations
 

@@ -124,6 +124,12 @@ def _powers_of_two(exponent: float, step: float, count: int, device: torch.devic
     return torch.logspace(exponent, last, count, base=2.0, dtype=dtype, device=device)
 
 
+def nearly_none(decay: nn.Linear) -> None:
+    """Begin with γ = σ(w·x + b) = 0.9975 for whatever x, as w = 0 and b = 6."""
+    nn.init.zeros_(decay.weight)
+    nn.init.constant_(decay.bias, 6.0)
+
+
 class HeadNorm(nn.Module):
     """(o - mean) / √(var + eps) over each head of o [B,T,H,V], in fp32: GroupNorm with H groups and no affine.
 
