@@ -15,8 +15,6 @@ from supra_cli.core.mixers.parts import HedgehogMap, ReluMap, nearly_none, wide
 from supra_cli.core.mixers.window import Window, WindowState
 from supra_cli.core.ops import linear_attention
 
-LEAST = 1e-6
-
 
 class LolcatsState(NamedTuple):
     """A `WindowState` with one token more, the next to leave, and the branch's memory of what has left before it."""
@@ -118,7 +116,7 @@ class Lolcats(Window):
         left = sight.rows.scatter(sight.rows.position >= window + self.options.sinks, tokens)
         keys = self.phi_k(leaving_k).masked_fill(~left[..., None, None], 0)
         g = None if self.decay is None else nn.functional.logsigmoid(wide(self.decay(x)))
-        asked = {"denominator_min": LEAST, "denominators": True}
+        asked = {"denominator_min": 1e-6, "denominators": True}
         past, S, d = linear_attention(self.phi_q(q), keys, leaving_v, g, state=S, layout=layout, **asked)
 
         share = self._share(sight.denominator(), d, left).unsqueeze(-1).to(past.dtype)
