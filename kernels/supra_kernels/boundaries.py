@@ -12,7 +12,7 @@ from torch import Tensor
 NAMESPACE = "supra" if __name__ == "supra_kernels.boundaries" else __name__.replace(".", "_")
 """Of the operators of torch.library, of which there may be one set by each name: an exported model brings its own."""
 OPERATORS = getattr(torch.ops, NAMESPACE)
-INTERFACE = 1
+INTERFACE = 2
 """Of supra_kernels.gpu, as library.py calls it: raise it when a call changes, since exported models call it too."""
 
 DECAY_FLOOR = -200.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from supra_kernels import chunk as chunked
-from supra_kernels.around import prepared
+from supra_kernels.around import Around
 from supra_kernels.boundaries import NAMESPACE, OPERATORS, compute_dtype
 
 STEP_LENGTH = 4
@@ -34,12 +34,12 @@ library.define(
 )
 library.define(
     "triton_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? documents,"
-    " float scale, Tensor? o, Tensor? row, float? denominator_min, bool decays)"
+    " float scale, Tensor? o, Tensor? row, Tensor? d_row, float? denominator_min, bool decays)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor? cos, Tensor? sin, bool relu,"
-    " float scale, float? norm_eps, float? denominator_min) -> Tensor"
+    " float scale, float? norm_eps, float? denominator_min) -> (Tensor, Tensor)"
 )
 
 library.define("rotary(Tensor x, Tensor cos, Tensor sin, bool relu) -> Tensor")
@@ -67,10 +67,10 @@ def _triton(q, k, v, g, state, documents, scale, norm_eps, denominator_min):
     return launch.forward(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 
 
-def _triton_backward(do, dS, q, k, v, g, state, documents, scale, o, row, denominator_min, decays):
+def _triton_backward(do, dS, q, k, v, g, state, documents, scale, o, row, d_row, denominator_min, decays):
     launch = gpu("launch")
     problem = launch.Problem(q, k, v, g, documents, scale, sums=denominator_min is not None)
-    finish = None if row is None else launch.Finish(o, row, denominator_min)
+    finish = None if row is None else launch.Finish(o, row, denominator_min, d_row)
     grads = launch.backward(problem, state, do, finish, dS, decays=decays)
     dg = q.new_empty(0, dtype=torch.float32) if grads.g is None else grads.g
     if decays:
@@ -125,7 +125,7 @@ def _(q, k, v, g, state, documents, scale, norm_eps, denominator_min):
 
 @torch.library.register_fake(f"{NAMESPACE}::triton_step", lib=library)
 def _(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min):
-    return _output(q, v)
+    return _output(q, v), state.new_empty(0 if denominator_min is None else q.shape[:3])
 
 
 def _fake_gradients(q, k, v, g, decays, sums=False):
@@ -140,7 +140,7 @@ def _(do, dS, q, k, v, g, documents, starts, scale, decays):
 
 
 @torch.library.register_fake(f"{NAMESPACE}::triton_backward", lib=library)
-def _(do, dS, q, k, v, g, state, documents, scale, o, row, denominator_min, decays):
+def _(do, dS, q, k, v, g, state, documents, scale, o, row, d_row, denominator_min, decays):
     return _fake_gradients(q, k, v, g, decays, denominator_min is not None)
 
 
@@ -174,7 +174,8 @@ def _chunk_setup(ctx, inputs, output):
 def _triton_setup(ctx, inputs, output):
     q, k, v, g, state, documents, ctx.scale, norm_eps, ctx.denominator_min = inputs
     o, _, row = output
-    ctx.mark_non_differentiable(row)
+    if ctx.denominator_min is None:
+        ctx.mark_non_differentiable(row)
     ctx.set_materialize_grads(False)
     plain = norm_eps is None and ctx.denominator_min is None
     ctx.save_for_backward(q, k, v, g, state, documents, *((None, None) if plain else (o, row)))
@@ -187,10 +188,10 @@ def _chunk_gradients(ctx, do, dS, _):
     return *_for_inputs(grads, state, decays), None, None, None
 
 
-def _triton_gradients(ctx, do, dS, _):
+def _triton_gradients(ctx, do, dS, d_row):
     q, k, v, g, state, documents, o, row = ctx.saved_tensors
     do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
-    given = (q, k, v, g, state, documents, ctx.scale, o, row, ctx.denominator_min)
+    given = (q, k, v, g, state, documents, ctx.scale, o, row, d_row, ctx.denominator_min)
     return *_for_inputs(OPERATORS.triton_backward(do, dS, *given, decays), state, decays), None, None, None, None
 
 
@@ -228,12 +229,10 @@ def triton(
     scale: float = 1.0,
     state: Tensor | None = None,
     documents: Tensor | None = None,
-    relu: bool = False,
-    rotation: tuple[Tensor, Tensor] | None = None,
-    norm_eps: float | None = None,
-    denominator_min: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    around: Around = Around(),
+) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton form (supra_kernels.gpu): chunks in parallel, or without gradients and for few tokens the decode step.
+    The third tensor is d where there is a denominator.
 
     ReLU and rotation are done within the step, and in a kernel of their own, once for q and once for k, before the
     chunks, whose kernels read q four times and k five.
@@ -243,16 +242,17 @@ def triton(
     if compute_dtype(q, k, v) == torch.float64:
         raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
     if q.shape[1] > STEP_LENGTH or documents is not None or _needs_gradient(q, k, v, g, state):
-        q, k = (prepared(x, relu, rotation, form="triton") for x in (q, k))
+        q, k = (around.prepared(x, form="triton") for x in (q, k))
         # Here and saved so, or the launcher would copy once forward and once more backward.
         q, k, v = (x.contiguous() for x in (q, k, v))
-        return OPERATORS.triton(q, k, v, g, state, documents, scale, norm_eps, denominator_min)[:2]
+        return OPERATORS.triton(q, k, v, g, state, documents, scale, around.norm_eps, around.denominator_min)
     if state is None:
-        S = _state(q, k, v, denominator_min is not None).zero_()
+        S = _state(q, k, v, around.sums).zero_()
     else:
         S = state.to(torch.float32).contiguous()
-    cos, sin = rotation or (None, None)
-    return OPERATORS.triton_step(q, k, v, g, S, cos, sin, relu, scale, norm_eps, denominator_min), S
+    before = (*(around.rotation or (None, None)), around.relu)
+    o, d = OPERATORS.triton_step(q, k, v, g, S, *before, scale, around.norm_eps, around.denominator_min)
+    return o, S, d
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from supra_kernels.around import finished, prepared, with_ones
+from supra_kernels.around import Around, with_ones
 from supra_kernels.boundaries import compute_dtype, triton_runs_on
 from supra_kernels.boundaries import documents as coded
 from supra_kernels.library import STEP_LENGTH, chunk, triton
@@ -27,12 +28,9 @@ def linear_attention(
     state: Tensor | None = None,
     segment: Tensor | None = None,
     documents: Tensor | None = None,
-    relu: bool = False,
-    rotation: tuple[Tensor, Tensor] | None = None,
-    norm_eps: float | None = None,
-    denominator_min: float | None = None,
     form: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    **around: Any,
+) -> tuple[Tensor, ...]:
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale · q_t^T S_t.
 
     Backward, from do_t and the gradient dS_{T+1} of the state returned, with g_{T+1} = 0:
@@ -45,23 +43,23 @@ def linear_attention(
     segment [B,T] numbers the documents of a row, non-decreasing over real tokens, -1 on padding. S is zeroed where a
     document starts; a padding token changes nothing, and the output there is finite and meaningless.
     documents is what `supra_kernels.documents` made of the segment, for callers of several layers with the same one.
-    With relu, and with rotation = (cos, sin), [B or 1,T,R] each, q and k go through `rotary` first: max(x, 0), then the
-    positions.
-    Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
-    With norm_eps, o is normalised over each head's V numbers, (o - mean) / sqrt(variance + norm_eps), as GroupNorm with
-    H groups and no affine does.
-    With denominator_min, o_t is divided by the sum of its weights, o_t / max(scale · q_t·z_t, denominator_min) with
-    z_t = exp(g_t) z_{t-1} + k_t. The state is then [B,H,K,V+1], its last column z.
+    around is what surrounds the sum, relu, rotation, norm_eps, denominator_min and denominators: see `Around`. The
+    rotation is `rotary`'s, and norm_eps normalises as GroupNorm with H groups and no affine does.
+    Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs);
+    after them d [B,T,H] if denominators are asked for.
+    With denominator_min, o_t is divided by the sum of its weights, o_t / max(d_t, denominator_min), where d_t = scale ·
+    q_t·z_t and z_t = exp(g_t) z_{t-1} + k_t. The state is then [B,H,K,V+1], its last column z.
     Without gradients the step form overwrites `state` and returns it.
     Under autocast to bf16 the Triton form takes q, k and v in bf16, as PyTorch's own attention does: a feature map may
     leave them in fp32, whose products take several times as long. Nothing else heeds autocast.
     The Triton form normalises or divides in the kernel that makes o, and decodes in one kernel from raw q and k; the
     others do what comes before and after by itself.
-    Raises ValueError for shapes that do not fit, for an unknown form, and for norm_eps beside denominator_min.
+    Raises ValueError for shapes that do not fit, for an unknown form, for norm_eps beside denominator_min, and for
+    denominators without.
     """
-    if norm_eps is not None and denominator_min is not None:
-        raise ValueError(f"norm_eps or denominator_min, got both: {norm_eps} and {denominator_min}")
-    _check(q, k, v, g, state, segment, documents, sums=denominator_min is not None)
+    around = Around(**around)
+    around.check()
+    _check(q, k, v, g, state, segment, documents, around.sums)
     if form is None:
         form = default_form(q, segment)
     if form not in FORMS:
@@ -76,13 +74,13 @@ def linear_attention(
     q, k, v = (x.to(operand_dtype(x, form)) for x in (q, k, v))
     with without_autocast(q.device.type):
         if form == "triton":
-            before = {"relu": relu, "rotation": rotation}
-            after = {"norm_eps": norm_eps, "denominator_min": denominator_min}
-            return triton(q, k, v, g, scale=scale, state=state, **layout, **before, **after)
-        q, k = (prepared(x, relu, rotation, form="chunk") for x in (q, k))
-        values = v if denominator_min is None else with_ones(v.to(compute_dtype(q, k, v)))
-        o, S = FORMS[form](q, k, values, g, scale=scale, state=state, **layout)
-        return finished(o, norm_eps, denominator_min).to(v.dtype), S
+            o, S, d = triton(q, k, v, g, scale=scale, state=state, **layout, around=around)
+        else:
+            q, k = (around.prepared(x, form="chunk") for x in (q, k))
+            values = with_ones(v.to(compute_dtype(q, k, v))) if around.sums else v
+            o, S = FORMS[form](q, k, values, g, scale=scale, state=state, **layout)
+            o, d = around.finished(o)
+        return (o.to(v.dtype), S, d) if around.denominators else (o.to(v.dtype), S)
 
 
 def default_form(q: Tensor, segment: Tensor | None) -> str:

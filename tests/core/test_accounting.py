@@ -241,6 +241,8 @@ STEPS_OF_EACH_KIND = [
     ("gated", "bfloat16", "separate", {"kind": "distill", "activation_checkpointing": True}),
     ("t2r", "float32", "separate", {"kind": "transfer"}),
     ("window", "bfloat16", "separate", {"kind": "finetune"}),
+    ("lolcats", "bfloat16", "separate", {"kind": "finetune"}),
+    ("mamba2", "float32", "joined", {"kind": "transfer"}),
 ]
 
 

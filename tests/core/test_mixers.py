@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from supra_cli.core.errors import UsageError
@@ -58,6 +59,26 @@ def group_norm(o):
 def alibi(heads):
     """γ_h = exp(-2^{-8(h+1)/H}) for a power of two."""
     return torch.tensor([math.exp(-(2 ** (-8 * (h + 1) / heads))) for h in range(heads)], dtype=torch.float64)
+
+
+def hedgehog(heads, learned):
+    heads = torch.einsum("bthk,hfk->bthf", heads, learned.weight) + learned.bias
+    return torch.cat((heads.softmax(-1), (-heads).softmax(-1)), dim=-1)
+
+
+def moved(mixer, by=0.3):
+    for parameter in mixer.parameters():
+        parameter.add_(torch.randn_like(parameter) * by)
+    return mixer
+
+
+def kept_of(gamma, late=0):
+    """Π γ_t over j + late < t ≤ i, [2, H, T, T], of γ [2, T, H]."""
+    kept = torch.zeros(2, 4, T, T, dtype=torch.float64)
+    for i in range(T):
+        for j in range(i + 1):
+            kept[:, :, i, j] = gamma[:, j + 1 + late : i + 1].prod(dim=1)
+    return kept
 
 
 def decayed_sum(q, k, v, gamma, scale):
@@ -189,21 +210,11 @@ def test_retention_is_supra_without_a_map(rule):
 @pytest.mark.parametrize("normaliser", ["denominator", "norm"])
 def test_gated_is_its_formula(normaliser):
     mixer = build("gated", normaliser=normaliser, output_gate=True)
-    for parameter in mixer.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.3)
+    moved(mixer)
     q, k, v, x = inputs()
     o, _ = mixer(q, k, v, x, rope, None, None)
-
-    def phi(heads, learned):
-        heads = torch.einsum("bthk,hfk->bthf", heads, learned.weight) + learned.bias
-        return torch.cat((heads.softmax(-1), (-heads).softmax(-1)), dim=-1)
-
-    q, k = phi(rope(q), mixer.phi_q), repeated(phi(rope(k), mixer.phi_k))
-    gamma = (x @ mixer.decay.weight.T + mixer.decay.bias).sigmoid()
-    kept = torch.zeros(2, 4, T, T, dtype=torch.float64)
-    for i in range(T):
-        for j in range(i + 1):
-            kept[:, :, i, j] = gamma[:, j + 1 : i + 1].prod(dim=1)
+    q, k = hedgehog(rope(q), mixer.phi_q), repeated(hedgehog(rope(k), mixer.phi_k))
+    kept = kept_of((x @ mixer.decay.weight.T + mixer.decay.bias).sigmoid())
     weights = torch.einsum("bihf,bjhf->bhij", q, k) * kept
     if normaliser == "denominator":
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
@@ -219,6 +230,98 @@ def test_gated_starts_near_no_decay_and_with_open_gates():
     q, k, v, x = inputs()
     assert_close(mixer.decay(x).sigmoid(), torch.full((2, T, 4), 0.99753, dtype=torch.float64), atol=1e-5, rtol=0)
     assert_close(mixer(q, k, v, x, rope, None, None)[0], build("gated")(q, k, v, x, rope, None, None)[0], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_hedgehog_is_its_formula_and_begins_with_the_teachers_q_and_k(kv_heads):
+    mixer = build("hedgehog", kv_heads=kv_heads)
+    q, k, v, x = inputs(kv_heads=kv_heads)
+    assert_close(mixer.phi_q(q), torch.cat((q.softmax(-1), (-q).softmax(-1)), dim=-1))
+    moved(mixer)
+    o, _ = mixer(q, k, v, x, rope, None, None)
+    weights = causal(
+        torch.einsum("bihf,bjhf->bhij", hedgehog(rope(q), mixer.phi_q), repeated(hedgehog(rope(k), mixer.phi_k)))
+    )
+    assert_close(o, torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), repeated(v)), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_mamba2_is_the_papers_recurrence(kv_heads):
+    mixer = moved(build("mamba2", kv_heads=kv_heads))
+    q, k, v, x = inputs(kv_heads=kv_heads)
+    o, _ = mixer(q, k, v, x, rope, None, None)
+    C, B, v = rope(q), repeated(rope(k)), repeated(v)
+    step = (1 + (x @ mixer.step.weight.T + mixer.step.bias).exp()).log()
+    S, want = torch.zeros(2, 4, K, V, dtype=torch.float64), []
+    for t in range(T):
+        S = torch.exp(-mixer.A_log.exp() * step[:, t])[..., None, None] * S
+        S = S + step[:, t, :, None, None] * B[:, t, :, :, None] * v[:, t, :, None]
+        want.append(torch.einsum("bhk,bhkv->bhv", C[:, t], S) * K**-0.5 + mixer.D * v[:, t])
+    gate = 2 * (x @ mixer.gate.weight.T).sigmoid().view(2, T, 4, V)
+    assert_close(o, group_norm(torch.stack(want, 1)) * mixer.norm.gain * gate, **CLOSE)
+
+
+@torch.no_grad()
+def test_mamba2_begins_with_a_step_of_1_and_memories_of_10_to_1000_tokens():
+    mixer = build("mamba2")
+    q, k, v, x = inputs()
+    assert_close(nn.functional.softplus(mixer.step(x)), torch.ones(2, T, 4, dtype=torch.float64), atol=1e-4, rtol=0)
+    assert_close(1 / mixer.A_log.exp(), torch.logspace(3, 1, 4, dtype=torch.float64), atol=0, rtol=1e-4)
+    o, _ = mixer(q, k, v, x, rope, None, None)
+    gamma = (-torch.logspace(-3, -1, 4, dtype=torch.float64)).exp()
+    want = group_norm(decayed_sum(rope(q), repeated(rope(k)), repeated(v), gamma, K**-0.5))
+    assert_close(o, want, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branch", ["hedgehog", "t2r", "gated"])
+@pytest.mark.parametrize(("window", "sinks"), [(5, 2), (1, 0), (3, 7), (36, 0), (64, 4)])
+def test_lolcats_is_two_attentions_under_one_denominator(window, sinks, branch):
+    mixer = moved(build("lolcats", window=window, sinks=sinks, branch=branch))
+    q, k, v, x = inputs()
+    distance, first = steps_back(), torch.arange(T) < sinks
+    seen = (distance >= 0) & ((distance < window) | first)
+    scores = torch.einsum("bihd,bjhd->bhij", rope(q), repeated(rope(k))) * K**-0.5
+    scores = scores.masked_fill(~seen, -math.inf)
+    near = (scores - scores.amax(-1, keepdim=True)).exp()
+
+    def phi(heads, learned):
+        if branch != "t2r":
+            return hedgehog(heads, learned)
+        return (torch.einsum("bthk,hfk->bthf", heads, learned.weight) + learned.bias).relu()
+
+    past = torch.einsum("bihf,bjhf->bhij", phi(rope(q), mixer.phi_q), repeated(phi(rope(k), mixer.phi_k)))
+    past = past.masked_fill(seen | (distance < 0), 0) * mixer.log_f.exp()[:, None, None]
+    if branch == "gated":
+        past = past * kept_of((x @ mixer.decay.weight.T + mixer.decay.bias).sigmoid(), late=window)
+    whole, window_alone = (near + past) / (near + past).sum(-1, keepdim=True), near / near.sum(-1, keepdim=True)
+    past_alone = past / past.sum(-1, keepdim=True).clamp(min=1e-9)
+    for only, weights in ((None, whole), ("window", window_alone), ("recurrence", past_alone)):
+        mixer.only = only
+        want = torch.einsum("bhij,bjhd->bihd", weights, repeated(v))
+        assert_close(mixer(q, k, v, x, rope, None, None)[0], want, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_dropped_window_leaves_the_branch_alone_where_something_has_left_and_less_often_with_progress():
+    mixer = build("lolcats", window=5, sinks=2, window_dropout=1.0)
+    q, k, v, x = inputs()
+    answers = {}
+    for only in ("window", "recurrence", None):
+        mixer.only = only
+        answers[only], _ = mixer.eval()(q, k, v, x, rope, None, None)
+    dropped, _ = mixer.train()(q, k, v, x, rope, None, None)
+    assert_close(dropped[:, :7], answers["window"][:, :7])
+    assert_close(dropped[:, 7:], answers["recurrence"][:, 7:])
+    mixer.progress = 1.0
+    assert_close(mixer(q, k, v, x, rope, None, None)[0], answers[None])
+    mixer.progress = 0.75
+    many = [part.repeat(200, 1, 1, 1) if part.ndim == 4 else part.repeat(200, 1, 1) for part in (q, k, v, x)]
+    rows = mixer(*many, rope, None, None)[0][:, -1]
+    alone = (rows - answers["recurrence"][:, -1].repeat(200, 1, 1)).abs().amax((1, 2)) < 1e-9
+    assert 0.15 < alone.double().mean() < 0.35
 
 
 @torch.no_grad()
@@ -283,7 +386,7 @@ def test_a_window_of_any_size_can_be_fed_in_pieces(window, sinks, lengths):
 @pytest.mark.parametrize("name", [name for name in mixers if name != "softmax"])
 def test_padding_between_pieces_is_passed_over(name):
     """Left padding in a later piece, as when a conversation's turns have different lengths."""
-    mixer = build(name, **({"window": 5, "sinks": 2} if name == "window" else {}))
+    mixer = build(name, **({"window": 5, "sinks": 2} if name in ("window", "lolcats") else {}))
     q, k, v, x = inputs()
     expected = pieces(mixer, q, k, v, x, (20, 17))
     padded = [

@@ -109,7 +109,8 @@ def test_the_launcher_of_the_kernels_asks_nothing(decay, after, monkeypatch):
         g = {"none": None, "fixed": meta(4), "token": meta(2, 150, 4)}[decay]
         numbers, state = documents(meta(2, 150, dtype=torch.long)), meta(2, 4, 8, 6 + (after[1] is not None))
         o, S, row = library._triton(q, k, v, g, state, numbers, 1.0, *after)
-        given = (q, k, v, g, state, numbers, 1.0, o, row, after[1], g is not None)
+        d_row = None if after[1] is None else torch.empty_like(row)
+        given = (q, k, v, g, state, numbers, 1.0, o, row, d_row, after[1], g is not None)
         library._triton_backward(torch.empty_like(o), S, *given)
         one = [None if x is None else x if x.dim() == 1 else x[:, :1] for x in (q, k, v, g)]
         library._triton_step(*one, S, meta(1, 1, 8), meta(1, 1, 8), True, 1.0, *after)

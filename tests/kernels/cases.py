@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from supra_kernels import linear_attention
 
-NAMES = ("o", "S", "dq", "dk", "dv", "dg", "dstate")
+NAMES = ("o", "S", "dq", "dk", "dv", "dg", "dstate", "d")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 DECAYS = ("none", "fixed", "tiny", "token", "hard")
 
@@ -54,12 +54,15 @@ def tables(batch, length, rotated, seed=2):
 
 
 def differentiate(form, values, dtype, segment=None, scale=0.3, **fused):
-    """-> o, S and the gradients of a random projection of both; the output on padding counts for nothing.
+    """-> o, S, the gradients of a random projection of both and, beside a denominator_min, of the denominators, then
+    these; the output on padding counts for nothing.
 
     `fused` is norm_eps or denominator_min, relu and rotation.
     """
     q, k, v, g, state = (None if x is None else x.detach().clone().to(dtype).requires_grad_() for x in values)
-    o, S = linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form, **fused)
+    fused |= {"denominators": "denominator_min" in fused}
+    o, S, *d = linear_attention(q, k, v, g, scale=scale, state=state, segment=segment, form=form, **fused)
+    o = torch.cat((o, d[0].unsqueeze(-1)), dim=-1) if d else o
     assert o.isfinite().all()
     assert S.isfinite().all()
     if segment is not None:
@@ -67,11 +70,12 @@ def differentiate(form, values, dtype, segment=None, scale=0.3, **fused):
     rng = torch.Generator().manual_seed(1)
     do, dS = (torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in (o, S))
     ((o.double() * do).sum() + (S.double() * dS).sum()).backward()
-    return [o, S, *(None if x is None else x.grad for x in (q, k, v, g, state))]
+    o, d = (o[..., :-1], [o[..., -1]]) if d else (o, d)
+    return [o, S, *(None if x is None else x.grad for x in (q, k, v, g, state)), *d]
 
 
 def assert_agrees(got, want, dtype, times=1):
-    for name, x, y in zip(NAMES, got, want, strict=True):
+    for name, x, y in zip(NAMES[: len(want)], got, want, strict=True):
         if y is None:
             continue
         assert x.isfinite().all(), name

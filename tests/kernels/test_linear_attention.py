@@ -248,10 +248,11 @@ def test_a_denominator_is_the_sum_of_the_weights(form, packing):
     weights = 0.3 * torch.einsum("bihk,bjhk->bhij", q, k.expand_as(q)) * decay
     if packing:
         weights = weights * (segment[:, None, :, None] == segment[:, None, None, :])
-    want = torch.einsum("bhij,bjhv->bihv", weights, v.expand(-1, -1, 2, -1))
-    want = want / weights.sum(-1).clamp(min=0.5).transpose(1, 2).unsqueeze(-1)
-    o, S = linear_attention(q, k, v, g, scale=0.3, segment=segment, denominator_min=0.5, form=form)
-    torch.testing.assert_close(o, want)
+    want, sums = torch.einsum("bhij,bjhv->bihv", weights, v.expand(-1, -1, 2, -1)), weights.sum(-1).transpose(1, 2)
+    want = want / sums.clamp(min=0.5).unsqueeze(-1)
+    asked = {"denominator_min": 0.5, "denominators": True}
+    o, S, d = linear_attention(q, k, v, g, scale=0.3, segment=segment, **asked, form=form)
+    torch.testing.assert_close((o, d), (want, sums))
     assert S.shape == (1, 2, 8, 6)
 
 
@@ -278,6 +279,8 @@ def test_a_norm_beside_a_denominator_is_refused():
     q, k, v, g, _ = inputs(1, 5, 2, 1, 4, 4)
     with pytest.raises(ValueError, match="norm_eps or denominator_min, got both"):
         linear_attention(q, k, v, g, norm_eps=1e-5, denominator_min=0.5)
+    with pytest.raises(ValueError, match="beside a denominator_min"):
+        linear_attention(q, k, v, g, norm_eps=1e-5, denominators=True)
 
 
 @pytest.mark.parametrize("form", ["naive", *FAST])

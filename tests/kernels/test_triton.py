@@ -200,17 +200,17 @@ def test_the_decode_step_makes_features_and_turns_them_itself(relu, rows, rotate
     torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5, "denominators": True}])
 def test_a_decode_step_over_rows_of_several_tiles_equals_the_recurrence(after, monkeypatch):
     monkeypatch.setattr(tokens, "STEP_TILE", 128)
     monkeypatch.setattr(tokens, "STEP_TILE_WITH_SUMS", 128)
     q, k, v, g, state = (x.to(DEVICE) for x in inputs(2, 3, 4, 2, 9, 20))
     if "denominator_min" in after:
         state = torch.cat((state, state[..., :1].abs()), -1)
-    want, end = linear_attention(q, k, v, g, state=state, relu=True, form="naive", **after)
-    o, S = linear_attention(q, k, v, g, state=state, relu=True, form="triton", **after)
+    want, end, *sums = linear_attention(q, k, v, g, state=state, relu=True, form="naive", **after)
+    o, S, *d = linear_attention(q, k, v, g, state=state, relu=True, form="triton", **after)
     assert S.data_ptr() == state.data_ptr()
-    torch.testing.assert_close(o, want, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close((o, *d), (want, *sums), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
 
 

@@ -59,6 +59,27 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert_same(weights(output), weights(tmp_path / "whole"), device)
 
 
+def test_windows_are_dropped_less_from_step_to_step_and_the_same_ones_after_a_resume(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, take = [], loop.take
+
+    def spy(stage, student, *given):
+        told.extend({layer.mixer.progress for _, layer in student.swapped_layers()})
+        return take(stage, student, *given)
+
+    monkeypatch.setattr(loop, "take", spy)
+    mixer = {"name": "lolcats", "window": 4, "sinks": 1}
+    recipe = recipe_file(mixer={**mixer, "window_dropout": 0.8})
+    run(recipe, tmp_path / "whole")
+    assert told == [0, 0.25, 0.5, 0.75] * 3
+    run(recipe, tmp_path / "stopped", stop_after=6)
+    run(recipe, tmp_path / "stopped", resume=True)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    run(recipe_file(mixer=mixer), tmp_path / "undropped")
+    assert weights(tmp_path / "undropped") != weights(tmp_path / "whole")
+
+
 def test_two_runs_of_one_recipe_give_the_same_bits(
     whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:

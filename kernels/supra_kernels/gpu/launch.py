@@ -282,6 +282,8 @@ class Finish(NamedTuple):
     o: Tensor
     row: Tensor
     denominator_min: float | None
+    d_row: Tensor | None = None
+    """Gradient of the row, where it is a denominator that was returned."""
 
 
 def backward(
@@ -325,6 +327,8 @@ def _before_finish(problem: Problem, dy: Tensor, finish: Finish) -> tuple[Tensor
             dy, y, finish.row, do, dd, problem.length, problem.heads, rows, least or 0.0, V=problem.v_dim,
             BR=BR, BV=BV, NORM=least is None, num_warps=4,
         )  # fmt: skip
+    if finish.d_row is not None:
+        dd += finish.d_row.transpose(1, 2)
     return do, dd
 
 

@@ -13,7 +13,7 @@ from supra_kernels.gpu.tiles import FIXED_DECAY, TOKEN_DECAY
 
 @triton.jit(do_not_specialize=("t", "T"))
 def step_kernel(
-    p_q, p_k, p_v, p_g, p_state, p_o, p_cos, p_sin, R, STRIDE,
+    p_q, p_k, p_v, p_g, p_state, p_o, p_d, p_cos, p_sin, R, STRIDE,
     t, T, H, G, scale, least,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
     SUMS: tl.constexpr, ROTARY: tl.constexpr, RELU: tl.constexpr,
@@ -22,8 +22,8 @@ def step_kernel(
     the next rows are on their way while these are worked on.
 
     With NORM or SUMS, BV covers V. NORM normalises o as query_side_kernel does. With SUMS the state is [B,H,K,V+1], z
-    its last column. ROTARY and RELU as in load_turned, with R and STRIDE as in rotary_kernel. No dot: K · BV
-    multiplications are bound by memory.
+    its last column, and d [B,T,H] is stored. ROTARY and RELU as in load_turned, with R and STRIDE as in rotary_kernel.
+    No dot: K · BV multiplications are bound by memory.
     """
     W = V + 1 if SUMS else V
     tiles_v = tl.cdiv(V, BV)
@@ -61,5 +61,7 @@ def step_kernel(
         centred = tl.where(m_v, b_o - tl.sum(b_o, 0) / V, 0.0)
         b_o = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / V + least))
     if SUMS:
-        b_o /= tl.maximum(tl.sum(b_d, 0) * scale, least)
+        d = tl.sum(b_d, 0) * scale
+        tl.store(p_d + row_h, d)
+        b_o /= tl.maximum(d, least)
     tl.store(p_o + row_h * V + o_v, b_o.to(p_o.dtype.element_ty), mask=m_v)

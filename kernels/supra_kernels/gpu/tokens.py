@@ -25,8 +25,9 @@ def step(
     relu: bool = False,
     norm_eps: float | None = None,
     denominator_min: float | None = None,
-) -> Tensor:
-    """-> o; `state` [B,H,K,V or V+1], fp32 and contiguous, is overwritten, in one launch a token.
+) -> tuple[Tensor, Tensor]:
+    """-> o and, with a denominator, d [B,T,H] fp32, else an empty tensor; `state` [B,H,K,V or V+1], fp32 and
+    contiguous, is overwritten, in one launch a token.
 
     q and k go through the ReLU with `relu`, then turn by cos, sin [B or 1,T,R] where given.
     """
@@ -38,17 +39,18 @@ def step(
     BK = min(triton.next_power_of_2(problem.key_dim), max(1, tile // BV))
     shape = (problem.batch, problem.length, problem.heads, problem.v_dim)
     o = problem.empty(*shape, dtype=torch.float32 if launch.INTERPRETED else out_dtype)
+    d = problem.empty(*(shape[:3] if problem.sums else (0,)))
     tables = (None, None, 0, 0) if cos is None else _tables(cos, sin)
     with launch.on_device(problem.q):
         for t in range(problem.length):
             step_kernel[(problem.batch * problem.heads * triton.cdiv(problem.v_dim, BV),)](
-                problem.q, problem.k, problem.v, problem.g, state, o, *tables, t,
+                problem.q, problem.k, problem.v, problem.g, state, o, d, *tables, t,
                 problem.length, problem.heads, problem.kv_heads, problem.scale, least or 0.0,
                 K=problem.key_dim, V=problem.v_dim, BK=BK, BV=BV, DECAY=problem.shared["DECAY"],
                 NORM=norm_eps is not None, SUMS=problem.sums, ROTARY=cos is not None, RELU=relu,
                 **launch.resident(4, warps=4),
             )  # fmt: skip
-    return o.to(out_dtype)
+    return o.to(out_dtype), d
 
 
 def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:

@@ -26,6 +26,10 @@ class Mixer(nn.Module):
     class Options:
         """The keys of `[mixer]` in a recipe besides `name`."""
 
+    branches: ClassVar[tuple[str, ...]] = ()
+    """Names of the parts that its answer is a sum of, where each can be asked alone."""
+    only: str | None = None
+    """The one branch that answers, None for all together: what an evaluation sets to see what each can do."""
     softens: ClassVar[bool] = False
     """Whether its scores go through the base's soft cap and a softmax, as in the base."""
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ()

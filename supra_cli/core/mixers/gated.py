@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.parts import HeadMap, HeadNorm, MatrixMixer, MatrixState
+from supra_cli.core.mixers.parts import HeadNorm, HedgehogMap, MatrixMixer, MatrixState, nearly_none
 from supra_cli.core.ops import linear_attention
 
 
@@ -36,19 +35,16 @@ class Gated(MatrixMixer):
 
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
-        self.phi_q = HeadMap(spec.heads, spec.head_dim)
-        self.phi_k = HeadMap(spec.kv_heads, spec.head_dim)
+        self.phi_q = HedgehogMap(spec.heads, spec.head_dim)
+        self.phi_k = HedgehogMap(spec.kv_heads, spec.head_dim)
         self.decay = nn.Linear(spec.model_dim, spec.heads)
         self.gate = nn.Linear(spec.model_dim, spec.heads * spec.v_dim, bias=False) if options.output_gate else None
         self.norm = HeadNorm(spec.heads, "none") if options.normaliser == "norm" else None
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         for phi in (self.phi_q, self.phi_k):
-            phi.weight.copy_(torch.eye(self.spec.head_dim))
-            nn.init.zeros_(phi.bias)
-        nn.init.zeros_(self.decay.weight)
-        nn.init.constant_(self.decay.bias, 6.0)
+            phi.reset_parameters()
+        nearly_none(self.decay)
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
 
@@ -58,7 +54,7 @@ class Gated(MatrixMixer):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
-        q, k = hedgehog(self.phi_q(rope(q))), hedgehog(self.phi_k(rope(k)))
+        q, k = self.phi_q(rope(q)), self.phi_k(rope(k))
         g = nn.functional.logsigmoid(self.decay(x).float())
         S = None if state is None else state.S
         if self.norm is not None:
@@ -71,8 +67,3 @@ class Gated(MatrixMixer):
 
     def target(self, o: Tensor) -> Tensor:
         return o if self.norm is None or self.gate is not None else self.norm.target(o)
-
-
-def hedgehog(x: Tensor) -> Tensor:
-    """[softmax(x), softmax(-x)], twice as wide and positive."""
-    return torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1)

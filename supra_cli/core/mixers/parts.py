@@ -124,6 +124,12 @@ def _powers_of_two(exponent: float, step: float, count: int, device: torch.devic
     return torch.logspace(exponent, last, count, base=2.0, dtype=dtype, device=device)
 
 
+def nearly_none(decay: nn.Linear) -> None:
+    """Begin with γ = σ(w·x + b) = 0.9975 for whatever x, as w = 0 and b = 6."""
+    nn.init.zeros_(decay.weight)
+    nn.init.constant_(decay.bias, 6.0)
+
+
 class HeadNorm(nn.Module):
     """(o - mean) / √(var + eps) over each head of o [B,T,H,V], in fp32: GroupNorm with H groups and no affine.
 
@@ -138,7 +144,7 @@ class HeadNorm(nn.Module):
         self.gain = nn.Parameter(torch.empty(heads, 1)) if gain == "head" else None
 
     def forward(self, o: Tensor) -> Tensor:
-        return self.scaled(nn.functional.layer_norm(o.float(), o.shape[-1:], eps=self.eps).to(o.dtype))
+        return self.scaled(nn.functional.layer_norm(wide(o), o.shape[-1:], eps=self.eps).to(o.dtype))
 
     def scaled(self, normed: Tensor) -> Tensor:
         """Heads that are normalised already, times the gain."""
@@ -250,3 +256,34 @@ class ShortConv(nn.Module):
 def _as(index: Tensor, x: Tensor) -> Tensor:
     """index [B,N] for a gather along dimension 1 of x [B,·,heads,K]."""
     return index[..., None, None].expand(-1, -1, *x.shape[2:])
+
+
+class FromIdentity(HeadMap):
+    """A `HeadMap` that begins at W = 1, b = 0: its answers are the teacher's q and k, as a feature map then takes
+    them."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.copy_(torch.eye(self.weight.shape[-1]))
+        nn.init.zeros_(self.bias)
+
+
+class ReluMap(FromIdentity):
+    """φ(x)_h = ReLU(W_h x_h + b_h), T2R's (Kasai et al. 2021, arXiv:2103.13076), as wide as x."""
+
+    width = 1
+    """Features for each number of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class HedgehogMap(FromIdentity):
+    """φ(x)_h = [softmax(W_h x_h + b_h), softmax(-W_h x_h - b_h)], Hedgehog's (Zhang et al. 2024, arXiv:2402.04347):
+    twice as wide as x and positive."""
+
+    width = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1)

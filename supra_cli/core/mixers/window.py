@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class WindowState(NamedTuple):
     """[B, sinks, G, K] fp32."""
     sink_v: Tensor
     recent_k: Tensor
-    """[B, window - 1, G, K] fp32, the newest last."""
+    """[B, window - 1 + beyond, G, K] fp32, the newest last."""
     recent_v: Tensor
     seen: Tensor
     """[B] int64: tokens of the current document so far."""
@@ -55,6 +55,8 @@ class Window(Mixer):
             if not 0 <= self.sinks <= _MOST:
                 raise UsageError(f"mixer.sinks is {self.sinks}, expected a number from 0 to {_MOST}")
 
+    beyond: ClassVar[int] = 0
+    """Tokens that the state keeps besides those that the next query sees."""
     softens = True
     variants = ({"window": 5, "sinks": 2}, {"window": 3, "sinks": 0})
 
@@ -62,20 +64,26 @@ class Window(Mixer):
         def zeros(tokens: int, width: int) -> Tensor:
             return torch.zeros((batch, tokens, self.spec.kv_heads, width), dtype=torch.float32, device=device)
 
-        k, v, sinks, recent = self.spec.head_dim, self.spec.v_dim, self.options.sinks, self.options.window - 1
+        k, v, sinks = self.spec.head_dim, self.spec.v_dim, self.options.sinks
+        recent = self.options.window - 1 + self.beyond
         seen = torch.zeros(batch, dtype=torch.int64, device=device)
         return WindowState(zeros(sinks, k), zeros(sinks, v), zeros(recent, k), zeros(recent, v), seen)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: WindowState | None, layout: Layout | None
     ) -> tuple[Tensor, WindowState]:
-        batch, tokens = x.shape[:2]
-        window, sinks = self.options.window, self.options.sinks
-        state = self.init_state(batch, x.device) if state is None else state
+        state = self.init_state(len(x), x.device) if state is None else state
+        sight = self.look(rope(q), rope(k), v, state, layout)
+        return sight.o, sight.state
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, state: WindowState, layout: Layout | None) -> Sight:
+        """What the window shows of rotated q and k."""
+        tokens, window, sinks = q.shape[1], self.options.window, self.options.sinks
         block = min(tokens, max(window - 1, BLOCK))
         rows = read_rows(layout, state.seen, tokens, block)
-        q, k, v = (rows.gather(heads) for heads in (rope(q) * self.spec.scale, rope(k), v))
-        near_k, near_v = join(state.recent_k, k), join(state.recent_v, v)
+        q, k, v = (rows.gather(heads) for heads in (q * self.spec.scale, k, v))
+        kept_k, kept_v = join(state.recent_k, k), join(state.recent_v, v)
+        near_k, near_v = kept_k[:, self.beyond :], kept_v[:, self.beyond :]
         far_k, far_v = join(state.sink_k, k), join(state.sink_v, v)
         sink_at = rows.sinks(state.seen, sinks)
 
@@ -84,22 +92,41 @@ class Window(Mixer):
         near = hide(capped(near, self.spec.softcap), rows.in_window(state.seen, window, block))
         far = torch.einsum("bncgrk,bncsgk->bncgrs", q, take(far_k, sink_at).unflatten(1, (-1, block)))
         # A sink inside the window is in the band already.
-        beyond = torch.arange(sinks, device=x.device) <= rows.position[..., None] - window
+        beyond = torch.arange(sinks, device=q.device) <= rows.position[..., None] - window
         far = hide(capped(far, self.spec.softcap), beyond.unflatten(1, (-1, block)))
 
         in_fp32 = torch.promote_types(v.dtype, torch.float32)  # or finer
-        weights = torch.cat((near, far), dim=-1).softmax(-1, dtype=in_fp32).to(v.dtype)
-        near, far = weights.split((near.shape[-1], sinks), dim=-1)
+        weights = torch.cat((near, far), dim=-1).softmax(-1, dtype=in_fp32)
+        near, far = weights.to(v.dtype).split((near.shape[-1], sinks), dim=-1)
         o = torch.einsum("bncgrl,bnlgv->bncgrv", near, bands(near_v, window, block))
         o = o + torch.einsum("bncgrs,bncsgv->bncgrv", far, take(far_v, sink_at).unflatten(1, (-1, block)))
 
         real = (rows.document >= 0).sum(-1)
-        newest = real[:, None] + torch.arange(window - 1, device=x.device)
+        newest = real[:, None] + torch.arange(window - 1 + self.beyond, device=q.device)
         last = (real - 1).clamp(min=0)[:, None]
         first = take(sink_at, last)[:, 0]
         seen = torch.where(real > 0, take(rows.position, last)[:, 0] + 1, state.seen)
-        kept = (take(far_k, first), take(far_v, first), take(near_k, newest), take(near_v, newest))
-        return rows.scatter(o.flatten(3, 4).flatten(1, 2), tokens), WindowState(*(part.float() for part in kept), seen)
+        kept = (take(far_k, first), take(far_v, first), take(kept_k, newest), take(kept_v, newest))
+        o = rows.scatter(by_token(o), tokens)
+        return Sight(rows, o, weights, kept_k, kept_v, WindowState(*(part.float() for part in kept), seen))
+
+
+class Sight(NamedTuple):
+    """What a call of a window showed."""
+
+    rows: Rows
+    o: Tensor
+    """[B, T, H, V]."""
+    weights: Tensor
+    """[B, blocks, queries of a block, G, H / G, ·], of the window and the sinks, in fp32 or finer; their sum is 1."""
+    kept_k: Tensor
+    """[B, window - 1 + beyond + T, G, K], the state's recent tokens and the call's, each row's real ones first."""
+    kept_v: Tensor
+    state: WindowState
+
+    def denominator(self) -> Tensor:
+        """Σ_j exp(s_ij - max_j s_ij) of every query's scores s_ij, [B, T, H]: the inverse of the largest weight."""
+        return self.rows.scatter(1 / by_token(self.weights.amax(-1, keepdim=True)), self.o.shape[1]).squeeze(-1)
 
 
 class Rows(NamedTuple):
@@ -160,6 +187,11 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """x[b, index[b, ...]] for x [B, S, ...] and index [B, ...]."""
     batch = torch.arange(len(x), device=x.device).view(-1, *[1] * (index.ndim - 1))
     return x[batch, index]
+
+
+def by_token(x: Tensor) -> Tensor:
+    """[B, blocks, queries of a block, G, H / G, ·] -> [B, T, H, ·]."""
+    return x.flatten(3, 4).flatten(1, 2)
 
 
 def join(old: Tensor, new: Tensor) -> Tensor:
