@@ -1,11 +1,12 @@
-"""Measures of what a recurrent model loses: recall, loss by position, agreement with the teacher. One file, one measure.
+"""What a recurrent model loses: recall, loss by position, agreement with the teacher. One file, one measure.
 
-Each is a function of a model in memory, `measures.get("repeats")(model, Material(tokenizer))`, so that a training script
-may call it between two steps. All data are drawn from the bundled held-out text and the vocabulary: no network.
+Each is a function of a model in memory, `measures.get("repeats")(model, Material(tokenizer))`, which a training script
+may call between two steps. All data are drawn from the bundled held-out text and the vocabulary: no network.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Material:
     """Tokens of a row in training: agreement is taken at it, positions up to 16 times it."""
     lengths: tuple[int, ...] = ()
     """Gaps of `repeats` and `recall_pairs`, and the longest row of `positions`, in place of their own."""
+    longest: int | None = None
+    """Tokens of the longest row that the base has positions for; None is no end."""
     batch_size: int = 8
     seed: int = 0
 
@@ -84,6 +87,11 @@ class Material:
             raise UsageError(f"rows of {tokens:,} tokens are asked for; the held-out text has {len(self.text):,}")
         start = torch.randint(len(self.text) - tokens, (rows, 1), generator=generator)
         return self.text[start + torch.arange(tokens)]
+
+    def gaps(self, own: tuple[int, ...], around: int) -> tuple[int, ...]:
+        """`lengths`, or a measure's own gaps, that leave room for `around` tokens in a row."""
+        most = math.inf if self.longest is None else self.longest - around - len(self.begin)
+        return tuple(gap for gap in self.lengths or own if gap <= most)
 
     def opened(self, *parts: Tensor) -> Tensor:
         """[rows, T] of `parts` after the begin token, if the tokenizer has one."""

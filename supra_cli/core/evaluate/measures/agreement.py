@@ -14,7 +14,7 @@ def agreement(model, material: Material, *, teacher) -> dict[str, Value]:
     """KL(teacher‖student) = Σ_w p_t(w) (ln p_t(w) − ln p_s(w)) in nats, and the share of tokens at which both find the
     same token the likeliest; means over rows of held-out text as long as those of training. Both models are in memory.
     """
-    length = material.train_length
+    length = min(material.train_length, material.longest or material.train_length, len(material.text) // 2)
     tokens = material.opened(material.passages(material.few(length), length, material.generator(length)))[:, :length]
     divergence, same = [], []
     with judging(model, teacher):

@@ -16,6 +16,7 @@ def positions(model, material: Material, *, teacher=None) -> dict[str, Value]:
     A model that reads its past gets better to the right; one that was trained on short rows may get worse beyond them.
     """
     length = max(material.lengths, default=FARTHEST * material.train_length)
+    length = min(length, material.longest or length, len(material.text) // 2)
     rows = material.few(length)
     tokens = material.opened(material.passages(rows, length, material.generator(length)))[:, :length]
     nats = token_nats(model, tokens, batch_size=material.batch(length))[:, :-1]

@@ -22,8 +22,8 @@ def recall_pairs(model, material: Material, *, teacher=None) -> dict[str, Value]
     Source: MQAR (Arora et al. 2024, arXiv:2312.04927), with text in place of their random filler.
     """
     results = {}
-    for pairs in PAIRS:
-        for gap in material.lengths or GAPS:
+    for pairs in (pairs for pairs in PAIRS if 2 * pairs <= len(material.words)):
+        for gap in material.gaps(GAPS, 2 * (pairs + min(pairs, QUERIES))):
             accuracy, nats = _ask(model, material, pairs, gap)
             results[f"accuracy, {pairs} pairs, gap {gap}"] = ratio(accuracy)
             results[f"nats, {pairs} pairs, gap {gap}"] = ratio(nats)

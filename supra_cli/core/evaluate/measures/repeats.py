@@ -22,7 +22,7 @@ def repeats(model, material: Material, *, teacher=None) -> dict[str, Value]:
     results = {}
     skipped = 0 if len(material.begin) else 1
     for kind in ("random", "text"):
-        for gap in material.lengths or GAPS:
+        for gap in material.gaps(GAPS, 2 * PASSAGE):
             generator = material.generator(gap, kind == "text")
             draw = material.passages if kind == "text" else material.distinct
             passage = draw(material.rows, PASSAGE, generator)
