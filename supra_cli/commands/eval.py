@@ -31,12 +31,14 @@ def run(
         typer.Option(
             "--tasks",
             "-t",
-            help="Tasks, groups or tags of lm-eval: a,b or -t a -t b.",
+            help="Measures, and tasks, groups or tags of lm-eval: a,b or -t a -t b.",
             show_default="stdlib_cloze,stdlib_ppl",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON document here too.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task; all by default.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions a task, rows a figure of a measure; all, and 64, by default.")
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt, else the task's own.")] = None,
     batch_size: Annotated[
         str, typer.Option(metavar="N|auto", help="Rows a forward pass; auto: what a quarter of the memory holds.")
@@ -52,6 +54,19 @@ def run(
     teacher: Annotated[
         str | None, typer.Option(help="Model to compare with, or none.", show_default="the student's base")
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens, as 512,1024: gaps of repeats and recall_pairs, longest row of positions, prompts of RULER.",
+            show_default="each measure's own",
+        ),
+    ] = None,
+    with_baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines", help="Score an untrained window and the student before training on lm-eval's tasks too."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA), float32, bfloat16 or float16.")] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Score again what was scored before.")] = False,
@@ -68,7 +83,15 @@ def run(
     console.note(f"model: {source}")
     with _watch() as progress:
         progress("", "reading the tasks and their data", 0, 0)
-        found = evaluate.find(names(tasks if tasks is not None else ["stdlib_cloze,stdlib_ppl"]), include_path)
+        wanted = names(tasks if tasks is not None else ["stdlib_cloze,stdlib_ppl"])
+        asked = [name for name in dict.fromkeys(wanted) if name in evaluate.measures]
+        others = [name for name in wanted if name not in evaluate.measures]
+        tokens = _lengths(lengths)
+        if others or not asked:
+            ruler = {"tokenizer": str(hub.fetch(source)), "max_seq_lengths": list(tokens)} if tokens else None
+            found = evaluate.find(others, include_path, metadata=ruler)
+        else:
+            found = evaluate.Tasks((), {}, {}, None)
         student = _subject(source, device, dtype)
         reference = _teacher(student.path, teacher, device, dtype)
         length = max_length or evaluate.context_length(student.path)
@@ -83,7 +106,22 @@ def run(
             max_length=length,
             apply_chat_template=chat,
         )
-        document = evaluate.evaluate(student, reference, found, settings, fresh=fresh, progress=progress)
+        beside = evaluate.baselines(student, reference) if asked or with_baselines else {}
+        document = evaluate.evaluate(
+            student,
+            reference,
+            found,
+            settings,
+            baselines=beside if with_baselines else None,
+            fresh=fresh,
+            progress=progress,
+        )
+        if asked:
+            subjects = {"student": student, **({"teacher": reference} if reference else {}), **beside}
+            material = evaluate.material(student, reference, settings, tokens)
+            document["measures"], document["subjects"] = evaluate.measure(
+                subjects, asked, material, fresh=fresh, progress=progress
+            )
     if output is not None:
         write_json(output, document)
     if json:
@@ -91,6 +129,15 @@ def run(
     else:
         _show(document, found.headline)
     _warn(document, found.headline)
+
+
+def _lengths(text: str | None) -> tuple[int, ...]:
+    from supra_cli.core.errors import UsageError
+
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UsageError(f"--lengths is '{text}', expected numbers of tokens, as in 512,1024")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def names(options: Iterable[str]) -> list[str]:
@@ -219,21 +266,40 @@ def _make_room(output: Path) -> None:
 
 
 def _show(document: Mapping[str, Any], tasks: Iterable[str]) -> None:
-    compared = document["teacher"] is not None
+    compared, roles = document["teacher"] is not None, list(document.get("baselines", ()))
     rows = [
         _cells(task, metric, row, document["tasks"][task], compared)
+        + [_figure(*row["baselines"][role].values()) for role in roles]
         for task in tasks
         for metric, row in document["results"][task].items()
     ]
     header = ["task", "metric", "n-shot", "questions", "student" if compared else "score"]
-    console.table(rows, [*header, *(["teacher", "recovery"] if compared else [])])
+    if rows:
+        console.table(rows, [*header, *(["teacher", "recovery"] if compared else []), *roles])
+    for shown in (document.get("measures"), document["letters"]):
+        if shown:
+            _show_figures(shown)
     settings, student, took = document["settings"], document["student"], console.duration(document["seconds"])
     rows = f"{settings['batch_size']} rows a pass" + (" (auto)" if settings["batch_size_auto"] else "")
     begin = "a" if any(document["tasks"][task]["bos"] for task in tasks) else "no"
-    console.note(
-        f"{rows}, {settings['max_length']} tokens of context, {begin} begin token, "
-        f"{student['dtype']} on {student['device']}, {took}; kept in {student['records']}"
-    )
+    asked = f", {settings['max_length']} tokens of context, {begin} begin token" if document["results"] else ""
+    console.note(f"{rows}{asked}, {student['dtype']} on {student['device']}, {took}; kept in {student['records']}")
+
+
+def _show_figures(measures: Mapping[str, Any]) -> None:
+    """A line a figure, a column a model: the value and its 95 % interval."""
+    found = [figure for figures in measures.values() for figure in figures.values()]
+    roles = list(dict.fromkeys(role for figure in found for role in figure))
+    rows = [
+        (name, label, next(iter(figure.values()))["n"], *(_interval(figure.get(role)) for role in roles))
+        for name, figures in measures.items()
+        for label, figure in figures.items()
+    ]
+    console.table(rows, ["measure", "of", "n", *(["score"] if roles == ["student"] else roles)])
+
+
+def _interval(figure: Mapping[str, float] | None) -> str:
+    return "–" if figure is None else f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def _warn(document: Mapping[str, Any], tasks: Iterable[str]) -> None:

@@ -80,7 +80,7 @@ def test_token_nats_are_the_formula_and_nan_where_nothing_follows(rows, device):
 @pytest.mark.parametrize("at_once", [1, 5 * 7 * VOCABULARY, 1 << 30])
 def test_projecting_the_vocabulary_in_chunks_changes_nothing(rows, at_once, monkeypatch):
     plain = small_llama()
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", at_once)
     nats = evaluate.token_nats(as_supra(plain), rows, batch_size=5)
     torch.testing.assert_close(nats, evaluate.token_nats(plain, rows), rtol=0, atol=2e-5, equal_nan=True)
 

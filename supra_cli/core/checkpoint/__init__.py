@@ -1,6 +1,6 @@
 """A directory ⇄ a model: strict to read, atomic to write, the base's shards never rewritten."""
 
-from supra_cli.core.checkpoint.conversion import conversion_bytes, convert, planned
+from supra_cli.core.checkpoint.conversion import conversion_bytes, convert, converted, planned
 from supra_cli.core.checkpoint.describing import check_attention, own_shape, read_config, skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, check_free
 from supra_cli.core.checkpoint.reading import (
@@ -23,6 +23,7 @@ __all__ = [
     "check_free",
     "conversion_bytes",
     "convert",
+    "converted",
     "describe",
     "examine",
     "holds",

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from supra_cli.core.checkpoint.describing import skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, known_sha256
-from supra_cli.core.checkpoint.reading import examine, tensors
+from supra_cli.core.checkpoint.reading import examine, load, tensors
 from supra_cli.core.checkpoint.record import digest
 from supra_cli.core.checkpoint.slices import write_shards
 from supra_cli.core.checkpoint.writing import finish, link_shards
 from supra_cli.core.errors import UsageError
-from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 MIXER_SHARD_BYTES = 256 * 2**20
 """New parameters are collected up to this size, or one layer's if that is more, and written."""
@@ -62,6 +62,31 @@ def convert(
         }
         finish(directory, config, placed, known, source=source, provenance=provenance)
     return output
+
+
+def converted(
+    source: Path | str,
+    *,
+    mixer: str,
+    options: Mapping[str, Any],
+    keep: str,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> SupraForCausalLM:
+    """The model that `convert` would write, in memory and in evaluation mode; dtype None is the base's."""
+    config = planned(Path(source), mixer=mixer, options=options, keep=keep)
+    base = load(source, dtype=dtype)
+    model = skeleton(config, base.dtype)
+    # Drawn in the base's own format, as they would be written, and rounded to another one after that.
+    new = {f"{name}.mixer": layer.mixer for name, layer in skeleton(config).swapped_layers()}
+    drawn = {name: value.to(base.dtype) for name, value in _drawn(new, seed)}
+    model.load_state_dict({**base.state_dict(), **drawn}, assign=True)
+    model.tie_weights()
+    for name, part in base.named_modules():  # in no state: rotary tables
+        for buffer in part._non_persistent_buffers_set:
+            model.get_submodule(name)._buffers[buffer] = part._buffers[buffer]
+    return model.to(device).eval()
 
 
 def conversion_bytes(layers: int, numbers: int, written: int) -> int:

@@ -2,23 +2,30 @@
 
 from supra_cli.core.evaluate.batch import rows_that_fit
 from supra_cli.core.evaluate.comparison import compare
+from supra_cli.core.evaluate.measures import Material, measures
+from supra_cli.core.evaluate.measuring import baselines, material, measure
 from supra_cli.core.evaluate.nats import Perplexity, mean, next_tokens, perplexity, token_nats
 from supra_cli.core.evaluate.run import Subject, context_length, evaluate
 from supra_cli.core.evaluate.scoring import Settings, language_model, score
 from supra_cli.core.evaluate.tasks import Tasks, bundled, find
 
 __all__ = [
+    "Material",
     "Perplexity",
     "Settings",
     "Subject",
     "Tasks",
+    "baselines",
     "bundled",
     "compare",
     "context_length",
     "evaluate",
     "find",
     "language_model",
+    "material",
     "mean",
+    "measure",
+    "measures",
     "next_tokens",
     "perplexity",
     "rows_that_fit",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from supra_cli.core.evaluate.measures import ratio
 from supra_cli.core.evaluate.scoring import PERPLEXITIES, ratio_stderr
 from supra_cli.core.evaluate.tasks import Tasks
 
@@ -52,6 +56,40 @@ def with_groups(tasks: Tasks, records: Records) -> Records:
             "choices": None,
         }
     return groups | records
+
+
+def letters(tasks: Tasks, subjects: Mapping[str, Records]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """{task or group: {"A": {role: share of the questions in which it is picked}}}, and the share in which it is right,
+    for tasks whose choices are letters; groups are the sums of their tasks. A model that answers by the letter and not
+    by the question picks one of them far more often than it is right. Intervals are a bootstrap over questions.
+    """
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for name in (*tasks.groups, *tasks.leaves):
+        leaves = [task.task_name for task in tasks.groups[name].get_all_tasks()] if name in tasks.groups else [name]
+        names = {_letters(tasks.leaves[leaf]) for leaf in leaves}
+        if len(names) != 1 or None in names:
+            continue
+        counts = {role: [records[leaf]["choices"] for leaf in leaves] for role, records in subjects.items()}
+        counted = {role: _sums(choices, "picked") for role, choices in counts.items()}
+        counted["right"] = _sums(counts["student"], "right")
+        for number, letter in enumerate(*names):
+            shares = {role: _share(values[number], sum(values)) for role, values in counted.items() if sum(values)}
+            found.setdefault(name, {})[letter] = shares
+    return found
+
+
+def _letters(task) -> tuple[str, ...] | None:
+    choices = task.config.doc_to_choice
+    single = isinstance(choices, list) and all(isinstance(text, str) and len(text.strip()) == 1 for text in choices)
+    return tuple(text.strip() for text in choices) if single and task.OUTPUT_TYPE == "multiple_choice" else None
+
+
+def _sums(choices: list[dict], which: str) -> list[int]:
+    return [sum(counts) for counts in zip(*(choice[which] for choice in choices), strict=True)]
+
+
+def _share(count: int, total: int) -> dict[str, float]:
+    return ratio(torch.arange(total) < count)._asdict()
 
 
 def _pooled(group, leaves: list[dict]) -> dict[str, dict]:

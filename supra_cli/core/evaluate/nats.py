@@ -17,7 +17,7 @@ from supra_cli.core.data.packing import IGNORED
 from supra_cli.core.errors import SupraError
 
 # Logits that live at once: 64 MiB of them in fp32.
-_LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 24
 
 
 class Perplexity(NamedTuple):
@@ -102,7 +102,7 @@ def _forward(model, tokens: Tensor, positions: Tensor | None, labels: Tensor) ->
         return _nats(logits, labels)
 
     def objective(hidden: Tensor, head) -> Tensor:
-        chunk = max(1, _LOGITS_AT_ONCE // (hidden.shape[0] * model.config.vocab_size))
+        chunk = max(1, LOGITS_AT_ONCE // (hidden.shape[0] * model.config.vocab_size))
         parts = zip(hidden.split(chunk, dim=1), labels.split(chunk, dim=1), strict=True)
         return torch.cat([_nats(head(part), wanted) for part, wanted in parts], dim=1)
 

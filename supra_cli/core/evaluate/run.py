@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from supra_cli.core import checkpoint
 from supra_cli.core.data.tokenizer import check_chat_template
 from supra_cli.core.environment import versions
 from supra_cli.core.evaluate import checks, keys
-from supra_cli.core.evaluate.comparison import Records, compare, with_groups
+from supra_cli.core.evaluate.comparison import Records, compare, letters, with_groups
 from supra_cli.core.evaluate.scoring import Settings, language_model, score, shots
 from supra_cli.core.evaluate.store import Store, folder_of
 from supra_cli.core.evaluate.tasks import Tasks
@@ -40,6 +40,8 @@ class Subject:
     dtype: str = "float32"
     owned: bool = False
     """Written by supra and not part of a package or of the hub's cache, so that scores are kept beside it."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """What `load` makes of the model at `path`, where that is another one: a part of the key of its scores."""
 
 
 def evaluate(
@@ -48,6 +50,7 @@ def evaluate(
     tasks: Tasks,
     settings: Settings,
     *,
+    baselines: Mapping[str, Subject] | None = None,
     fresh: bool = False,
     progress: Progress = lambda model, what, done, total: None,
 ) -> dict[str, Any]:
@@ -71,12 +74,21 @@ def evaluate(
     theirs, about_teacher = None, None
     if teacher is not None:
         theirs, about_teacher = _scores(teacher, tasks, settings, asked, fresh, progress)
+    results, others, scored = compare(tasks, ours, theirs), {}, {}
+    for role, subject in (baselines or {}).items():
+        scored[role], others[role] = _scores(subject, tasks, settings, asked, fresh, progress)
+        for task, rows in compare(tasks, scored[role], None).items():
+            for metric, row in rows.items():
+                beside = results[task][metric].setdefault("baselines", {})
+                beside[role] = {"score": row["student"], "stderr": row["stderr"]}
     document = finite(
         {
-            "results": compare(tasks, ours, theirs),
+            "results": results,
+            "letters": letters(tasks, {"student": ours, **({"teacher": theirs} if theirs else {}), **scored}),
             "tasks": {name: _how(record) for name, record in with_groups(tasks, ours).items()},
             "student": about_student,
             "teacher": about_teacher,
+            **({"baselines": others} if others else {}),
             "settings": asdict(settings),
             "versions": versions("lm_eval", "datasets"),
             "seconds": round(time.monotonic() - start, 1),
@@ -100,10 +112,7 @@ def context_length(path: Path, most: int = 4096) -> int:
 def _scores(
     subject: Subject, tasks: Tasks, settings: Settings, asked: dict[str, dict], fresh: bool, progress: Progress
 ) -> tuple[Records, dict]:
-    progress(subject.name, "reading the weights' hash", 0, 0)
-    weights = checkpoint.identity(subject.path)
-    of_model = keys.model_key(subject.path, weights, device=subject.device, dtype=subject.dtype)
-    store = Store(folder_of(subject.path, weights, owned=subject.owned))
+    weights, of_model, store = known(subject, progress)
     key = {name: {**of_model, **of_task} for name, of_task in asked.items()}
     records = {} if fresh else {name: record for name in key if (record := store.find(name, key[name]))}
     if records:
@@ -126,7 +135,21 @@ def _scores(
             store.add(name, key[name], {"model": subject.name, **records[name]})
         del lm
         gc.collect()
-    return {name: records[name] for name in key}, {
+    return {name: records[name] for name in key}, about(subject, weights, store, reused)
+
+
+def known(subject: Subject, progress: Progress) -> tuple[str, dict[str, Any], Store]:
+    """(hash of the weights, the model's part of the key of a score, where its scores are kept)."""
+    progress(subject.name, "reading the weights' hash", 0, 0)
+    weights = checkpoint.identity(subject.path)
+    of_model = keys.model_key(subject.path, weights, device=subject.device, dtype=subject.dtype)
+    if subject.changes:
+        of_model["changes"] = subject.changes
+    return weights, of_model, Store(folder_of(subject.path, weights, owned=subject.owned))
+
+
+def about(subject: Subject, weights: str, store: Store, reused: list[str]) -> dict[str, Any]:
+    return {
         "model": subject.name,
         "path": str(subject.path),
         "weights": f"sha256:{weights}",
@@ -134,6 +157,7 @@ def _scores(
         "dtype": subject.dtype,
         "records": str(store.folder),
         "reused": reused,
+        **({"changes": subject.changes} if subject.changes else {}),
     }
 
 

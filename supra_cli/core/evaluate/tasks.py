@@ -44,8 +44,11 @@ def bundled() -> Path:
     return Path(__file__).parents[2] / "assets" / "tasks"
 
 
-def find(names: Sequence[str], include: Path | None = None) -> Tasks:
+def find(names: Sequence[str], include: Path | None = None, *, metadata: dict | None = None) -> Tasks:
     """The tasks, groups and tags called `names`, their data sets loaded, and each checked (`checks.check`).
+
+    `metadata` is what tasks that make their own data are told, as lm-eval's RULER: {"tokenizer": folder,
+    "max_seq_lengths": [512, 1024]}.
 
     NotFoundError: an unknown name, an `include` folder that is not there, data that is neither cached nor reachable.
     NotAuthorisedError: a gated data set. SupraError: a task that cannot be asked or would be asked something else.
@@ -60,7 +63,7 @@ def find(names: Sequence[str], include: Path | None = None) -> Tasks:
         )
     if include is not None:
         _check_files(include, names)
-    manager = _manager(names, include)
+    manager = _manager(names, include, metadata)
     leaves, groups = {}, {}
     for name in dict.fromkeys(names):
         loaded = _load(manager, name, names)
@@ -76,7 +79,7 @@ def find(names: Sequence[str], include: Path | None = None) -> Tasks:
     return Tasks(tuple(dict.fromkeys(names)), leaves, groups, manager)
 
 
-def _manager(names: Sequence[str], include: Path | None):
+def _manager(names: Sequence[str], include: Path | None, metadata: dict | None = None):
     """lm-eval's TaskManager over our folders and, of its own 14,000 files, those folders that define `names`.
 
     To parse them all takes from ten seconds to a minute, so it is done only for a name, or a group with a member,
@@ -85,7 +88,7 @@ def _manager(names: Sequence[str], include: Path | None):
     from lm_eval.tasks import TaskManager
 
     own = [bundled(), *([include] if include else [])]
-    manager = TaskManager(include_defaults=False, include_path=own)
+    manager = TaskManager(include_defaults=False, include_path=own, metadata=metadata)
     missing = {name for name in names if name not in manager.task_index}
     if not missing:
         return manager
@@ -96,10 +99,10 @@ def _manager(names: Sequence[str], include: Path | None):
             raise _unknown(name, known)
     if shipped.folders.keys() == missing:
         folders = sorted(set(shipped.folders.values()))
-        manager = TaskManager(include_defaults=False, include_path=[*folders, *own])
+        manager = TaskManager(include_defaults=False, include_path=[*folders, *own], metadata=metadata)
         if all(_is_whole(name, manager.task_index) for name in names):
             return manager
-    manager = TaskManager(include_path=own)
+    manager = TaskManager(include_path=own, metadata=metadata)
     for name in names:
         if name not in manager.task_index:
             raise _unknown(name, manager.all_tasks)

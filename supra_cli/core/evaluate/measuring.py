@@ -1,0 +1,181 @@
+"""The measures of a model beside its baselines: the teacher, an untrained window, the student before training."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from supra_cli.core import checkpoint
+from supra_cli.core.archs import archs
+from supra_cli.core.environment import versions
+from supra_cli.core.evaluate import keys
+from supra_cli.core.evaluate.measures import NEED_TEACHER, Material, measures
+from supra_cli.core.evaluate.run import Progress, Subject, about, known
+from supra_cli.core.evaluate.scoring import Settings
+from supra_cli.core.files import dumps, finite
+from supra_cli.core.mixers import mixers
+from supra_cli.core.recipe.keep import SOFTMAX
+
+log = logging.getLogger(__name__)
+
+Figures = dict[str, dict[str, dict[str, Any]]]
+"""{measure: {label: {role: {value, low, high, n}}}}"""
+
+WINDOW = {"window": 64, "sinks": 4}
+"""The window that needs no training, and so what every trained student has to beat."""
+
+
+def baselines(student: Subject, base: Subject | None) -> dict[str, Subject]:
+    """{role: subject}: models made of the same base, nothing of them trained, and the student's branches alone.
+
+    `untrained window`   the mixer `window`, 64 tokens and 4 sinks, in the layers that the student has swapped
+    `before training`    the student as it was converted: its own mixer, options, layers and seed
+    `<branch> only`      for a mixer with branches, the student with one of them
+
+    None of them for a plain base; the second not for a student that was not trained.
+    """
+    swap = checkpoint.read_config(student.path).swap
+    if not swap.any:
+        return {}
+    layers = [str(layer) for layer, kind in enumerate(swap.layers) if kind == SOFTMAX]
+    keep = ",".join(layers) or "none"
+    provenance = checkpoint.read_provenance(student.path)
+    trained = bool(provenance.get("tokens"))
+    found: dict[str, Subject] = {}
+    if base is not None and (trained or (swap.mixer, swap.options) != ("window", WINDOW)):
+        found["untrained window"] = _made(base, "untrained window", mixer="window", options=WINDOW, keep=keep, seed=0)
+    if trained:
+        seed = _recipe(provenance).get("seed", provenance.get("seed", 0))
+        kept = student.path.resolve().parent / "converted"
+        if student.path.resolve().name.startswith("step-") and kept.exists():
+            found["before training"] = _at(student, kept)
+        elif base is not None:
+            given = {"mixer": swap.mixer, "options": swap.options, "keep": keep, "seed": seed}
+            found["before training"] = _made(base, "before training", **given)
+    for branch in mixers.get(swap.mixer).branches:
+        found[f"{branch} only"] = _only(student, branch)
+    return found
+
+
+def material(student: Subject, base: Subject | None, settings: Settings, lengths: tuple[int, ...] = ()) -> Material:
+    """What the measures ask of the student and of all beside it. The length of training is that of the newest recipe
+    that supra knows of, the student's or its base's, else the context of the settings.
+    """
+    recipes = [_recipe(checkpoint.read_provenance(subject.path)) for subject in (student, base) if subject]
+    known = [recipe["data"]["seq_len"] for recipe in recipes if "data" in recipe]
+    config = checkpoint.read_config(student.path)
+    limit = archs.get(config.swap.base).limit
+    return Material(
+        checkpoint.load_tokenizer(student.path),
+        rows=settings.limit or Material.rows,
+        train_length=known[0] if known else settings.max_length,
+        lengths=lengths,
+        longest=None if limit is None else limit(config),
+        batch_size=settings.batch_size,
+    )
+
+
+def measure(
+    subjects: Mapping[str, Subject],
+    names: Sequence[str],
+    material: Material,
+    *,
+    fresh: bool = False,
+    progress: Progress = lambda model, what, done, total: None,
+) -> tuple[Figures, dict[str, dict[str, Any]]]:
+    """(the figures, what is known of each subject) of `subjects`, {role: model}, on the measures `names`.
+
+    One model is in memory at a time, with the teacher beside it where a measure compares the two. What was measured
+    before for the same weights and rows is not measured again, unless `fresh`.
+    """
+    figures: Figures = {name: {} for name in names}
+    told: dict[str, dict[str, Any]] = {}
+    of_rows = _key(material)
+    taught = subjects.get("teacher")
+    of_teacher = known(taught, progress)[1] if taught and set(names) & set(NEED_TEACHER) else None
+    teacher = None
+    for role, subject in subjects.items():
+        asked = [name for name in names if name not in NEED_TEACHER or (taught and role != "teacher")]
+        weights, of_model, store = known(subject, progress)
+        key = {
+            name: {**of_model, **of_rows, "measure": name} | ({"teacher": of_teacher} if name in NEED_TEACHER else {})
+            for name in asked
+        }
+        records = {} if fresh else {name: record for name in asked if (record := store.find(name, key[name]))}
+        reused, model = list(records), None
+        for name in asked:
+            if name in records:
+                continue
+            if model is None:
+                progress(subject.name, "loading", 0, 0)
+                model, _ = subject.load()
+            if teacher is None and name in NEED_TEACHER:
+                teacher, _ = taught.load()
+            progress(subject.name, name, 0, 0)
+            log.info("%s: %s", subject.name, name)
+            values = measures.get(name)(model, material, teacher=teacher)
+            records[name] = finite({"model": subject.name, "values": {k: v._asdict() for k, v in values.items()}})
+            store.add(name, key[name], records[name])
+        del model
+        gc.collect()
+        for name in asked:
+            for label, value in records[name]["values"].items():
+                figures[name].setdefault(label, {})[role] = value
+        told[role] = about(subject, weights, store, reused)
+    return figures, told
+
+
+def _key(material: Material) -> dict[str, Any]:
+    return {
+        "format": keys.FORMAT,
+        "rows": material.rows,
+        "train_length": material.train_length,
+        "lengths": list(material.lengths),
+        "longest": material.longest,
+        "batch_size": material.batch_size,
+        "seed": material.seed,
+        "text": keys.digest(dumps([material.begin.tolist(), material.text.tolist()])),
+        "python": versions()["python"],
+    }
+
+
+def _recipe(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return tomllib.loads(provenance["recipe"]) if isinstance(provenance.get("recipe"), str) else {}
+
+
+def _made(base: Subject, name: str, **conversion: Any) -> Subject:
+    """The model that converting `base` would give."""
+
+    def load() -> tuple[Any, Any]:
+        dtype = getattr(torch, base.dtype)
+        model = checkpoint.converted(base.path, **conversion, device=base.device, dtype=dtype)
+        return model, checkpoint.load_tokenizer(base.path)
+
+    return replace(base, name=name, load=load, changes=conversion)
+
+
+def _at(student: Subject, path: Path) -> Subject:
+    def load() -> tuple[Any, Any]:
+        model = checkpoint.load(path, device=student.device, dtype=getattr(torch, student.dtype))
+        return model, checkpoint.load_tokenizer(path)
+
+    return replace(student, name="before training", path=path, load=load)
+
+
+def _only(student: Subject, branch: str) -> Subject:
+    """The student with one branch of its mixers."""
+
+    def load() -> tuple[Any, Any]:
+        model, tokenizer = student.load()
+        for _, layer in model.swapped_layers():
+            layer.mixer.only = branch
+        return model, tokenizer
+
+    return replace(student, name=f"{branch} only", load=load, changes={"only": branch})
