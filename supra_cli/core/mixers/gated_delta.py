@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +11,39 @@ from torch import Tensor, nn
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState, dots, wide
+from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState, ShortConv, dots, wide
 from supra_cli.core.ops import delta_rule
 
 RMS_EPS = 1e-5
+
+
+class DeltaState(NamedTuple):
+    S: Tensor
+    """[B, H, K', V] fp32."""
+    q: Tensor
+    """The last short_conv - 1 tokens' q [B,·,H,K] as they were before the convolution, fp32; k and v likewise."""
+    k: Tensor
+    v: Tensor
 
 
 @mixers.register("gated_delta")
 class GatedDelta(MatrixMixer):
     """S ← e^{g_t} S,   S ← S + β_t k'_t (v_t - Sᵀ k'_t)ᵀ,   o_t = s_h · Sᵀ q'_t
 
-    x' = act(E_h x) / |act(E_h x)| of q and k, with maps of their own, β_t = σ(w_β·x_t + b_β) and
+    x' = act(E_h x̃) / |act(E_h x̃)| of q and k, with maps of their own, β_t = σ(w_β·x_t + b_β) and
     g_t = -exp(A_h) softplus(w_g·x_t + b_g), one number a query head. E starts as the identity and, below it,
     key_width - 1 random orthogonal maps that q and k share; w starts at 0, so that β = 1/2 and the decays of the heads
     lie between 0.999 and 0.9 a token; the gain s_h starts at 1 and is fitted. As |k'| = 1, a value that was written
     with β = 1 is what its own key reads: q' is not scaled by K^-1/2, which s_h would have to undo. v has no activation.
 
-    Source: Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464, without its convolutions.
+    x̃ = x + Σ_i w_i ⊙ x_{t-i} of q, k and v, ṽ in place of v above: `ShortConv`, whose w starts at 0, so that nothing of
+    the teacher is changed by it. It is what lets a head of a recurrent model see the token before, which softmax heads do
+    by position, and which finding a passage again needs.
+
+    Source: Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464, whose convolutions have an activation.
     """
 
-    variants = ({"key_width": 2},)
+    variants = ({"key_width": 2}, {"short_conv": 0, "rotary": True})
 
     @dataclass(frozen=True)
     class Options:
@@ -38,8 +51,10 @@ class GatedDelta(MatrixMixer):
         """Rows of the state, in multiples of the base's head width: they bound how many keys can be told apart."""
         activation: Literal["silu", "none"] = "silu"
         """Of the mapped q and k, before they are brought to length 1."""
-        rotary: bool = True
+        rotary: bool = False
         """Whether q and k get the base's positions before the map; without, a key is found at any distance alike."""
+        short_conv: int = 4
+        """Tokens that q, k and v are each a sum of, the newest included; 0 is none."""
         negative_eigenvalues: bool = False
         """β in (0,2): a transition may then flip the sign of what lies along k (arXiv:2411.12537)."""
         norm: Literal["none", "rms"] = "none"
@@ -60,6 +75,9 @@ class GatedDelta(MatrixMixer):
         self.A_log = nn.Parameter(torch.empty(spec.heads))
         self.gate = nn.Linear(spec.model_dim, spec.heads * spec.v_dim, bias=False) if options.output_gate else None
         self.gain = nn.Parameter(torch.empty(spec.heads, 1))
+        shapes = ((spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim), (spec.kv_heads, spec.v_dim))
+        convolved = (ShortConv(*shape, options.short_conv) for shape in shapes if options.short_conv)
+        self.convolutions = nn.ModuleList(convolved)
 
     def decay_map(self) -> nn.Module:
         """x [B,T,D] -> a number a head, or a channel of a head, before the softplus; its last bias sets the start."""
@@ -67,6 +85,11 @@ class GatedDelta(MatrixMixer):
 
     def state_shape(self) -> tuple[int, int]:
         return self.options.key_width * self.spec.head_dim, self.spec.v_dim
+
+    def init_state(self, batch: int, device: torch.device | str) -> MatrixState | DeltaState:
+        (S,) = super().init_state(batch, device)
+        past = [S.new_zeros(batch, *conv.weight.shape) for conv in self.convolutions]
+        return DeltaState(S, *past) if past else MatrixState(S)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -85,22 +108,35 @@ class GatedDelta(MatrixMixer):
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
         nn.init.ones_(self.gain)
+        for conv in self.convolutions:
+            conv.reset_parameters()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
-    ) -> tuple[Tensor, MatrixState]:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        rope: Rotate,
+        state: MatrixState | DeltaState | None,
+        layout: Layout | None,
+    ) -> tuple[Tensor, MatrixState | DeltaState]:
+        S, *past = (None, None, None, None) if state is None else state
+        if self.convolutions:
+            convolved = zip(self.convolutions, (q, k, v), past, strict=True)
+            (q, k, v), past = zip(*(conv(*given, layout) for conv, *given in convolved), strict=True)
         if self.options.rotary:
             q, k = rope(q), rope(k)
         q, k = self._feature(self.phi_q(q)), self._feature(self.phi_k(k))
         beta = wide(self.write(x)).sigmoid() * (2 if self.options.negative_eigenvalues else 1)
         g = self._log_decay(x)
-        o, S = delta_rule(q, k, v, g, beta, state=None if state is None else state.S, layout=layout)
+        o, S = delta_rule(q, k, v, g, beta, state=S, layout=layout)
         if self.options.norm == "rms":
             o = nn.functional.rms_norm(wide(o), o.shape[-1:], eps=RMS_EPS).to(o.dtype)
         o = o * self.gain
         if self.gate is not None:
             o = o * 2 * self.gate(x).sigmoid().view(o.shape)
-        return o, MatrixState(S)
+        return o, DeltaState(S, *past) if self.convolutions else MatrixState(S)
 
     def _feature(self, x: Tensor) -> Tensor:
         x = wide(x)

@@ -15,7 +15,7 @@ class KDA(GatedDelta):
     g_t = -exp(A_h) softplus(W₂ W₁ x_t + b), a number a row of S, W₂ W₁ of rank V. The rest, start included, is
     `gated_delta`'s: W₂ starts at 0.
 
-    Source: Kimi Linear, arXiv:2510.26692, section 3, without its convolutions.
+    Source: Kimi Linear, arXiv:2510.26692, section 3.
     """
 
     def decay_map(self) -> nn.Module:
