@@ -76,6 +76,7 @@ def run(
     from supra_cli.core import evaluate, hub
 
     _hush()
+    start = time.monotonic()
     rows = _batch_size(batch_size)
     if output is not None:
         _make_room(output)
@@ -122,6 +123,7 @@ def run(
             document["measures"], document["subjects"] = evaluate.measure(
                 subjects, asked, material, fresh=fresh, progress=progress
             )
+            document["seconds"] = round(time.monotonic() - start, 1)
     if output is not None:
         write_json(output, document)
     if json:
