@@ -10,10 +10,11 @@ import torch
 from tiny import save_base, tiny_model
 from transformers.modeling_outputs import CausalLMOutput
 
-from supra_cli.core import checkpoint, corpus
+from supra_cli.core import checkpoint, corpus, evaluate
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import UsageError
 from supra_cli.core.evaluate.measures import Material, measures, ratio
+from supra_cli.core.mixers import mixers
 
 CERTAIN = 50.0
 
@@ -180,3 +181,16 @@ def test_a_model_converted_in_memory_is_the_one_that_convert_writes(tmp_path, mi
         torch.testing.assert_close(memory(ids).logits, disk(ids).logits, rtol=0, atol=0)
     assert memory.config.swap == disk.config.swap
     assert not memory.training
+
+
+def test_each_branch_of_a_mixer_is_asked_alone(tmp_path, monkeypatch):
+    base = save_base(tmp_path / "base", ["def read(self): return self"] * 50)
+    checkpoint.convert(base, tmp_path / "student", mixer="supra", options={}, keep="1", seed=0)
+    monkeypatch.setattr(mixers.get("supra"), "branches", ("window", "recurrence"))
+    student = evaluate.Subject("student", tmp_path / "student", lambda: (checkpoint.load(tmp_path / "student"), None))
+    found = evaluate.baselines(student, None)
+    assert list(found) == ["window only", "recurrence only"]
+    for role, subject in found.items():
+        model, _ = subject.load()
+        assert {layer.mixer.only for _, layer in model.swapped_layers()} == {role.removesuffix(" only")}
+        assert subject.changes == {"only": role.removesuffix(" only")}  # another key than the student's
