@@ -73,9 +73,10 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Score a model on tasks, its teacher beside it: chance-corrected recovery, perplexity, standard errors."""
-    from supra_cli.core import evaluate, hub
+    from supra_cli.core import checkpoint, evaluate, hub
 
     _hush()
+    start = time.monotonic()
     rows = _batch_size(batch_size)
     if output is not None:
         _make_room(output)
@@ -106,7 +107,9 @@ def run(
             max_length=length,
             apply_chat_template=chat,
         )
-        beside = evaluate.baselines(student, reference) if asked or with_baselines else {}
+        # Baselines are made of the student's own base; another teacher is none.
+        own = teacher in (None, checkpoint.read_provenance(student.path).get("base"))
+        beside = evaluate.baselines(student, reference if own else None) if asked or with_baselines else {}
         document = evaluate.evaluate(
             student,
             reference,
@@ -122,6 +125,7 @@ def run(
             document["measures"], document["subjects"] = evaluate.measure(
                 subjects, asked, material, fresh=fresh, progress=progress
             )
+            document["seconds"] = round(time.monotonic() - start, 1)
     if output is not None:
         write_json(output, document)
     if json:
@@ -289,7 +293,10 @@ def _show(document: Mapping[str, Any], tasks: Iterable[str]) -> None:
 def _show_figures(measures: Mapping[str, Any]) -> None:
     """A line a figure, a column a model: the value and its 95 % interval."""
     found = [figure for figures in measures.values() for figure in figures.values()]
-    roles = list(dict.fromkeys(role for figure in found for role in figure))
+    first = ("student", "teacher")  # also where a measure asks nothing of the teacher
+    roles = sorted(
+        dict.fromkeys(role for figure in found for role in figure), key=lambda role: (*first, role).index(role)
+    )
     rows = [
         (name, label, next(iter(figure.values()))["n"], *(_interval(figure.get(role)) for role in roles))
         for name, figures in measures.items()

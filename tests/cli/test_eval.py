@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from tiny import save_base
@@ -277,3 +278,91 @@ def test_questions_are_asked_in_the_chat_template_and_scored_apart(models, capsy
         assert json.loads(out)["settings"]["apply_chat_template"] is bool(flags)
         # The third time nothing is asked again.
         assert {prompt.startswith("[user]") for prompt in prompts} == (set() if said is None else {said})
+
+
+def test_a_measure_stands_beside_its_baselines(models, capsys):
+    """Those that were made of the same base in memory, and the student before its training, which `tokens` tells."""
+    trained = models / "trained"
+    checkpoint.convert("base", trained, mixer="supra", options={}, keep="1", seed=7, base=str(models / "base"))
+    spent = trained / "supra.json"
+    spent.write_text(json.dumps(json.loads(spent.read_text()) | {"tokens": 64}))
+    asked = ["-t", "repeats,agreement,stdlib_cloze", "--limit", "4", "--lengths", "0,16", "--baselines"]
+    code, out, err = supra(capsys, "eval", str(trained), *asked, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    roles = ["student", "teacher", "untrained window", "before training"]
+    assert list(document["subjects"]) == roles
+    repeats = document["measures"]["repeats"]
+    assert list(repeats) == [f"{kind}, gap {gap}" for kind in ("random", "text") for gap in (0, 16)]
+    for figures in repeats.values():
+        assert list(figures) == roles
+        assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in figures.values())
+        assert {figure["n"] for figure in figures.values()} == {4}
+        # Nothing but supra.json says that it was trained, so it is the one that is converted again, number for number.
+        assert figures["before training"] == figures["student"] != figures["teacher"]
+    assert set(document["measures"]["agreement"]["kl"]) == set(roles) - {"teacher"}
+    for row in document["results"]["stdlib_cloze"].values():
+        assert row["baselines"]["before training"]["score"] == row["student"]
+        assert list(row["baselines"]) == roles[2:]
+
+    code, again, err = supra(capsys, "eval", str(trained), *asked, "--json")
+    assert json.loads(again)["measures"] == document["measures"]
+    assert all("repeats" in subject["reused"] for subject in json.loads(again)["subjects"].values())
+    code, out, err = supra(capsys, "eval", "base", "-t", "recall_pairs", "--limit", "2")
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["measure", "of", "n", "score"]
+
+
+LENGTHS = """
+from datasets import Dataset
+def make(max_seq_lengths=(4096,), **_):
+    rows = [{"text": "x" * 20, "max_length": n, "right": "y"} for n in max_seq_lengths for _ in range(9)]
+    return {"test": Dataset.from_list(rows)}
+def results(doc, answers):
+    return {"4096": -1.0, str(doc["max_length"]): doc["max_length"] / 1024}
+"""
+
+
+def test_questions_of_each_length_are_asked_alike(tmp_path, capsys):
+    """As RULER's tasks make them: one length after the other, and −1 for a length of which there is none."""
+    (tmp_path / "lengths.py").write_text(LENGTHS)
+    (tmp_path / "lengths.yaml").write_text(
+        "task: lengths\ncustom_dataset: !function lengths.make\ntest_split: test\noutput_type: generate_until\n"
+        "doc_to_text: text\ndoc_to_target: right\nprocess_results: !function lengths.results\nmetric_list:\n"
+        "  - metric: '4096'\n    aggregation: mean\n    higher_is_better: true\n"
+        "generation_kwargs:\n  max_gen_toks: 2\n  until: []\n"
+    )
+    asked = ["-t", "lengths", "--include-path", str(tmp_path), "--teacher", "none", "--json"]
+    code, out, err = supra(capsys, "eval", "runs/student", *asked, "--lengths", "512,1024", "--limit", "4")
+    assert code == 0, err
+    rows = json.loads(out)["results"]["lengths"]
+    assert {metric: row["student"] for metric, row in rows.items()} == {"512": 0.5, "1024": 1.0}
+    code, _, err = supra(capsys, "eval", "runs/student", *asked, "--lengths", "many")
+    assert code == 2
+    assert "512,1024" in told(err)
+
+
+def test_ruler_without_its_packages_names_the_extra(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ruler")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    code, _, err = supra(capsys, "eval", "runs/student", "-t", "niah_single_1", "--lengths", "512")
+    assert code == 1
+    assert "supra[ruler]" in told(err)
+
+
+def test_the_share_of_each_letter_is_told_beside_how_often_it_is_right(tmp_path, capsys):
+    rows = [{"q": f"question {n}", "answer": n % 4} for n in range(8)]
+    (tmp_path / "letters.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "letters.yaml").write_text(
+        f"task: letters\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/letters.jsonl\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: [A, B, C, D]\n"
+        "doc_to_target: answer\nmetric_list:\n  - metric: acc\n"
+    )
+    code, out, err = supra(capsys, "eval", "runs/student", "-t", "letters", "--include-path", str(tmp_path), "--json")
+    assert code == 0, err
+    shares = json.loads(out)["letters"]["letters"]
+    assert list(shares) == ["A", "B", "C", "D"]
+    for role in ("student", "teacher"):
+        assert sum(share[role]["value"] for share in shares.values()) == pytest.approx(1)
+    assert [share["right"]["value"] for share in shares.values()] == [0.25] * 4

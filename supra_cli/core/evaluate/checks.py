@@ -113,6 +113,10 @@ def told(name: str, path: Path | None, others: tuple[str, ...] = (), *, model: A
                 f"run `supra prefetch --tasks {','.join(others or (name,))}` on a connected machine with the same "
                 "Hugging Face cache"
             ) from error
+        if isinstance(error, ImportError) and path is not None and path.parent.name == "ruler":
+            raise SupraError(
+                f"task '{name}' is of RULER, whose packages are not installed; `pip install 'supra[ruler]'` brings them"
+            ) from error
         if isinstance(error, ImportError) and _python_line(error) is None:
             raise SupraError(
                 f"{_where(name, path)} needs a package that is not installed: {first_line(error)}"

@@ -30,7 +30,8 @@ def compare(tasks: Tasks, student: Records, teacher: Records | None) -> dict[str
         rows = results[task] = {}
         for key in record["metrics"]:
             metric, comma, _ = key.partition(",")
-            if comma and not metric.endswith("_stderr"):
+            absent = metric.isdigit() and record["metrics"][key] == -1  # RULER: no question of that length
+            if comma and not absent and not metric.endswith("_stderr"):
                 row = _row(key, record, teacher.get(task))
                 rows[metric if metric not in rows else key] = row
     return results

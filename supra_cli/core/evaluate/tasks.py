@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -73,6 +74,9 @@ def find(names: Sequence[str], include: Path | None = None, *, metadata: dict | 
                     f"task '{leaf}' is asked for in two ways, alone and as a group redefines it; score them in two runs"
                 )
         leaves |= loaded["tasks"]
+        if metadata:
+            for task in loaded["tasks"].values():
+                _alternate(task, metadata["max_seq_lengths"])
         groups |= loaded.get("groups", {})
     for name, task in leaves.items():
         checks.check(name, task, _file(manager, name))
@@ -188,8 +192,21 @@ def _load(manager, name: str, asked: Sequence[str]) -> dict:
     if entry.kind.name == "TASK":
         _check_data(name, entry)
     local = entry.yaml_path is not None and entry.yaml_path.parent == bundled()
-    with checks.told(name, entry.yaml_path, tuple(asked)), nullcontext() if local else _without_waiting():
+    reading = nullcontext() if local else _without_waiting()
+    with checks.told(name, entry.yaml_path, tuple(asked)), reading, redirect_stdout(io.StringIO()):  # RULER prints
         return manager.load([name])
+
+
+def _alternate(task, lengths: Sequence[int]) -> None:
+    """Put a question of each length in turn, where a task has made as many of each, one length after the other: any
+    `--limit` then asks all lengths alike.
+    """
+    split = task.config.test_split
+    documents = task.dataset.get(split) if isinstance(getattr(task, "dataset", None), dict) else None
+    if documents is not None and "max_length" in documents.column_names:
+        of = {length: [n for n, found in enumerate(documents["max_length"]) if found == length] for length in lengths}
+        order = [number for numbers in zip(*of.values(), strict=False) for number in numbers]
+        task.dataset[split] = documents.select(order)
 
 
 def _check_data(name: str, entry) -> None:

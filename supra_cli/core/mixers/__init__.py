@@ -36,11 +36,6 @@ class Mixer(nn.Module):
     """Options at which the laws hold too, where it is numbers that change what runs: the laws find every other choice
     of a Literal or bool by themselves."""
 
-    branches: ClassVar[tuple[str, ...]] = ()
-    """Names of the parts whose sum or mixture it is, such as ("window", "recurrence"); evaluation asks each alone."""
-    only: str | None = None
-    """Set on an instance: the one branch that `forward` is to compute; None is all of them."""
-
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__()
         self.spec = spec
