@@ -379,6 +379,8 @@ def test_groups_have_their_own_rates(student) -> None:
 
 DECAYING = {
     "gated": {"phi_q.weight", "phi_k.weight", "decay.weight", "gate.weight"},
+    "gated_delta": {"phi_q.weight", "phi_k.weight", "write.weight", "decay.weight", "gate.weight"},
+    "kda": {"phi_q.weight", "phi_k.weight", "write.weight", "decay.0.weight", "decay.1.weight", "gate.weight"},
     "retention": set(),
     "softmax": set(),
     "supra": {"E.weight", "E_kv.weight"},
@@ -386,7 +388,11 @@ DECAYING = {
     "window": set(),
 }
 """Of every mixer, with the options that give it most parameters; none of them gains, biases, norms."""
-MOST = {"gated": {"output_gate": True}, "retention": {"gain": "head"}, "supra": {"gain": "head", "qk_norm": True}}
+MOST = {
+    **dict.fromkeys(("gated", "gated_delta", "kda"), {"output_gate": True}),
+    "retention": {"gain": "head"},
+    "supra": {"gain": "head", "qk_norm": True},
+}
 
 
 @pytest.mark.parametrize("mixer", list(mixers))
