@@ -407,7 +407,7 @@ def test_weight_decay_is_for_the_matrices_of_mixers(mixer: str) -> None:
             for n in range(3)
             for rest in (
                 *("norm.gain", "q_norm.weight", "k_norm.weight", "E.bias", "E_kv.bias"),
-                *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias"),
+                *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias", "decay.1.bias", "write.bias", "A_log", "gain"),
             )
         }
 
