@@ -389,7 +389,7 @@ DECAYING = {
 }
 """Of every mixer, with the options that give it most parameters; none of them gains, biases, norms."""
 MOST = {
-    **dict.fromkeys(("gated", "gated_delta", "kda"), {"output_gate": True}),
+    **{name: {"output_gate": True} for name in ("gated", "gated_delta", "kda")},
     "retention": {"gain": "head"},
     "supra": {"gain": "head", "qk_norm": True},
 }
