@@ -29,8 +29,8 @@ from supra_kernels.chunk import BLOCK_ELEMENTS, cut
 from supra_kernels.library import library
 from supra_kernels.weights import block_weights, fixed_weights
 
-HEAD_CHUNK, CHANNEL_CHUNK = 64, 16
-"""Tokens of a chunk: with a decay per channel a chunk's weights are [C,C,K], so it is short."""
+HEAD_CHUNK, CHANNEL_CHUNK = 32, 16
+"""Tokens of a chunk, measured on a CPU: with a decay per channel a chunk's weights are [C,C,K], so it is short."""
 
 
 def block_sizes(q: Tensor, v: Tensor, channels: bool) -> tuple[int, int]:
@@ -68,8 +68,10 @@ class _Decay(NamedTuple):
         if not self.channels:
             d = d * self.within
             return d @ k, d.mT @ x
-        weighted = self.within * d.unsqueeze(-1)
-        return (weighted * k.unsqueeze(-3)).sum(-2), (weighted * x.unsqueeze(-2)).sum(-3)
+        # x comes to a row's products as a vector, k by columns: no second tensor of [C,C,K] lives at a time.
+        dx = (d.unsqueeze(-2) @ (self.within * k.unsqueeze(-3))).squeeze(-2)
+        weighted = (self.within * x.unsqueeze(-2)).transpose(-3, -2)
+        return dx, (d.mT.unsqueeze(-2) @ weighted).squeeze(-2)
 
 
 class _Plan:

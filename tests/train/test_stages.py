@@ -379,6 +379,8 @@ def test_groups_have_their_own_rates(student) -> None:
 
 DECAYING = {
     "gated": {"phi_q.weight", "phi_k.weight", "decay.weight", "gate.weight"},
+    "gated_delta": {"phi_q.weight", "phi_k.weight", "write.weight", "decay.weight", "gate.weight"},
+    "kda": {"phi_q.weight", "phi_k.weight", "write.weight", "decay.0.weight", "decay.1.weight", "gate.weight"},
     "retention": set(),
     "softmax": set(),
     "supra": {"E.weight", "E_kv.weight"},
@@ -386,7 +388,11 @@ DECAYING = {
     "window": set(),
 }
 """Of every mixer, with the options that give it most parameters; none of them gains, biases, norms."""
-MOST = {"gated": {"output_gate": True}, "retention": {"gain": "head"}, "supra": {"gain": "head", "qk_norm": True}}
+MOST = {
+    **{name: {"output_gate": True} for name in ("gated", "gated_delta", "kda")},
+    "retention": {"gain": "head"},
+    "supra": {"gain": "head", "qk_norm": True},
+}
 
 
 @pytest.mark.parametrize("mixer", list(mixers))
@@ -401,7 +407,7 @@ def test_weight_decay_is_for_the_matrices_of_mixers(mixer: str) -> None:
             for n in range(3)
             for rest in (
                 *("norm.gain", "q_norm.weight", "k_norm.weight", "E.bias", "E_kv.bias"),
-                *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias"),
+                *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias", "decay.1.bias", "write.bias", "A_log", "gain"),
             )
         }
 

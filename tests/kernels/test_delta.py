@@ -1,0 +1,101 @@
+"""The delta rule's forms against the recurrence, in values and gradients."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from cases import packed
+from supra_kernels import delta_rule
+
+DIGITS = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+def inputs(decay, batch=2, length=150, heads=4, kv_heads=2, key_dim=8, v_dim=6):
+    """[q, k, v, g, beta, state]; every seventh decay is hard, β reaches over 1."""
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    rows = (batch, length, heads)
+    g = {"none": None, "head": -torch.rand(rows, generator=rng), "channel": -torch.rand(*rows, key_dim, generator=rng)}
+    if g[decay] is not None:
+        g[decay][:, ::7] = -88
+    k = torch.nn.functional.normalize(normal(batch, length, kv_heads, key_dim), dim=-1)
+    beta = 2 * torch.rand(rows, generator=rng)
+    state = normal(batch, heads, key_dim, v_dim)
+    return [normal(*rows, key_dim), k, normal(batch, length, kv_heads, v_dim), g[decay], beta, state]
+
+
+def differentiate(form, values, dtype, segment=None):
+    """-> o, S and the gradients of a random projection of both; the output on padding counts for nothing."""
+    given = [None if x is None else x.to(dtype).clone().requires_grad_() for x in values]
+    o, S = delta_rule(*given[:5], scale=0.3, state=given[5], segment=segment, form=form)
+    assert o.isfinite().all()
+    o = o if segment is None else o.masked_fill(segment[..., None, None] < 0, 0)
+    rng = torch.Generator().manual_seed(1)
+    do, dS = (torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in (o, S))
+    ((o.double() * do).sum() + (S.double() * dS).sum()).backward()
+    return [o, S, *(x.grad for x in given if x is not None)]
+
+
+@pytest.mark.parametrize("dtype", DIGITS, ids=str)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_every_form_is_the_recurrence(decay, documents, dtype):
+    """Against float64, over three chunks and a rest, with documents of one token and padding anywhere."""
+    values = inputs(decay)
+    segment = packed(2, 150, padding=0.2) if documents else None
+    want = differentiate("naive", values, torch.float64, segment)
+    for form in ("chunk", "step"):
+        got = differentiate(form, values, dtype, segment)
+        for x, y in zip(got, want, strict=True):
+            assert (x.double() - y).norm() <= DIGITS[dtype] * y.norm(), form
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_what_autograd_says_of_the_chunk_form_is_its_slope(decay):
+    values = [None if x is None else x.double().requires_grad_() for x in inputs(decay, 1, 21, 2, 1, 3, 2)]
+    if values[3] is not None:
+        values[3] = (values[3].detach() / 100).requires_grad_()
+    torch.autograd.gradcheck(lambda *x: delta_rule(*x[:5], scale=0.5, state=x[5], form="chunk"), values, fast_mode=True)
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_a_prompt_and_then_steps_are_one_pass(decay):
+    *values, state = (None if x is None else x.double() for x in inputs(decay))
+    whole, end = delta_rule(*values, state=state, form="chunk")
+    o, S = delta_rule(*(None if x is None else x[:, :131] for x in values), state=state)
+    parts = [o]
+    for t in range(131, 150):
+        o, S = delta_rule(*(None if x is None else x[:, t : t + 1] for x in values), state=S)
+        parts.append(o)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    torch.testing.assert_close(S, end)
+
+
+def test_a_value_written_whole_is_what_its_key_reads():
+    """β = 1 and |k| = 1: also where the same key held another value before, which is taken out."""
+    k = torch.nn.functional.normalize(torch.randn(1, 1, 1, 8), dim=-1).expand(1, 80, 1, 8)
+    v = torch.randn(1, 80, 1, 6)
+    o, _ = delta_rule(k, k, v, None, torch.ones(1, 80, 1), form="chunk")
+    torch.testing.assert_close(o, v, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("decay", "documents"), product(("head", "channel"), (False, True)))
+def test_the_operator_keeps_its_word_to_torch_compile(decay, documents):
+    """Shapes, dtypes and gradients of the fake tensors, by torch's own check."""
+    given = [x.requires_grad_() for x in inputs(decay, kv_heads=4)]
+    packing = torch.tensor([[1, 1, *[3] * 148]] * 2, dtype=torch.int32) if documents else None
+    torch.library.opcheck(torch.ops.supra.delta_chunk, (*given, packing, 0.5, True))
+
+
+def test_what_does_not_fit_is_said():
+    q, k, v, g, beta, state = inputs("head")
+    for wrong in ((q, k, v, g[..., :2], beta, state), (q, k, v, g, beta[:1], state), (q, k[:, :3], v, g, beta, state)):
+        with pytest.raises(ValueError, match="got"):
+            delta_rule(*wrong[:5], state=wrong[5])
+    with pytest.raises(ValueError, match="form is one of naive, chunk, step, got 'fast'"):
+        delta_rule(q, k, v, g, beta, form="fast")
