@@ -26,14 +26,12 @@ TIERS = (
     core("modeling", "config", "data", "stages"),
     core("swap", "backbone"),
     core("archs", "mixers"),
-    core("ops"),
+    core("ops", "flops"),
     core("layout", "cache"),
     (
         "supra_cli",
         CORE,
-        *core(
-            "errors", "files", "folder", "environment", "registry", "recipe", "corpus", "device", "flops", "parallel"
-        ),
+        *core("errors", "files", "folder", "environment", "registry", "recipe", "corpus", "device", "parallel"),
     ),
     ("supra_kernels",),
 )

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import scaled_dot_product_attention as softmax
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicLayer
 
 from supra_cli.core import checkpoint, hub, ops, recipe
 from supra_cli.core.data.packing import Batch
 from supra_cli.core.environment import hardware, versions
-from supra_cli.core.flops import SDPA_FLOPS, operator_flops
+from supra_cli.core.flops import counter, operator_flops
 from supra_cli.core.generate import steps
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe.keep import SOFTMAX
@@ -176,19 +175,10 @@ def graphed(step: Run) -> Run:
 
 
 def counted_flops(run: Run) -> int:
-    """Of whatever `run` multiplies; causal softmax attention by whole squares, as PyTorch counts it."""
-
-    def count(device: str, way: int, *shapes: Any, **_: Any) -> int:
-        q, v = shapes[2 * way], shapes[2 * way + 2]
-        return operator_flops(q[0] * q[1] * q[2], q[3], v[3], ops.chunk_tokens(device, q[3], v[3]))[way]
-
-    own, formulas = torch.ops.supra, dict(SDPA_FLOPS)
-    formulas |= {own.chunk: partial(count, "cpu", 0), own.chunk_backward: partial(count, "cpu", 1)}
-    formulas |= {own.triton: partial(count, "cuda", 0), own.triton_backward: partial(count, "cuda", 1)}
-    formulas[own.triton_step] = lambda q, k, v, *_, **__: 4 * q[0] * q[1] * q[2] * q[3] * v[3]
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    """Of whatever `run` multiplies."""
+    with counter() as counted:
         run()
-    return counter.get_total_flops()
+    return counted.get_total_flops()
 
 
 @dataclass(frozen=True)

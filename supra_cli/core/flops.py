@@ -1,13 +1,16 @@
-"""FLOPs of attention from shapes: of softmax by operation, as PyTorch 2.11 counts neither the CPU's nor grouped
-queries, and of the linear operator in chunks.
+"""FLOPs from shapes, as PyTorch counts them, and of what it has no formula for: softmax attention on a CPU and with
+grouped queries (2.11), and the linear operator in chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from supra_cli.core import ops
 
 Shape = Sequence[int]
 
@@ -24,8 +27,18 @@ def _repeated(q: Shape, grouped: Shape) -> Shape:
     return (*q[:2], *grouped[2:])
 
 
-_aten = torch.ops.aten
-SDPA_FLOPS = {
+def _operator(device: str, backward: bool, *shapes: Shape, **_) -> int:
+    (batch, tokens, heads, K), V = shapes[2 * backward], shapes[2 + 2 * backward][-1]
+    return operator_flops(batch * tokens * heads, K, V, ops.chunk_tokens(device, K, V))[backward]
+
+
+def _operator_step(q: Shape, k: Shape, v: Shape, *_, **__) -> int:
+    return 4 * q[0] * q[1] * q[2] * q[3] * v[3]
+
+
+_aten, _own = torch.ops.aten, torch.ops.supra
+_FORMULAS = {
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
     _aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     _aten._scaled_dot_product_flash_attention: _forward,
     _aten._scaled_dot_product_efficient_attention: _forward,
@@ -34,7 +47,17 @@ SDPA_FLOPS = {
     _aten._scaled_dot_product_flash_attention_backward: _backward,
     _aten._scaled_dot_product_efficient_attention_backward: _backward,
     _aten._scaled_dot_product_cudnn_attention_backward: _backward,
+    _own.chunk: partial(_operator, "cpu", False),
+    _own.chunk_backward: partial(_operator, "cpu", True),
+    _own.triton: partial(_operator, "cuda", False),
+    _own.triton_backward: partial(_operator, "cuda", True),
+    _own.triton_step: _operator_step,
 }
+
+
+def counter() -> FlopCounterMode:
+    """A context in which `get_total_flops()` counts; causal softmax attention by whole squares, as PyTorch does."""
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
 
 
 def operator_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int, int]:

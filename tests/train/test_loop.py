@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from supra_cli.core.data import packing, rows
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 from supra_cli.core.evaluate import perplexity
 from supra_cli.core.lookup import lookup
+from supra_cli.core.parallel import World
 from supra_cli.core.stages import stages
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import loop
@@ -336,6 +338,20 @@ def test_rows_with_nothing_to_predict_are_a_step_of_loss_zero(device: str, base:
     rows = packing.Batch(nothing, nothing, torch.full_like(nothing, packing.IGNORED))
     outcome = take(stage, student, None, optimizer, rows, Computing(torch.device(device), torch.float32, 1), 1.0)
     assert (outcome.loss, outcome.grad_norm, outcome.finite) == (0.0, 0.0, True)
+
+
+@pytest.mark.parametrize(("rank", "row"), [(0, 2), (1, 3), (2, 5)])
+def test_a_held_out_row_that_is_not_finite_has_the_same_number_on_every_rank(rank: int, row: int, base: Path) -> None:
+    """Row `row` alone of seven has anything to predict, and the model's losses are all NaN."""
+    model, ids = checkpoint.load(base), torch.randint(8, 16, (7, 12))
+    labels = torch.full_like(ids, packing.IGNORED)
+    labels[row] = ids[row]
+    nn.init.constant_(model.get_output_embeddings().weight, math.nan)
+    world = World(rank=rank, size=2 if rank < 2 else 3)
+    trainer = loop.Trainer(None, None, "cpu", torch.float32, threading.Event(), world)
+    trainer.held_out = packing.Batch(ids, torch.arange(12).expand_as(ids), labels)
+    with pytest.raises(SupraError, match=f"row {row} is not finite"):
+        trainer._held_out_loss(model)
 
 
 @pytest.mark.parametrize("kind", ["distill", "finetune"])

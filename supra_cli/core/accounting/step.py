@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from supra_cli.core import ops
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data.packing import Batch
-from supra_cli.core.flops import SDPA_FLOPS, operator_flops
+from supra_cli.core.flops import counter
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.step import Computing, begin
 
 _aten, _CPU = torch.ops.aten, torch.device("cpu")
+_CHUNK, _TRITON = torch.ops.supra.chunk_backward.default, torch.ops.supra.triton_backward.default
 
 
 class Figures(NamedTuple):
@@ -65,7 +66,7 @@ def figures(
     # transformers takes positions without data to have several documents in a row and makes a mask, while rows that do
     # have them come with one.
     as_given = mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
-    watch = _Watch(recipe.data.documents != "joined")
+    watch = _Watch(recipe.data.documents != "joined", dtype)
     with FakeTensorMode(), _CPU, ops.planning("triton" if device == "cuda" else None), as_given, watch:
         student = SupraForCausalLM._from_config(configs[0], dtype=torch.float32).train()
         teachers = [SupraForCausalLM._from_config(config, dtype=dtype).eval() for config in configs[1:]]
@@ -77,7 +78,7 @@ def figures(
         batch = Batch(ids, ids, ids)
         computing = Computing(_CPU, dtype, len(ids))
         begin(stage, student, batch, computing)
-        flops = FlopCounterMode(display=False, custom_mapping=watch.formulas(device, dtype))
+        flops = counter()
         watch.follow(student, teachers, flops)
         with flops, saved_tensors_hooks(watch.pack, lambda x: x), computing.autocast():
             stage.loss(student, *(teachers or [None]), batch, watch.backward)
@@ -104,18 +105,30 @@ _PLANNED_EXPERTS = "supra_plan"
 ALL_EXPERTS_FUNCTIONS.register(_PLANNED_EXPERTS, _experts)
 
 
+def _inside(backward: object, args: Sequence[Any], dtype: torch.dtype) -> int:
+    """Bytes that the operator's backward pass needs inside: on a GPU the state at the start of each chunk, on a CPU the
+    fp32 buffers of a block of which 8 are as wide as a key.
+    """
+    (batch, tokens, heads, K), V = args[2].shape, args[4].shape[-1]
+    chunk = ops.chunk_tokens("cuda" if backward is _TRITON else "cpu", K, V)
+    if backward is _TRITON:
+        return batch * heads * -(-tokens // chunk) * K * V * dtype.itemsize
+    block = -(-tokens // max(1, args[7].shape[0]))
+    return 4 * batch * heads * block * (8 * K + 3 * V + 2 * chunk + 2 * K * V // chunk)
+
+
 class _Watch(TorchDispatchMode):
     """Follows what autograd saves and where, until a backward pass lets go of it.
 
     What a program asks of data that are not there is answered with one, and to yes or no whether a row is `packed`.
     """
 
-    def __init__(self, packed: bool):
+    def __init__(self, packed: bool, dtype: torch.dtype):
         super().__init__()
         self.found: dict[str, int] = defaultdict(int)
         self.most: dict[object, int] = {}
         self.widest = self.inside = self.parts = 0
-        self._packed, self._place = packed, "outside"
+        self._packed, self._dtype, self._place = packed, dtype, "outside"
         self._saved: dict[int, tuple[torch.UntypedStorage, object]] = {}
         self._weights: dict[int, str] = {}
         """What copies of a weight are counted as, by its storage."""
@@ -174,35 +187,11 @@ class _Watch(TorchDispatchMode):
         part.backward()
         return part.detach()
 
-    def formulas(self, device: str, dtype: torch.dtype) -> dict[Any, Callable[..., int]]:
-        """Of FLOPs from shapes, where PyTorch has none; the operator's notes the bytes that it needs inside: on a GPU
-        the state at the start of each chunk, on a CPU the fp32 buffers of a block of which 8 are as wide as a key.
-        """
-
-        def count(backward: bool, *args: Any, **_: Any) -> int:
-            (batch, tokens, heads, K), V = args[2 * backward], args[2 + 2 * backward][-1]
-            chunk = ops.chunk_tokens(device, K, V)
-            needed = batch * heads * -(-tokens // chunk) * K * V * dtype.itemsize
-            if device == "cpu":
-                block = -(-tokens // max(1, args[7][0])) if backward else 0
-                needed = 4 * batch * heads * block * (8 * K + 3 * V + 2 * chunk + 2 * K * V // chunk)
-            self.inside = max(self.inside, needed)
-            return operator_flops(batch * tokens * heads, K, V, chunk)[backward]
-
-        own = torch.ops.supra
-        return {
-            **SDPA_FLOPS,
-            **dict.fromkeys((own.chunk, own.triton), partial(count, False)),
-            **dict.fromkeys((own.chunk_backward, own.triton_backward), partial(count, True)),
-            _aten.baddbmm_: flop_registry[_aten.baddbmm],
-        }
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        questions = (_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default)
-        if function in questions and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            if function is _aten.is_nonzero.default or args[0].dtype == torch.bool:
-                return self._packed
-            return 1.0 if args[0].is_floating_point() else 1
+        if function is _aten._local_scalar_dense.default and args[0].constant is None:
+            return self._packed if args[0].dtype == torch.bool else 1
+        if function in (_CHUNK, _TRITON):
+            self.inside = max(self.inside, _inside(function, args, self._dtype))
         output = function(*args, **(kwargs or {}))
         if function is _aten._to_copy.default and (weight := args[0].untyped_storage()._cdata) in self._weights:
             storage = output.untyped_storage()

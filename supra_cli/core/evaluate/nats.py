@@ -7,7 +7,7 @@ a plain transformers model (whole logits).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,12 +39,14 @@ def token_nats(
     *,
     batch_size: int = 8,
     device: torch.device | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """`−ln p(labels[n,t] | tokens[n,:t+1])` as fp32 [N,T] on the CPU, NaN where there is no label (−100).
 
     tokens [N,T] int64; positions [N,T] restart at 0 with each document of a row, None is one document a row; labels
     [N,T] default to the next token of the same document. `device` is where the model computes, by default where its
-    weights are. The model is in eval mode during the call. SupraError on a non-finite value, which names the row.
+    weights are. The model is in eval mode during the call. SupraError on a non-finite value, which names the row:
+    where these rows are some of others, by its own of `numbers`.
     """
     if labels is None:
         labels = next_tokens(tokens, positions)
@@ -59,6 +61,7 @@ def token_nats(
             nats = _forward(model, *batch).cpu()
             if not torch.isfinite(nats[labels[rows].cpu() != IGNORED]).all():
                 row = start + int((~torch.isfinite(nats) & (labels[rows].cpu() != IGNORED)).any(dim=1).nonzero()[0, 0])
+                row = row if numbers is None else numbers[row]
                 raise SupraError(f"the model's loss on row {row} is not finite; check its weights and its dtype")
             result.append(nats)
     finally:

@@ -110,6 +110,8 @@ class Trainer:
         """The save that the next stage builds from; None before the first."""
         self._last_loss: float | None = None
         self._validated_step: int | None = None
+        self._stops = False
+        """Whether the step just taken is to be the last, on whichever rank that was asked."""
         self._clock = time.perf_counter()
 
     # -- the beginning -------------------------------------------------------------------------------------------------
@@ -294,15 +296,16 @@ class Trainer:
         while counters.stage_step < steps:
             yield from self._step(built, spec, computing, drawn)
             drawn = None
-            stops = bool(world.total(torch.tensor(float(self.stop.is_set()))))  # on whichever rank
+            if world.size == 1:  # nobody has to be told, so it counts until now
+                self._stops = self.stop.is_set()
             stage_ends = counters.stage_step == steps
             run_ends = stage_ends and counters.stage + 1 == len(recipe.stages)
             if stage_ends or counters.step % recipe.validate_every_steps == 0:
                 yield from self._validate(built.student)
-            if stage_ends or stops or counters.step % recipe.checkpoint.every_steps == 0:
+            if stage_ends or self._stops or counters.step % recipe.checkpoint.every_steps == 0:
                 counters.finished = run_ends
                 yield from self._save(built, spec)
-            if stops and not run_ends:
+            if self._stops and not run_ends:
                 if world.leads and world.launch is not None:
                     (self.run.path / STOPPED).touch()
                 raise Stopped(f"stopped after step {counters.step} with everything saved; go on with --resume")
@@ -333,7 +336,9 @@ class Trainer:
             batch,
             computing,
             spec.clip_norm,
+            self.stop,
         )
+        self._stops = outcome.stop
         if not outcome.finite:
             kept, policy = self.run.path / "non-finite", recipe.non_finite
             yield Note(leave_out(outcome, batch, built.student, counters, spec.kind, policy, kept, self.world))
@@ -375,11 +380,13 @@ class Trainer:
 
     def _held_out_loss(self, model: nn.Module) -> float:
         """Nats per held-out token; each rank scores its share of the rows."""
-        computing = Computing(self.device, self.dtype, len(self.held_out.labels), self.world)
+        count, world = len(self.held_out.labels), self.world
+        computing = Computing(self.device, self.dtype, count, world)
+        (rows,) = computing.own(self.held_out)
         with computing.autocast():
-            nats = torch.cat([token_nats(model, *rows, device=self.device) for rows in computing.own(self.held_out)])
+            nats = token_nats(model, *rows, device=self.device, numbers=range(world.rank, count, world.size))
         known = nats[~nats.isnan()].double()
-        total, count = self.world.total(torch.stack([known.sum(), torch.tensor(known.numel(), dtype=known.dtype)]))
+        total, count = world.total(torch.stack([known.sum(), torch.tensor(known.numel(), dtype=known.dtype)]))
         return float(total / count)
 
     def _save(self, built: Built, spec: recipes.Stage) -> Iterator[Event]:

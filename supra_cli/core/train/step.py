@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +25,8 @@ class Outcome:
     loss: float
     grad_norm: float
     metrics: dict[str, float]
+    stop: bool = False
+    """Whether any rank had been asked to stop when the ranks told each other their sums."""
 
     @property
     def finite(self) -> bool:
@@ -68,10 +71,12 @@ def take(
     rows: Batch,
     computing: Computing,
     clip_norm: float,
+    stop: threading.Event | None = None,
 ) -> Outcome:
     """One step on the rows of all ranks; none at all, and no gradient left, if loss or gradient are not finite.
 
-    SupraError if a parameter of the first step has no gradient, or if the ranks have drawn different rows.
+    With their sums the ranks tell each other whether `stop` is set. SupraError if a parameter of the first step has no
+    gradient, or if the ranks have drawn different rows.
     """
     world = computing.world
     scored = max(1, stage.scored(rows))  # rows may have nothing to predict
@@ -95,15 +100,15 @@ def take(
     if world.size > 1:
         norm = norm.full_tensor()  # what each rank has is its own part of it
     digest = zlib.crc32(rows.input_ids.numpy().tobytes()) if world.size > 1 else 0
-    told = torch.tensor([*(float(value) for value in sums.values()), digest], dtype=torch.float64)
-    *totals, digests = world.total(told).tolist()
+    own = [*(float(value) for value in sums.values()), digest, stop is not None and stop.is_set()]
+    *totals, digests, stops = world.total(torch.tensor(own, dtype=torch.float64)).tolist()
     if digests != world.size * digest:
         raise SupraError(
             "the ranks have drawn different rows: their text or their caches of it differ; give all machines the same "
             "files, and SUPRA_CACHE on a disk that they share"
         )
     means = {name: total / scored for name, total in zip(sums, totals, strict=True)}
-    outcome = Outcome(means.pop("loss"), float(norm), means)
+    outcome = Outcome(means.pop("loss"), float(norm), means, stop=stops > 0)
     if outcome.finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
