@@ -95,8 +95,7 @@ def write(
             base = revert_weight_conversion(model, base)
         groups = {"model-base": base, **groups}
     for stem, members in groups.items():
-        size = sum(tensor.numel() for tensor in members.values()) * dtype.itemsize
-        files, hashes = write_shards(members.items(), directory, stem, size, dtype=dtype, world=world)
+        files, hashes = write_shards(members, directory, stem, dtype=dtype, world=world)
         placed, known = placed | files, known | hashes
     if world.leads:
         if "parent" not in provenance:
