@@ -15,7 +15,7 @@ from supra_cli.core.checkpoint.files import atomic_directory, known_sha256
 from supra_cli.core.checkpoint.randomness import OwnNumbers
 from supra_cli.core.checkpoint.reading import examine, tensors
 from supra_cli.core.checkpoint.record import digest
-from supra_cli.core.checkpoint.slices import THREADS, write_shards
+from supra_cli.core.checkpoint.slices import MOST_THREADS, THREADS, write_shards
 from supra_cli.core.checkpoint.writing import finish, link_shards
 from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import Mixer
@@ -70,10 +70,10 @@ def convert(
 
 
 def conversion_bytes(layers: int, numbers: int) -> int:
-    """What drawing `numbers` new parameters in `layers` takes in memory: in fp32, a layer for each thread that draws,
-    and the one that is written.
+    """What drawing `numbers` new parameters in `layers` takes in memory at most: in fp32, a layer for each thread that
+    draws, and the one that is written.
     """
-    return 4 * numbers // max(1, layers) * min(layers, THREADS + 1)
+    return 4 * numbers // max(1, layers) * min(layers, MOST_THREADS + 1)
 
 
 def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) -> SupraConfig:

@@ -27,7 +27,8 @@ from supra_cli.core.files import sha256
 from supra_cli.core.parallel import ALONE, World
 
 SHARD_BYTES = 5 * 10**9
-THREADS = min(4, os.cpu_count() or 1)
+MOST_THREADS = 4
+THREADS = min(MOST_THREADS, os.cpu_count() or 1)
 """That draw, and that hash: one of each keeps up with a disk only where the processor has instructions for SHA-256."""
 _PIECE_BYTES = 8 * 2**20
 """Of a tensor that are in another format, or on another device, at a time: memory that is used again from one piece to
