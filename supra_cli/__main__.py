@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -144,7 +145,8 @@ def _with_common_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: Any, quiet: bool, debug: bool, **kwargs: Any) -> None:
         _show_log(debug=debug, quiet=quiet)
-        command(*args, **kwargs)
+        with _no_bars() if quiet else nullcontext():
+            command(*args, **kwargs)
 
     parameters = [*signature.parameters.values(), *common]
     wrapped.__signature__ = signature.replace(parameters=parameters)
@@ -160,10 +162,23 @@ def _show_log(*, debug: bool, quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
-    if quiet:  # read where huggingface_hub is imported, which draws bars while it downloads
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name in ("torchao", "torch.utils._pytree"):  # of GPU kernels and of a later torch
         logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """In here huggingface_hub draws no bar while it downloads."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _verdict(error: Exception, arguments: list[str]) -> tuple[str, int]:

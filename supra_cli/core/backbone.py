@@ -25,7 +25,8 @@ class SwappedBackbone(nn.Module):
 
     Whoever runs the blocks comes through here, the language model's head or a caller without one, so that:
     - padding and documents are read from mask and positions once, and every swapped layer gets the same layout;
-    - after a pass that was asked to cache, every swapped layer has advanced by the tokens of the pass, or it raises.
+    - after a pass that was asked to cache, every swapped layer has advanced by the tokens of the pass, or it raises;
+    - `output_attentions=True` gives an entry for every layer, None for one that has no such weights.
     """
 
     cache_keyword: str
@@ -92,6 +93,10 @@ class SwappedBackbone(nn.Module):
                     f"a swapped layer carried {layer.tokens - seen} of {tokens} tokens of a pass that was to cache: "
                     "the cache did not reach it; checkpointed activations in training take use_cache=False"
                 )
+        weights = getattr(output, "attentions", None)
+        if weights is not None and len(weights) < len(kinds):  # transformers leaves out layers that give none
+            weights = iter(weights)
+            output.attentions = tuple(next(weights) if kind == SOFTMAX else None for kind in kinds)
         return output
 
     def _mask(self, layout: Layout | None, attends: bool) -> Tensor | Mapping[str, Tensor]:

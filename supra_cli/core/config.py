@@ -93,13 +93,15 @@ class SupraConfig(PreTrainedConfig):
         output = super().to_dict()
         if self.supra is None:
             return output
+        # What transformers saves is named by its class there: SupraLlamaModel is without a head.
+        headless = any(name.startswith("Supra") and name.endswith("Model") for name in self.architectures or ())
         if self.swap.any:
-            return output | {"architectures": ["SupraForCausalLM"]}
+            return output | {"architectures": ["SupraModel" if headless else "SupraForCausalLM"]}
         del output["supra"]
         # Not at the top: `AutoConfig` alone must not load the table of models, which asks for ours while it loads.
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.swap.base]
+        architecture = (MODEL_MAPPING_NAMES if headless else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[self.swap.base]
         return output | {"model_type": self.swap.base, "architectures": [architecture]}
 
 

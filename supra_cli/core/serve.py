@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_serve_available
 
+from supra_cli.core.checkpoint.describing import with_mark
+from supra_cli.core.checkpoint.record import PROVENANCE
 from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.modeling import SupraForCausalLM
 
@@ -20,6 +22,10 @@ def serve(path: Path | str, *, host: str, port: int, device: str, dtype: torch.d
     Requests are answered one after the other by `generate`. Continuous batching is never switched on: it keeps pages of
     keys and values, which recurrent layers do not have.
     """
+    for file in sorted(with_mark(Path(path)) - {PROVENANCE}):  # which is ours alone to read
+        raise UsageError(
+            f"{path}/{file} begins with a byte-order mark, which transformers' server cannot read; save it without one"
+        )
     described, _ = PreTrainedConfig.get_config_dict(path)
     if not described.get("architectures"):
         raise UsageError(

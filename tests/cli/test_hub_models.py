@@ -32,7 +32,7 @@ base = "{base}"
 mixer = {{ name = "supra" }}
 [data]
 seq_len = 16
-sources = [{{ path = "python-stdlib" }}]
+sources = [{{ path = "text.txt" }}]
 [[stages]]
 kind = "transfer"
 tokens = 64
@@ -103,12 +103,29 @@ def hub(server, supra, tmp_path, monkeypatch) -> Iterator[fakehub.Hub]:
     close_session()
 
 
+@pytest.fixture
+def cut_off(hub, monkeypatch) -> Callable[[], None]:
+    """From when it is called there is no network, and HF_HUB_OFFLINE says so."""
+
+    def cut() -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        hub.refusals["/"] = (500, {})
+
+    return cut
+
+
 def error_of(done: subprocess.CompletedProcess) -> str:
     """The one sentence of a process that failed, after which it says nothing."""
     *_, last = done.stderr.splitlines()
     assert last.startswith("error: "), done.stderr
     assert done.stdout == ""
     return last
+
+
+def write_recipe() -> None:
+    Path("text.txt").write_text(TEXT * 50)
+    Path("r.toml").write_text(RECIPE.format(base=NAME))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -196,26 +213,27 @@ def test_a_revision_is_a_branch_or_a_commit_and_stays_the_one_that_is_named(supr
     assert supra("convert", f"{NAME}@refined").out.strip() == "runs/some-model-supra"
 
 
-def test_uptraining_from_a_hub_base_names_its_commit_and_works_from_the_cache(process, server, base, tmp_path):
-    commit = server.add(NAME, base)
-    (tmp_path / "r.toml").write_text(RECIPE.format(base=NAME))
-    for output, variables in (("run", {}), ("offline", {"HF_HUB_OFFLINE": "1"})):
-        done = process("uptrain", "-r", "r.toml", "-o", output, "--device", "cpu", **variables)
-        assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / output / "last" / "supra.json").read_text())["base"] == f"{NAME}@{commit}"
+def test_uptraining_from_a_hub_base_names_its_commit_and_works_from_the_cache(supra, hub, base, cut_off):
+    commit = hub.add(NAME, base)
+    write_recipe()
+    for output in ("run", "offline"):
+        result = supra("uptrain", "-r", "r.toml", "-o", output, "--device", "cpu")
+        assert result.code == 0, result.err
+        assert json.loads(Path(output, "last", "supra.json").read_text())["base"] == f"{NAME}@{commit}"
+        cut_off()
 
 
-def test_what_was_prefetched_is_there_without_a_network(process, server, base):
-    commit = server.add(NAME, base)
-    server.add(LLAMA, base)
-    done = process("prefetch", "llama-7b", NAME, "--json")
-    assert done.returncode == 0, done.stderr
-    fetched = json.loads(done.stdout)["models"]
+def test_what_was_prefetched_is_there_without_a_network(supra, hub, base, cut_off):
+    commit = hub.add(NAME, base)
+    hub.add(LLAMA, base)
+    result = supra("prefetch", "llama-7b", NAME, "--json")
+    assert result.code == 0, result.err
+    fetched = json.loads(result.out)["models"]
     assert list(fetched) == ["llama-7b", NAME]
     assert Path(fetched[NAME]).name == commit
+    cut_off()
     for model in fetched:
-        offline = process("generate", model, "-p", "def", "--max-new-tokens", "2", HF_HUB_OFFLINE="1")
-        assert offline.returncode == 0, offline.stderr
+        assert (offline := supra("generate", model, "-p", "def", "--max-new-tokens", 2)).code == 0, offline.err
 
 
 def test_what_is_in_the_cache_is_not_downloaded_again(supra, hub, base):
@@ -225,15 +243,14 @@ def test_what_is_in_the_cache_is_not_downloaded_again(supra, hub, base):
     assert hub.bytes_sent["model.safetensors"] == (base / "model.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("quiet", [(), ("--quiet",)], ids=["bar", "quiet"])
-def test_a_download_shows_a_bar_on_a_terminal(server, large, tmp_path, quiet):
+def test_a_download_shows_a_bar_on_a_terminal(server, large, tmp_path):
     import pty
     import termios
 
     server.add(NAME, large)
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (25, 100))
-    command = [sys.executable, "-m", "supra_cli", "convert", NAME, *quiet]
+    command = [sys.executable, "-m", "supra_cli", "convert", NAME]
     env = environment(server, tmp_path / "home")
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=terminal) as running:
         os.close(terminal)
@@ -245,36 +262,55 @@ def test_a_download_shows_a_bar_on_a_terminal(server, large, tmp_path, quiet):
             pass
     os.close(screen)
     assert running.returncode == 0, shown
-    drawn = re.search(rb"model\.safetensors: +\d+%\|", shown)
-    assert (drawn is None) if quiet else drawn, shown
+    assert re.search(rb"model\.safetensors: +\d+%\|", shown), shown
+
+
+def test_a_quiet_download_has_no_bar_and_later_ones_have(supra, hub, base, monkeypatch):
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    hub.add(NAME, base)
+    get, without = file_download.http_get, []
+
+    def watched(*arguments, **settings):
+        without.append(are_progress_bars_disabled())
+        return get(*arguments, **settings)
+
+    monkeypatch.setattr(file_download, "http_get", watched)
+    quiet = supra("prefetch", NAME, "--quiet")
+    assert (quiet.code, quiet.err, set(without)) == (0, "", {True})
+    shutil.rmtree("home")
+    without.clear()
+    assert supra("prefetch", NAME).code == 0
+    assert set(without) == {False}
 
 
 # -- A connection that is cut
 
 
 @pytest.mark.parametrize("resets", [False, True], ids=["closed", "reset"])
-def test_a_download_that_was_cut_goes_on_where_it_was(process, server, large, tmp_path, resets):
-    server.add(NAME, large)
+def test_a_download_that_was_cut_goes_on_where_it_was(supra, hub, large, resets):
+    hub.add(NAME, large)
     size = (large / "model.safetensors").stat().st_size
-    server.cuts["model.safetensors"], server.resets = 2 * CHUNK - 1, resets  # what a reset overtakes is lost
-    cut = process("convert", NAME)
-    assert cut.returncode == 3
-    assert error_of(cut) == (
+    hub.cuts["model.safetensors"], hub.resets = 2 * CHUNK - 1, resets  # what a reset overtakes is lost
+    cut = supra("convert", NAME)
+    assert (cut.code, cut.out) == (3, "")
+    assert cut.error == (
         f"error: the connection to the hub broke off while fetching {NAME}; run again and it goes on from there"
     )
-    assert not (tmp_path / "runs").exists()
+    assert not Path("runs").exists()
 
-    server.cuts.clear()
-    server.requests.clear()
-    server.bytes_sent.clear()
-    done = process("convert", NAME)
-    assert done.returncode == 0, done.stderr
-    assert "going on at 10.0)" in done.stderr
-    assert server.ranges("model.safetensors")[-1] == f"bytes={CHUNK}-"
-    assert server.bytes_sent["model.safetensors"] == size - CHUNK
-    original, written = weights(large), weights(tmp_path / "runs" / "some-model-supra")
+    hub.cuts.clear()
+    hub.requests.clear()
+    hub.bytes_sent.clear()
+    done = supra("convert", NAME)
+    assert done.code == 0, done.err
+    assert "going on at 10.0)" in done.err
+    assert hub.ranges("model.safetensors")[-1] == f"bytes={CHUNK}-"
+    assert hub.bytes_sent["model.safetensors"] == size - CHUNK
+    original, written = weights(large), weights(Path("runs/some-model-supra"))
     assert all(written[name].equal(tensor) for name, tensor in original.items())
-    assert not list((tmp_path / "home").rglob("*.incomplete"))
+    assert not list(Path("home").rglob("*.incomplete"))
 
 
 def test_a_connection_that_is_reset_is_made_again_while_it_brings_something(supra, hub, large, monkeypatch):
@@ -392,7 +428,7 @@ def test_what_the_hub_refuses_is_one_sentence(supra, hub, base, monkeypatch, nam
         assert result.out == ""
         assert not Path("runs").exists()
         assert not list(Path("home").rglob("*.incomplete"))
-    Path("r.toml").write_text(RECIPE.format(base=NAME))
+    write_recipe()
     result = supra("uptrain", "-r", "r.toml", "-o", "run", "--device", "cpu")
     assert (result.code, words in result.error) == (code, True), result.err
     assert not Path("run").exists()

@@ -171,6 +171,17 @@ def test_a_config_that_names_no_class_is_refused(supra, base, tmp_path):
     assert "'architectures'" in result.error
 
 
+def test_what_the_server_cannot_read_is_refused(supra, base, tmp_path):
+    """Every other verb reads over the mark, and this one over that of supra.json."""
+    supra("convert", base, "-o", "student", "--quiet")
+    for name in ("supra.json", "config.json"):
+        (tmp_path / "student" / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / "student" / name).read_bytes())
+    assert supra("generate", "student", "-p", "x", "--max-new-tokens", 1).code == 0
+    result = supra("serve", "student", "--port", 0)
+    assert result.code == 2
+    assert "student/config.json begins with a byte-order mark" in result.error
+
+
 def test_a_port_in_use_is_refused_before_the_model_is_loaded(supra, base):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -133,6 +133,28 @@ def test_converting_leaves_the_callers_random_state_alone(base, tmp_path):
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_each_layer_is_drawn_as_by_itself_in_however_many_threads(base, tmp_path, monkeypatch, threads):
+    """By what takes a generator and by what takes none."""
+    original = Supra.reset_parameters
+
+    def drawn(self):
+        original(self)
+        self.E.bias.data += torch.randn_like(self.E.bias)
+        torch.nn.init.trunc_normal_(self.E.weight[:1].data)
+
+    monkeypatch.setattr(Supra, "reset_parameters", drawn)
+    monkeypatch.setattr(conversion, "THREADS", threads)
+    model = checkpoint.load(checkpoint.convert(base, tmp_path / "out", **(MIXER | {"seed": 3})))
+    for number, (_, layer) in enumerate(model.swapped_layers()):
+        torch.manual_seed((3 << 16) + number)
+        alone = Supra(layer.mixer.spec, layer.mixer.options)
+        torch.manual_seed((3 << 16) + number)
+        alone.reset_parameters()
+        for ours, wanted in zip(layer.mixer.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(ours, wanted)
+
+
 def test_new_parameters_are_written_in_shards_of_bounded_size(base, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "MIXER_SHARD_BYTES", 6_000)
     output = checkpoint.convert(base, tmp_path / "out", **MIXER)

@@ -56,8 +56,8 @@ def write(folder: Path, world: World) -> None:
         folder.mkdir()
     world.barrier()
     for stem, dtype in {"as-they-are": None, "rounded": torch.bfloat16}.items():
-        members = shared_out(world).items()
-        placed, hashes = slices.write_shards(members, folder, stem, 10**6, limit=LIMIT, dtype=dtype, world=world)
+        members = shared_out(world)
+        placed, hashes = slices.write_shards(members, folder, stem, limit=LIMIT, dtype=dtype, world=world)
         assert placed.keys() == tensors().keys()
         for file, entry in hashes.items():
             assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == entry["sha256"]
@@ -115,7 +115,7 @@ def test_one_process_reads_what_three_wrote(folder: Path) -> None:
 
 @pytest.mark.parametrize("left", [0, 5, 100])
 def test_a_file_that_is_cut_off_is_named(left: int, tmp_path: Path) -> None:
-    slices.write_shards({"a": torch.randn(100)}.items(), tmp_path, "model", 400)
+    slices.write_shards({"a": torch.randn(100)}, tmp_path, "model")
     os.truncate(tmp_path / "model.safetensors", left)
     with pytest.raises(SupraError, match=r"model\.safetensors is damaged"):
         slices.headers(tmp_path, ["model.safetensors"])
@@ -123,7 +123,7 @@ def test_a_file_that_is_cut_off_is_named(left: int, tmp_path: Path) -> None:
 
 def test_where_nothing_can_be_written_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SupraError, match=r"cannot write .*missing/model\.safetensors .*make room"):
-        slices.write_shards({"a": torch.randn(100)}.items(), tmp_path / "missing", "model", 400)
+        slices.write_shards({"a": torch.randn(100)}, tmp_path / "missing", "model")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from tiny import EXPERTS, attention, tiny_config, tokens
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from supra_cli.core import cache as caches
 from supra_cli.core import checkpoint
@@ -75,8 +77,20 @@ def test_a_model_without_a_head_is_the_stack_of_the_one_with_it(build, base, kee
     steps = headless(ids[:, 20:], past_key_values=memory).last_hidden_state
     assert_close(steps, hidden[:, 20:], **CLOSE)
     headless.save_pretrained(tmp_path / "headless")
+    named = json.loads((tmp_path / "headless" / "config.json").read_text())["architectures"]
+    assert named == ["SupraModel" if "supra" in model.supra.layers else MODEL_MAPPING_NAMES[base]]
     again = AutoModel.from_pretrained(tmp_path / "headless")
     assert_close(again(ids).last_hidden_state, hidden, **CLOSE)
+
+
+@torch.no_grad()
+def test_attention_weights_are_given_of_layers_that_have_them(build, base):
+    """An entry a layer, whatever the base's own class makes of one that returns none."""
+    model, ids = build(base, "supra", "1"), tokens(2, 12)
+    model.set_attn_implementation("eager")
+    weights = model(ids, output_attentions=True).attentions
+    assert [w is None for w in weights] == [kind != "softmax" for kind in model.supra.layers]
+    assert weights[1].shape == (2, model.config.num_attention_heads, 12, 12)
 
 
 @torch.no_grad()

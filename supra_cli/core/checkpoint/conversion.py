@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ from torch import Tensor
 
 from supra_cli.core.checkpoint.describing import skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, known_sha256
+from supra_cli.core.checkpoint.randomness import OwnNumbers
 from supra_cli.core.checkpoint.reading import examine, load, tensors
 from supra_cli.core.checkpoint.record import digest
-from supra_cli.core.checkpoint.slices import write_shards
+from supra_cli.core.checkpoint.slices import MOST_THREADS, THREADS, write_shards
 from supra_cli.core.checkpoint.writing import finish, link_shards
 from supra_cli.core.errors import UsageError
+from supra_cli.core.mixers import Mixer
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 MIXER_SHARD_BYTES = 256 * 2**20
-"""New parameters are collected up to this size, or one layer's if that is more, and written."""
+"""A file of new parameters is hashed while the next one is written, so they come in several."""
 
 
 def convert(
@@ -45,13 +48,15 @@ def convert(
         raise UsageError(f"{output} is, or holds, the model to convert, which would be lost; choose another output")
     config = planned(source, mixer=mixer, options=options, keep=keep)
     new = {f"{name}.mixer": layer.mixer for name, layer in skeleton(config).swapped_layers()}
-    total = sum(parameter.nbytes for layer in new.values() for parameter in layer.parameters())
+    described = {f"{name}.{key}": value for name, layer in new.items() for key, value in layer.named_parameters()}
     with atomic_directory(output, overwrite=overwrite) as directory:
         entries = {name: entry.file for name, entry in tensors(source).items()}
         placed, known = link_shards(source, directory, entries, known_sha256)
         # checkpoint.identity(source), where that is known without reading all of the base
         parent = digest({file: known[placed[name]].get("sha256") for name, file in entries.items()})
-        drawn, hashes = write_shards(_drawn(new, seed), directory, "model-mixers", total, limit=MIXER_SHARD_BYTES)
+        drawn, hashes = write_shards(
+            described, directory, "model-mixers", values=drawn_values(new, seed), limit=MIXER_SHARD_BYTES
+        )
         placed, known = placed | drawn, known | hashes
         provenance = {
             "base": base or str(source.resolve()),
@@ -80,7 +85,8 @@ def converted(
     model = skeleton(config, base.dtype)
     # Drawn in the base's own format, as they would be written, and rounded to another one after that.
     new = {f"{name}.mixer": layer.mixer for name, layer in skeleton(config).swapped_layers()}
-    drawn = {name: value.to(base.dtype) for name, value in _drawn(new, seed)}
+    written = {f"{name}.{key}": value.dtype for name, layer in new.items() for key, value in layer.named_parameters()}
+    drawn = {name: value.to(written[name]).to(base.dtype, copy=True) for name, value in drawn_values(new, seed)}
     model.load_state_dict({**base.state_dict(), **drawn}, assign=True)
     model.tie_weights()
     for name, part in base.named_modules():  # in no state: rotary tables
@@ -89,11 +95,11 @@ def converted(
     return model.to(device).eval()
 
 
-def conversion_bytes(layers: int, numbers: int, written: int) -> int:
-    """What drawing takes in memory: of `numbers` new parameters in `layers` a layer in fp32, and of the bytes that are
-    written the shard that is on its way and the next one.
+def conversion_bytes(layers: int, numbers: int) -> int:
+    """What drawing `numbers` new parameters in `layers` takes in memory at most: in fp32, a layer for each thread that
+    draws, and the one that is written.
     """
-    return 4 * numbers // max(1, layers) + min(written, 2 * MIXER_SHARD_BYTES)
+    return 4 * numbers // max(1, layers) * min(layers, MOST_THREADS + 1)
 
 
 def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) -> SupraConfig:
@@ -104,26 +110,45 @@ def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) 
     return config.with_mixer(mixer, options, keep)
 
 
-def _drawn(new: Mapping[str, torch.nn.Module], seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of every new parameter; `new` maps the names of mixers to mixers on the meta device."""
-    memory: dict[tuple[str, torch.Size], Tensor] = {}  # fresh pages would cost as much as drawing into them
-    for name, layer in new.items():
-        dtypes = {key: parameter.dtype for key, parameter in layer.named_parameters()}
-        # Made on meta: PyTorch's layers draw themselves when they are made, which would be half of the time.
-        with torch.device("meta"):
-            mixer = type(layer)(layer.spec, layer.options)
-        for key, tensor in mixer.state_dict().items():
-            if (key, tensor.shape) not in memory:
-                memory[key, tensor.shape] = torch.empty_like(tensor, device="cpu")
-        mixer.load_state_dict({key: memory[key, x.shape] for key, x in mixer.state_dict().items()}, assign=True)
-        for parameter in mixer.parameters():
-            parameter.data.view(-1)[:1] = torch.nan  # which tells whether it was drawn, at no cost
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed << 16) + layer.spec.layer)
+def drawn_values(new: Mapping[str, Mixer], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, value in fp32) of every new parameter; `new` maps the names of mixers to mixers on the meta device.
+
+    Layers are drawn in threads, each from random numbers of its own, so the values do not depend on how many there are.
+    A value is good until the next layer's are asked for: its memory is drawn into again, as fresh pages would cost as
+    much as drawing.
+    """
+    layers = list(new.items())
+    memories: list[Memory] = [{} for _ in range(THREADS + 1)]
+    with ThreadPoolExecutor(THREADS) as beside:
+        drawing = [
+            beside.submit(_draw, mixer, seed, memory) for (_, mixer), memory in zip(layers, memories, strict=False)
+        ]
+        for turn, (name, _) in enumerate(layers):
+            for key, parameter in drawing[turn].result().named_parameters():
+                yield f"{name}.{key}", parameter.detach()
+            if (later := turn + len(memories)) < len(layers):
+                drawing.append(beside.submit(_draw, layers[later][1], seed, memories[turn % len(memories)]))
+
+
+Memory = dict[tuple[str, torch.Size], Tensor]
+
+
+def _draw(layer: Mixer, seed: int, memory: Memory) -> Mixer:
+    """`layer`, which is on the meta device, in fp32 in `memory` and drawn from `seed` and its number."""
+    # Made on meta: PyTorch's layers draw themselves when they are made, which would be half of the time.
+    with torch.device("meta"):
+        mixer = type(layer)(layer.spec, layer.options)
+    for key, tensor in mixer.state_dict().items():
+        if (key, tensor.shape) not in memory:
+            memory[key, tensor.shape] = torch.empty_like(tensor, device="cpu")
+    mixer.load_state_dict({key: memory[key, x.shape] for key, x in mixer.state_dict().items()}, assign=True)
+    for parameter in mixer.parameters():
+        parameter.data.view(-1)[:1] = torch.nan  # which tells whether it was drawn, at no cost
+    own = torch.Generator().manual_seed((seed << 16) + layer.spec.layer)
+    with OwnNumbers(own):
+        mixer.reset_parameters()
+        if any(parameter.view(-1)[:1].isnan().any() for parameter in mixer.parameters()):
+            mixer = type(layer)(layer.spec, layer.options)  # a value that only making the mixer sets
+            own.manual_seed((seed << 16) + layer.spec.layer)
             mixer.reset_parameters()
-            if any(parameter.view(-1)[:1].isnan().any() for parameter in mixer.parameters()):
-                mixer = type(layer)(layer.spec, layer.options)  # a value that only making the mixer sets
-                torch.manual_seed((seed << 16) + layer.spec.layer)
-                mixer.reset_parameters()
-        for key, parameter in mixer.named_parameters():
-            yield f"{name}.{key}", parameter.detach().to(dtypes[key], copy=True)
+    return mixer

@@ -292,8 +292,7 @@ def legible(path: Path) -> Iterator[Path]:
     transformers and tokenizers read the files themselves, and take a mark for damage or, in generation_config.json, go
     on without the file.
     """
-    marked = {file.name for file in path.glob("*.json") if file.is_file() and _has_mark(file)}
-    if not marked:
+    if not (marked := with_mark(path)):
         yield path
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -307,6 +306,11 @@ def legible(path: Path) -> Iterator[Path]:
 
 
 _MARK = b"\xef\xbb\xbf"
+
+
+def with_mark(path: Path) -> set[str]:
+    """The names of a directory's JSON files that begin with a byte-order mark."""
+    return {file.name for file in path.glob("*.json") if file.is_file() and _has_mark(file)}
 
 
 def _has_mark(file: Path) -> bool:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,12 @@ from supra_cli.core.files import sha256
 from supra_cli.core.parallel import ALONE, World
 
 SHARD_BYTES = 5 * 10**9
-_PIECE_BYTES = 64 * 2**20
-"""Of a tensor that are in another format, or on another device, at a time."""
+MOST_THREADS = 4
+THREADS = min(MOST_THREADS, os.cpu_count() or 1)
+"""That draw, and that hash: one of each keeps up with a disk only where the processor has instructions for SHA-256."""
+_PIECE_BYTES = 8 * 2**20
+"""Of a tensor that are in another format, or on another device, at a time: memory that is used again from one piece to
+the next, where fresh pages would cost as much as the cast."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -69,29 +74,30 @@ def stacked(columns: Sequence[Sequence[Entry]]) -> Entry:
 
 
 def write_shards(
-    tensors: Iterable[tuple[str, Tensor]],
+    described: Mapping[str, Tensor],
     directory: Path,
     stem: str,
-    total_bytes: int,
     *,
+    values: Iterable[tuple[str, Tensor]] | None = None,
     limit: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
     world: World = ALONE,
 ) -> tuple[dict[str, str], Hashes]:
     """Write tensors, those with a point in `dtype` if it is given, into files `<stem>*` of at most `limit` bytes each.
 
-    Returns tensor → file, and the files' hashes, which ranks share out. A tensor larger than `limit` has a file of its
-    own. All ranks give the same names and shapes in the same order. SupraError on all of them if one cannot write.
+    `values` brings them in the order of `described`, which then says their shapes and formats only and may be on the
+    meta device; without it they are those. Each is written before the next is asked for. Returns tensor → file, and the
+    files' hashes, which ranks share out. A tensor larger than `limit` has a file of its own. All ranks give the same
+    names and shapes in the same order. SupraError on all of them if one cannot write.
     """
-    several = total_bytes > limit
+    groups = list(_groups(described, limit, dtype))
+    coming = iter(described.items() if values is None else values)
     placed: dict[str, str] = {}
     hashing: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(1) as beside:  # a file is hashed while the next is written and the one after that is drawn
-        for turn, members in enumerate(_ahead(_groups(tensors, limit, dtype))):
-            file = directory / f"{stem}{f'-{turn + 1:05}' if several else ''}.safetensors"
-            if file.name in placed.values():
-                raise ValueError(f"the tensors take more than {total_bytes} bytes")
-            _write(members, file, dtype, world)
+    with ThreadPoolExecutor(THREADS) as beside:  # files are hashed while others are written
+        for turn, members in enumerate(groups):
+            file = directory / f"{stem}{f'-{turn + 1:05}' if len(groups) > 1 else ''}.safetensors"
+            _write(members, islice(coming, len(members)), file, dtype, world)
             placed |= dict.fromkeys(members, file.name)
             if turn % world.size == world.rank:
                 hashing[file.name] = beside.submit(sha256, file)
@@ -99,21 +105,10 @@ def write_shards(
     return placed, {name: known for hashes in world.gathered(own) for name, known in hashes.items()}
 
 
-def _ahead(groups: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """`groups`, each made in a thread while the one before it is used."""
-    with ThreadPoolExecutor(1) as beside:
-        following = beside.submit(next, groups, None)
-        while (group := following.result()) is not None:
-            following = beside.submit(next, groups, None)
-            yield group
-
-
-def _groups(
-    tensors: Iterable[tuple[str, Tensor]], limit: int, dtype: torch.dtype | None
-) -> Iterator[dict[str, Tensor]]:
+def _groups(described: Mapping[str, Tensor], limit: int, dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
     group: dict[str, Tensor] = {}
     size = 0
-    for name, tensor in tensors:
+    for name, tensor in described.items():
         more = tensor.numel() * written(tensor.dtype, dtype).itemsize
         if group and size + more > limit:
             yield group
@@ -124,13 +119,20 @@ def _groups(
         yield group
 
 
-def _write(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None, world: World) -> None:
-    """One file. Wide numbers come first, so that all are aligned."""
+def _write(
+    described: Mapping[str, Tensor],
+    values: Iterable[tuple[str, Tensor]],
+    path: Path,
+    dtype: torch.dtype | None,
+    world: World,
+) -> None:
+    """One file. Wide numbers come first in it, so that all are aligned, whatever the order of `values`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places: dict[str, int] = {}
     end = 0
-    for name in sorted(tensors, key=lambda name: (-written(tensors[name].dtype, dtype).itemsize, name)):
-        kind, shape = written(tensors[name].dtype, dtype), tensors[name].shape
+    kinds = {name: written(tensor.dtype, dtype) for name, tensor in described.items()}
+    for name in sorted(described, key=lambda name: (-kinds[name].itemsize, name)):
+        kind, shape = kinds[name], described[name].shape
         places[name], start = end, end
         end += shape.numel() * kind.itemsize
         header[name] = {"dtype": _NAMES[kind], "shape": list(shape), "data_offsets": [start, end]}
@@ -148,13 +150,13 @@ def _write(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None,
         try:
             # Not opened to be read: an NFS client then writes whole pages, with its own idea of other ranks' bytes.
             with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
-                for turn, (name, place) in enumerate(places.items()):
-                    tensor = tensors[name].detach()
+                for turn, (name, tensor) in enumerate(values):
+                    tensor = tensor.detach()
                     if not isinstance(tensor, DTensor) and turn % world.size != world.rank:
                         continue  # whole on every rank, of which one writes it
-                    kind = written(tensor.dtype, dtype)
+                    kind = kinds[name]
                     rows, first = _own_rows(tensor)
-                    file.seek(8 + len(text) + place + first * tensor.shape[1:].numel() * kind.itemsize)
+                    file.seek(8 + len(text) + places[name] + first * tensor.shape[1:].numel() * kind.itemsize)
                     for piece in rows.reshape(-1).split(_PIECE_BYTES // kind.itemsize):
                         file.write(piece.to("cpu", kind).view(torch.uint8).numpy())
                 file.flush()

@@ -78,6 +78,7 @@ def write(
     source = None if source is None else Path(source)
     config = copy.deepcopy(model.config)
     config.dtype = dtype = dtype or model.dtype
+    config.architectures = [type(model).__name__]  # where it was read, a model without a head may have lain
     state = model.state_dict() if weights is None else weights
     state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
     of_mixers = mixer_names(model)
@@ -95,8 +96,7 @@ def write(
             base = revert_weight_conversion(model, base)
         groups = {"model-base": base, **groups}
     for stem, members in groups.items():
-        size = sum(tensor.numel() for tensor in members.values()) * dtype.itemsize
-        files, hashes = write_shards(members.items(), directory, stem, size, dtype=dtype, world=world)
+        files, hashes = write_shards(members, directory, stem, dtype=dtype, world=world)
         placed, known = placed | files, known | hashes
     if world.leads:
         if "parent" not in provenance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 import safetensors
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from supra_cli.core import checkpoint
-from supra_cli.core.checkpoint.slices import DTYPES, Entry, write_shards, written
+from supra_cli.core.checkpoint.slices import DTYPES, Entry, write_shards
 from supra_cli.core.errors import NotFoundError, UsageError
 from supra_cli.core.export.card import card
 from supra_cli.core.export.code import code
@@ -37,11 +38,11 @@ def export(path: Path | str, output: Path | str, *, dtype: torch.dtype | None = 
     files["README.md"] = card(path, config, output.absolute().name)
     config.dtype = dtype or config.dtype or torch.float32
     stored = checkpoint.tensors(path)
-    size = sum(
-        torch.Size(entry.shape).numel() * written(DTYPES[entry.dtype], dtype).itemsize for entry in stored.values()
-    )
+    # By the files that hold them, in whose order they are read.
+    stored = dict(sorted(stored.items(), key=lambda item: item[1].file))
+    described = {name: torch.empty(x.shape, dtype=DTYPES[x.dtype], device="meta") for name, x in stored.items()}
     with checkpoint.atomic_directory(output, overwrite=overwrite) as directory:
-        placed, _ = write_shards(_read(path, stored), directory, "model", size, dtype=dtype)
+        placed, _ = write_shards(described, directory, "model", values=_read(path, stored), dtype=dtype)
         checkpoint.describe(directory, config, placed, path)
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
@@ -50,6 +51,6 @@ def export(path: Path | str, output: Path | str, *, dtype: torch.dtype | None = 
 
 def _read(path: Path, stored: dict[str, Entry]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor as it lies in its file), the file's pages read when it is written."""
-    for file in sorted({entry.file for entry in stored.values()}):
+    for file, entries in groupby(stored.items(), key=lambda item: item[1].file):
         with safetensors.safe_open(path / file, "pt") as opened:
-            yield from ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 - it is no mapping
+            yield from ((name, opened.get_tensor(name)) for name, _ in entries)

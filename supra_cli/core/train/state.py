@@ -73,8 +73,7 @@ def save(
     }
     hashes = {}
     for stem, tensors in {"optimizer": moments, "masters": masters, "stage": constants}.items():
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        hashes |= slices.write_shards(tensors.items(), folder, stem, size, world=world)[1]
+        hashes |= slices.write_shards(tensors, folder, stem, world=world)[1]
     document = {"counters": dataclasses.asdict(counters), "data": data, "same": same}
     if world.leads:
         files = {name: entry["sha256"] for name, entry in hashes.items()}
