@@ -30,8 +30,12 @@ sys.path[1:1] = [str(ROOT), str(ROOT / "kernels")]
 import tomli_w  # noqa: E402
 import torch  # noqa: E402
 
-from supra_cli.core import checkpoint, need  # noqa: E402
+from supra_cli.core import accounting, checkpoint, hub  # noqa: E402
+from supra_cli.core.data.rows import held_out  # noqa: E402
 from supra_cli.core.environment import environment  # noqa: E402
+from supra_cli.core.evaluate.measures import Material, measures  # noqa: E402
+from supra_cli.core.evaluate.nats import perplexity  # noqa: E402
+from supra_cli.core.recipe import Data  # noqa: E402
 
 TOKENS = 900_000
 """5 % of the 18M that the teacher was trained on."""
@@ -41,7 +45,10 @@ TEXT, REPEATED, RANDOM = (
     {"path": "python-stdlib", "repeat": "random"},
 )
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
-BEST = {"name": "gated_delta", "key_width": 4, "short_conv": True}
+BEST = {"name": "gated_delta", "key_width": 4}
+GAPS = {256: (96, 160), 512: (200, 400)}
+"""Tokens of a row in training -> what lies between the two meetings of a passage."""
+FIGURE, RESULTS = ROOT / "docs" / "ablation.svg", HERE / "results" / "ablation.json"
 
 
 @dataclass(frozen=True)
@@ -54,15 +61,15 @@ class Row:
     seeds: int = 1
     transfer: float = 0.25
     """Share of the tokens that attention transfer takes; the rest is distilled."""
-    weights: tuple[int, int, int] = (4, 2, 1)
-    """Shares of rows that are text, repeat text, repeat random tokens: as the teacher's own by default."""
+    weights: tuple[int, int, int] = (4, 1, 1)
+    """Shares of rows that are text, repeat text and repeat random tokens; the teacher's own were 4, 2, 1."""
     stage: dict[str, Any] = field(default_factory=dict)
     """Keys of the last stage in place of DISTILL's."""
     scratch: bool = False
     trained: bool = True
 
 
-DISTILL = {"kind": "distill", "batch_tokens": 2048, "lr": 1e-3, "mixer_lr": 5e-3, "warmup_steps": 20}
+DISTILL = {"kind": "distill", "batch_tokens": 1024, "lr": 1e-3, "mixer_lr": 5e-3, "warmup_steps": 20}
 DISTILL |= {"final_lr_fraction": 0.02}
 TRANSFER = {"kind": "transfer", "batch_tokens": 2048, "mixer_lr": 1e-2, "warmup_steps": 10}
 FINETUNE = {"kind": "finetune", "lr": 1e-3, "mixer_lr": 5e-3}
@@ -70,7 +77,8 @@ FINETUNE = {"kind": "finetune", "lr": 1e-3, "mixer_lr": 5e-3}
 ROWS = {
     "gated_delta": Row(BEST, seeds=3),
     "gated_delta, keys as wide as heads": Row(BEST | {"key_width": 1}, seeds=3),
-    "gated_delta, no convolution": Row(BEST | {"short_conv": False}),
+    "gated_delta, no convolution": Row(BEST | {"short_conv": 0}),
+    "gated_delta, with positions": Row(BEST | {"rotary": True}),
     "gated_delta, no rows that repeat": Row(BEST, weights=(1, 0, 0)),
     "gated_delta, half the rows repeat random tokens": Row(BEST, weights=(1, 1, 2)),
     "gated_delta, no transfer": Row(BEST, transfer=0.0),
@@ -87,8 +95,8 @@ ROWS = {
     ),
     "supra, only new weights": Row({"name": "supra"}, transfer=0.0, stage=FINETUNE | {"train": "mixer"}),
     "window": Row(WINDOW, seq_len=512, trained=False),
-    "window and gated_delta": Row({"name": "lolcats", "branch": "gated_delta"}, seq_len=512, seeds=3),
-    "window and hedgehog": Row({"name": "lolcats", "branch": "hedgehog"}, seq_len=512),
+    "window and hedgehog": Row(WINDOW | {"name": "lolcats"}, seq_len=512),
+    "window and hedgehog, window dropout": Row(WINDOW | {"name": "lolcats", "window_dropout": 0.9}, seq_len=512),
     "one softmax layer by need": Row(BEST, keep="auto:1", seq_len=512, seeds=3),
     "one softmax layer in six": Row(BEST, keep="every:6", seq_len=512),
     "window, one softmax layer": Row(WINDOW, keep="3", seq_len=512, trained=False),
@@ -129,10 +137,10 @@ def train(row: Row, seed: int, tokens: int, folder: Path, device: str) -> Iterat
 
 
 def supra(*arguments: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "supra_cli", *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"supra {' '.join(arguments)}: {done.stderr.splitlines()[-1]}")
     return done.stdout
@@ -148,18 +156,155 @@ def uptrain(recipe: dict[str, Any], output: Path, device: str, *more: str) -> Pa
     return output
 
 
-def student(row: Row, seed: int, tokens: int, folder: Path, device: str) -> dict[str, Any]:
-    """Train a student of `row` and measure it at every save: excess over the teacher in nats, recall by gap."""
-    runs = list(train(row, seed, tokens, folder, device)) if row.trained else []
-    if not runs:
-        supra("convert", "tiny", *converted(row), "-o", str(folder / "run"), "--overwrite")
-    curve, seen, teacher = [], 0, None
+def student(name: str, seed: int, tokens: int, folder: Path, device: str) -> dict[str, Any]:
+    """Train a student of that row; what it loses and recalls at every save, over the tokens that it has seen."""
+    row, torch_device = ROWS[name], torch.device(device)
+    torch.set_num_threads(1)
+    if row.trained:
+        runs = list(train(row, seed, tokens, folder, device))
+    else:
+        runs = [folder / "run"]
+        options = [f"--set=mixer.{key}={value}" for key, value in row.mixer.items() if key != "name"]
+        chosen = ["--mixer", row.mixer["name"], *options, "--keep", row.keep]
+        supra("convert", "tiny", *chosen, "-o", str(runs[0] / "step-000000"), "--overwrite")
+    folder_of_teacher = hub.open("tiny")
+    tokenizer = checkpoint.load_tokenizer(folder_of_teacher)
+    data = Data(seq_len=row.seq_len, validation_tokens=65_536, sources=[TEXT], validation=[TEXT])
+    text = held_out(data, tokenizer).to(torch_device)
+    material = Material(tokenizer, lengths=GAPS[row.seq_len], train_length=row.seq_len)
+
+    def measured(path: Path) -> dict[str, Any]:
+        model = checkpoint.load(path, device=device, dtype=torch.float32)
+        recalled = measures.get("repeats")(model, material)
+        return {"nats": perplexity(model, *text).nats, "repeats": {label: list(x) for label, x in recalled.items()}}
+
+    curve, before = [], 0
     for run in runs:
-        events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        at = {0: 0} | {event["step"]: event["tokens"] for event in events if event["event"] == "step"}
-        for event in (event for event in events if event["event"] == "validation"):
-            teacher, saved = event["teacher"], run / f"step-{event['step']:06d}"
-            recalled = recall(saved, row.seq_len, device) if saved.is_dir() else None
-            curve.append({"tokens": seen + at[event["step"]], "nats": event["loss"], "repeats": recalled})
-        seen += at[max(at)]
-    ...
+        events = []
+        if row.trained:
+            events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        seen = {0: 0} | {event["step"]: event["tokens"] for event in events if event["event"] == "step"}
+        for saved in sorted(run.glob("step-*")):
+            curve.append({"tokens": before + seen[int(saved.name.removeprefix("step-"))], **measured(saved)})
+        before += max(seen.values())
+    last = sorted(runs[-1].glob("step-*"))[-1]
+    plan = accounting.measure(checkpoint.read_config(last))
+    found = {"row": name, "seed": seed, "tokens": before, "state_bytes": plan.state_bytes, "curve": curve}
+    return found | {"teacher": measured(folder_of_teacher), "environment": environment(device)}
+
+
+def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is asked of the best rows of each kind, medians over seeds."""
+
+    def excess(row: str) -> float | None:
+        ends = [run["curve"][-1]["nats"] - run["teacher"]["nats"] for run in found if run["row"] == row]
+        return statistics.median(ends) if ends else None
+
+    def repeats(row: str) -> float | None:
+        ends = [run["curve"][-1]["repeats"] for run in found if run["row"] == row]
+        worst = [max(end[f"random, gap {gap}"][0] for gap in GAPS[ROWS[row].seq_len]) for end in ends]
+        return statistics.median(worst) if worst else None
+
+    asked = {
+        "gated_delta": (0.15, 0.2),
+        "window and hedgehog, window dropout": (0.06, 0.5),
+        "one softmax layer by need": (0.010, None),
+    }
+    rows = []
+    for row, (nats, share) in asked.items():
+        for what, most, value in (("excess nats", nats, excess(row)), ("worst of its repeats", share, repeats(row))):
+            if most is not None:
+                met = None if value is None else value <= most
+                rows.append(
+                    {"what": f"{row}: {what}", "bound": "at most", "target": most, "measured": value, "met": met}
+                )
+    return rows
+
+
+def write(found: list[dict[str, Any]], path: Path, tokens: int) -> None:
+    document = {
+        "benchmark": "ablation",
+        "command": " ".join(["python benchmarks/ablation.py", *sys.argv[1:]]),
+        "tokens": tokens,
+        "targets": targets(found),
+        "runs": found,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Excess and the worst repeat against tokens, of the rows with three seeds; a line a seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "supra"
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    names = [name for name, row in ROWS.items() if row.seeds > 1]
+    for number, name in enumerate(names):
+        for run in (run for run in found if run["row"] == name):
+            thousands = [point["tokens"] / 1000 for point in run["curve"]]
+            excess = [point["nats"] - run["teacher"]["nats"] for point in run["curve"]]
+            worst = [max(x[0] for label, x in point["repeats"].items() if "random" in label) for point in run["curve"]]
+            for panel, values in zip(panels, (excess, worst), strict=True):
+                panel.plot(thousands, values, color=f"C{number}", linewidth=1, label=name if run["seed"] == 0 else None)
+    panels[0].set(xlabel="thousand tokens", ylabel="nats above the teacher", yscale="log")
+    panels[1].set(xlabel="thousand tokens", ylabel="second meeting / first", ylim=(0, 1.1))
+    panels[1].legend(fontsize="x-small")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help="these alone")
+    parser.add_argument("--seeds", type=int, help="of every row, in place of its own number")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation", help="where the runs are")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        name, seed = given.one[0], int(given.one[1])
+        folder = given.work / f"{list(ROWS).index(name):02}-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        found = student(name, seed, given.tokens, folder, given.device)
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+        return 0
+    found = json.loads(given.output.read_text(encoding="utf-8"))["runs"] if given.output.is_file() else []
+    known = {(run["row"], run["seed"]) for run in found}
+    # First every row once.
+    cases = sorted((seed, name) for name in given.rows or ROWS for seed in range(given.seeds or ROWS[name].seeds))
+    failed = []
+
+    def run(case: tuple[int, str]) -> None:
+        seed, name = case
+        shared = ["--tokens", str(given.tokens), "--device", given.device, "--work", str(given.work)]
+        command = [sys.executable, __file__, *shared, "--one", name, str(seed)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            failed.append(name)
+            print(f"{name}, seed {seed}: {(done.stderr.splitlines() or ['killed'])[-1]}", flush=True)
+            return
+        folder = given.work / f"{list(ROWS).index(name):02}-{seed}"
+        found.append(json.loads((folder / "found.json").read_text(encoding="utf-8")))
+        write(sorted(found, key=lambda run: (list(ROWS).index(run["row"]), run["seed"])), given.output, given.tokens)
+        end, teacher = found[-1]["curve"][-1], found[-1]["teacher"]["nats"]
+        shares = ", ".join(f"{x[0]:.2f} at {label}" for label, x in end["repeats"].items() if "random" in label)
+        print(f"{name}, seed {seed}: {end['nats'] - teacher:.4f} nats above the teacher; repeats {shares}", flush=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(run, [case for case in cases if (case[1], case[0]) not in known]))
+    if given.figure:
+        draw(found, given.figure)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
