@@ -36,9 +36,9 @@ class GatedDelta(MatrixMixer):
     lie between 0.999 and 0.9 a token; the gain s_h starts at 1 and is fitted. As |k'| = 1, a value that was written
     with β = 1 is what its own key reads: q' is not scaled by K^-1/2, which s_h would have to undo. v has no activation.
 
-    x̃ = x + Σ_i w_i ⊙ x_{t-i} of q, k and v, ṽ in place of v above: `ShortConv`, whose w starts at 0, so that nothing of
-    the teacher is changed by it. It is what lets a head of a recurrent model see the token before, which softmax heads do
-    by position, and which finding a passage again needs.
+    x̃ = x + Σ_i w_i ⊙ x_{t-i} of q, k and v, ṽ in place of v above: `ShortConv`, whose w starts at 0, so that it changes
+    nothing at first. By it a head can see the token before, which softmax heads do by position and which finding a
+    passage again needs.
 
     Source: Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464, whose convolutions have an activation.
     """

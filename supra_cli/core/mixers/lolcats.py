@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -35,7 +36,7 @@ class Lolcats(Window):
 
     W_i are i's window and sinks, as in `window`, and P_i all other tokens of its document before them: every token is
     in one of the two. e_ij = exp(s_ij - max_{j in W_i} s_ij) of the scores s_ij = c(q_i·k_j · scale); f_h > 0 is
-    learned and 1 at the start. q and k are rotated. By `branch`, with maps of their own for query heads and kv heads:
+    learned and 0.1 at the start. q and k are rotated. By `branch`, with maps of their own for query heads and kv heads:
 
     hedgehog    a_ij = φ(q_i)·φ(k_j),   φ(x)_h = [softmax(W_h x_h + b_h), softmax(-W_h x_h - b_h)]
     t2r         a_ij = φ(q_i)·φ(k_j),   φ(x)_h = ReLU(W_h x_h + b_h)
@@ -87,7 +88,7 @@ class Lolcats(Window):
     def reset_parameters(self) -> None:
         for phi in (self.phi_q, self.phi_k):
             phi.reset_parameters()
-        nn.init.zeros_(self.log_f)
+        nn.init.constant_(self.log_f, math.log(0.1))
         if self.decay is not None:
             nearly_none(self.decay)
 
