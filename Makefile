@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST  := -m pytest --numprocesses auto --dist worksteal
 PARALLEL := $(OFFLINE) OMP_NUM_THREADS=1
 
-.PHONY: demo test test-lowest test-versions soak lint gpu wheels clean
+.PHONY: demo test test-lowest test-versions soak ablation lint gpu wheels clean
 
 $(BIN)/supra: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +54,10 @@ test-versions: $(BIN)/supra
 # 500 steps on three ranks, something going wrong every 25; the same bits as without.
 soak: $(BIN)/supra
 	PYTHONPATH=. $(PARALLEL) $(BIN)/python tests/parallel/soak.py
+
+# What makes a student of the bundled teacher remember: hours on a CPU, and it goes on where it was stopped.
+ablation: $(BIN)/supra
+	$(OFFLINE) $(BIN)/python benchmarks/ablation.py
 
 # Takes $(PYTHON) as it is: a GPU machine needs what benchmarks/gpu.py names, no installation.
 gpu:
