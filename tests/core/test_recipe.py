@@ -339,5 +339,5 @@ def test_a_keep_outside_the_model_names_its_layers(keep: str) -> None:
 )
 def test_a_keep_that_means_nothing_is_refused_before_a_model_is_known(keep: str) -> None:
     assert "keep: keep is" in complaint(changed("keep", keep))
-    with pytest.raises(UsageError, match="expected none, all or"):
+    with pytest.raises(UsageError, match="expected none, all, auto:N or"):
         layer_kinds(6, "supra", keep)
