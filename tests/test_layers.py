@@ -20,7 +20,7 @@ def core(*names: str) -> tuple[str, ...]:
 TIERS = (
     ("supra_cli.__main__",),
     ("supra_cli.commands",),
-    core("export", "serve"),
+    core("export", "serve", "need"),
     core("train", "evaluate", "generate", "checkpoint", "accounting", "bench", "report", "lookup", "hub"),
     core("download"),
     core("modeling", "config", "data", "stages"),

@@ -1,5 +1,5 @@
 """FLOPs from shapes, as PyTorch counts them, and of what it has no formula for: softmax attention on a CPU and with
-grouped queries (2.11), and the linear operator in chunks.
+grouped queries (2.11), and the operators in chunks.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ def _operator_step(q: Shape, k: Shape, v: Shape, *_, **__) -> int:
     return 4 * q[0] * q[1] * q[2] * q[3] * v[3]
 
 
+def _delta(backward: bool, *shapes: Shape | None, **_) -> int:
+    (batch, tokens, heads, K), V, g = shapes[2 * backward], shapes[2 + 2 * backward][-1], shapes[3 + 2 * backward]
+    chunk = ops.delta_chunk_tokens(g is not None and len(g) == 4)
+    return delta_flops(batch * tokens * heads, K, V, chunk)[backward]
+
+
 _aten, _own = torch.ops.aten, torch.ops.supra
 _FORMULAS = {
     _aten.baddbmm_: flop_registry[_aten.baddbmm],
@@ -52,6 +58,8 @@ _FORMULAS = {
     _own.triton: partial(_operator, "cuda", False),
     _own.triton_backward: partial(_operator, "cuda", True),
     _own.triton_step: _operator_step,
+    _own.delta_chunk: partial(_delta, False),
+    _own.delta_chunk_backward: partial(_delta, True),
 }
 
 
@@ -69,4 +77,15 @@ def operator_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int
     """
     forward = chunk * (key_dim + v_dim) + 2 * key_dim * v_dim
     backward = chunk * (3 * key_dim + 2 * v_dim) + 5 * key_dim * v_dim
+    return 2 * rows * forward, 2 * rows * backward
+
+
+def delta_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int, int]:
+    """The same of the delta rule; its triangular systems are no matrix products and not counted.
+
+    Forward: k k^T, q k^T, the inverse's product with v and k, the scores' with what is written, and three with the
+    state. Backward: what of it is needed again, and the gradient of each.
+    """
+    forward = chunk * (3 * key_dim + 2 * v_dim) + 3 * key_dim * v_dim
+    backward = chunk * (9 * key_dim + 5 * v_dim) + 9 * key_dim * v_dim
     return 2 * rows * forward, 2 * rows * backward

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import supra_kernels
 import torch
 from supra_kernels.chunk import chunk_length
+from supra_kernels.delta_chunk import CHANNEL_CHUNK, HEAD_CHUNK
 from torch import Tensor
 
 from supra_cli.core.errors import UsageError, near_miss
@@ -116,6 +117,11 @@ def delta_rule(
 def chunk_tokens(device: str, key_dim: int, v_dim: int) -> int:
     """Tokens in a chunk, by which FLOPs and traffic are counted."""
     return 64 if device == "cuda" else chunk_length(key_dim, v_dim)
+
+
+def delta_chunk_tokens(channels: bool) -> int:
+    """The same of `delta_rule`, with a decay per channel or one a head."""
+    return CHANNEL_CHUNK if channels else HEAD_CHUNK
 
 
 @contextmanager
