@@ -243,6 +243,8 @@ STEPS_OF_EACH_KIND = [
     ("window", "bfloat16", "separate", {"kind": "finetune"}),
     ("lolcats", "bfloat16", "separate", {"kind": "finetune"}),
     ("mamba2", "float32", "joined", {"kind": "transfer"}),
+    ("gated_delta", "bfloat16", "separate", {"kind": "finetune"}),
+    ("kda", "float32", "joined", {"kind": "transfer"}),
 ]
 
 

@@ -29,6 +29,7 @@ from supra_cli.core.train.step import Computing, begin
 
 _aten, _CPU = torch.ops.aten, torch.device("cpu")
 _CHUNK, _TRITON = torch.ops.supra.chunk_backward.default, torch.ops.supra.triton_backward.default
+_DELTA = torch.ops.supra.delta_chunk_backward.default
 
 
 class Figures(NamedTuple):
@@ -106,15 +107,17 @@ ALL_EXPERTS_FUNCTIONS.register(_PLANNED_EXPERTS, _experts)
 
 
 def _inside(backward: object, args: Sequence[Any], dtype: torch.dtype) -> int:
-    """Bytes that the operator's backward pass needs inside: on a GPU the state at the start of each chunk, on a CPU the
-    fp32 buffers of a block of which 8 are as wide as a key.
+    """Bytes that an operator's backward pass needs inside: on a GPU the state at the start of each chunk, else the fp32
+    buffers of a block, of which 8 are as wide as a key and, with a decay per channel, 4 as wide as a chunk of keys.
     """
-    (batch, tokens, heads, K), V = args[2].shape, args[4].shape[-1]
-    chunk = ops.chunk_tokens("cuda" if backward is _TRITON else "cpu", K, V)
+    (batch, tokens, heads, K), V, g = args[2].shape, args[4].shape[-1], args[5]
     if backward is _TRITON:
-        return batch * heads * -(-tokens // chunk) * K * V * dtype.itemsize
-    block = -(-tokens // max(1, args[7].shape[0]))
-    return 4 * batch * heads * block * (8 * K + 3 * V + 2 * chunk + 2 * K * V // chunk)
+        return batch * heads * -(-tokens // ops.chunk_tokens("cuda", K, V)) * K * V * dtype.itemsize
+    channels = backward is _DELTA and g is not None and g.dim() == 4
+    chunk = ops.delta_chunk_tokens(channels) if backward is _DELTA else ops.chunk_tokens("cpu", K, V)
+    block = -(-tokens // max(1, args[8 if backward is _DELTA else 7].shape[0]))
+    across = 4 * chunk * K if channels else 2 * chunk
+    return 4 * batch * heads * block * (8 * K + 3 * V + across + 2 * K * V // chunk)
 
 
 class _Watch(TorchDispatchMode):
@@ -190,7 +193,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is _aten._local_scalar_dense.default and args[0].constant is None:
             return self._packed if args[0].dtype == torch.bool else 1
-        if function in (_CHUNK, _TRITON):
+        if function in (_CHUNK, _TRITON, _DELTA):
             self.inside = max(self.inside, _inside(function, args, self._dtype))
         output = function(*args, **(kwargs or {}))
         if function is _aten._to_copy.default and (weight := args[0].untyped_storage()._cdata) in self._weights:
