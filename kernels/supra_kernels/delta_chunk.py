@@ -196,8 +196,8 @@ def backward(
     scale: float,
     decays: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of q, k, v, g (empty unless `decays`) and beta, each in its own dtype, and of the initial state in the
-    compute dtype.
+    """-> gradients of q, k, v, g (empty unless `decays`) and beta, each in its own dtype, and of the initial state in
+    the compute dtype.
     """
     plan = _Plan(q, k, v, g, documents)
     dS = torch.zeros_like(starts[0]) if dS is None else dS.to(plan.dtype)
