@@ -196,7 +196,9 @@ def backward(
     scale: float,
     decays: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of q, k, v, g (empty unless `decays`), beta and the initial state, in the compute dtype."""
+    """-> gradients of q, k, v, g (empty unless `decays`) and beta, each in its own dtype, and of the initial state in
+    the compute dtype.
+    """
     plan = _Plan(q, k, v, g, documents)
     dS = torch.zeros_like(starts[0]) if dS is None else dS.to(plan.dtype)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta.unsqueeze(-1))]

@@ -149,7 +149,8 @@ def _keep_most_needed(
     student = checkpoint.load(folder, device=device, dtype=devices.dtype("auto", device))
     losses = need.divergences(student, batches)
     kept = need.most_needed(losses, keep)
-    need.restore(folder, output, student, kept, overwrite=overwrite)
+    del student  # a GPU ranks in bf16, which is not to round what is written
+    need.restore(folder, output, checkpoint.load(folder), kept, overwrite=overwrite)
     if json:
         console.document({"source": asdict(source), "path": str(output), "divergences": losses, "softmax": kept})
         return

@@ -46,6 +46,7 @@ def test_the_neediest_are_softmax_again_and_the_rest_is_as_it_was(tmp_path):
     base = save_base(tmp_path / "base", [TEXT])
     source = checkpoint.convert(base, tmp_path / "student", mixer="t2r", options={}, keep="none", seed=0)
     need.restore(source, tmp_path / "hybrid", checkpoint.load(source), [0, 2], overwrite=False)
+    assert (tmp_path / "hybrid" / "model-base.safetensors").samefile(source / "model-base.safetensors")
     hybrid = checkpoint.load(tmp_path / "hybrid")
     assert hybrid.config.swap.layers == ["softmax", "t2r", "softmax"]
     before = checkpoint.load(source).state_dict()
@@ -56,6 +57,13 @@ def test_the_neediest_are_softmax_again_and_the_rest_is_as_it_was(tmp_path):
     assert hybrid.config.with_mixer("t2r", {}, "auto:2").swap.layers == hybrid.config.swap.layers
     with pytest.raises(UsageError, match="no layer has been ranked"):
         hybrid.config.with_mixer("t2r", {}, "auto:1")
+
+
+def test_all_layers_may_be_softmax_again(tmp_path):
+    base = save_base(tmp_path / "base", [TEXT])
+    source = checkpoint.convert(base, tmp_path / "student", mixer="t2r", options={}, keep="none", seed=0)
+    need.restore(source, tmp_path / "all", checkpoint.load(source), [0, 1, 2], overwrite=False)
+    assert checkpoint.load(tmp_path / "all").config.swap.layers == ["softmax"] * 3
 
 
 def test_the_largest_are_taken():

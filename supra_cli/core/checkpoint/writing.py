@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
+from supra_cli.core.checkpoint.describing import read_config, skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, link, sha256_once
 from supra_cli.core.checkpoint.reading import tensors
 from supra_cli.core.checkpoint.record import (
@@ -86,7 +87,7 @@ def write(
     known: Hashes = {}
     placed: dict[str, str] = {}
     groups = {"model-mixers": mixers}
-    if kept := {} if unchanged is None else _without(of_mixers, Path(unchanged)):
+    if kept := {} if unchanged is None else _without_mixers(Path(unchanged)):
         if world.leads:
             placed, known = link_shards(Path(unchanged), directory, kept)
     else:
@@ -105,8 +106,9 @@ def write(
         finish(directory, config, placed, known, source=source, provenance=provenance)
 
 
-def _without(mixers: set[str], path: Path) -> dict[str, str]:
+def _without_mixers(path: Path) -> dict[str, str]:
     """Tensor → file of a model's shards that hold no mixer; nothing where one holds both."""
+    mixers = mixer_names(skeleton(read_config(path)))  # its own: the model to be written may have fewer
     files = {name: entry.file for name, entry in tensors(path).items()}
     mixed = {file for name, file in files.items() if name in mixers}
     kept = {name: file for name, file in files.items() if name not in mixers}
