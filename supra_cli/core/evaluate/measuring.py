@@ -92,7 +92,7 @@ def measure(
 ) -> tuple[Figures, dict[str, dict[str, Any]]]:
     """(the figures, what is known of each subject) of `subjects`, {role: model}, on the measures `names`.
 
-    One model is in memory at a time, with the teacher beside it where a measure compares the two. What was measured
+    One model is in memory at a time, and the teacher beside it once a measure has compared the two. What was measured
     before for the same weights and rows is not measured again, unless `fresh`.
     """
     figures: Figures = {name: {} for name in names}
@@ -115,7 +115,7 @@ def measure(
                 continue
             if model is None:
                 progress(subject.name, "loading", 0, 0)
-                model, _ = subject.load()
+                model = teacher if role == "teacher" and teacher is not None else subject.load()[0]
             if teacher is None and name in NEED_TEACHER:
                 teacher, _ = taught.load()
             progress(subject.name, name, 0, 0)
