@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -94,7 +95,7 @@ class SupraConfig(PreTrainedConfig):
         if self.supra is None:
             return output
         # What transformers saves is named by its class there: SupraLlamaModel is without a head.
-        headless = any(name.startswith("Supra") and name.endswith("Model") for name in self.architectures or ())
+        headless = any(re.fullmatch("Supra.*Model", str(name)) for name in self.architectures or ())
         if self.swap.any:
             return output | {"architectures": ["SupraModel" if headless else "SupraForCausalLM"]}
         del output["supra"]

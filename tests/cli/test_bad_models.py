@@ -412,7 +412,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(supra, base, tmp_path, monkey
     monkeypatch.setattr(Path, "write_text", refusing(Path.write_text, 0))
     monkeypatch.setattr("builtins.open", refusing(open, 0))
     monkeypatch.setattr(shutil, "copyfile", refusing(shutil.copyfile, 1))
-    monkeypatch.setattr(slices, "_write", refusing(slices._write, 1))
+    monkeypatch.setattr(slices, "_write", refusing(slices._write, 2))
     for output in ("new", "old"):
         result = supra("convert", base, "-o", output, "--overwrite")
         assert result.code == 1, result.err

@@ -212,7 +212,7 @@ def test_a_disk_that_fills_at_the_start_leaves_everything_as_it_was(
     before, path = contents(tmp_path), recipe()
     monkeypatch.setattr(Path, "write_text", checked(Path.write_text, 0))
     monkeypatch.setattr(Path, "write_bytes", checked(Path.write_bytes, 0))
-    monkeypatch.setattr(slices, "_write", checked(slices._write, 1))
+    monkeypatch.setattr(slices, "_write", checked(slices._write, 2))
     for arguments in (("-o", "new/run"), ("-o", "old", "--overwrite")):
         result = supra("uptrain", "--recipe", path, *arguments)
         assert result.code == 1, result.err

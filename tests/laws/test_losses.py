@@ -20,7 +20,7 @@ from supra_cli.core.stages import stages
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.step import Computing, begin, take
 
-CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5}
+CLOSE = {torch.float64: 1e-10, torch.float32: 2e-5}
 BASE = "gpt_neox"
 """Its norms compute in the format that they are given; Llama's round to fp32, which turns a last bit of float64 into
 one of fp32."""

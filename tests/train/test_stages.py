@@ -380,7 +380,10 @@ def test_groups_have_their_own_rates(student) -> None:
 DECAYING = {
     "gated": {"phi_q.weight", "phi_k.weight", "decay.weight", "gate.weight"},
     "gated_delta": {"phi_q.weight", "phi_k.weight", "write.weight", "decay.weight", "gate.weight"},
+    "hedgehog": {"phi_q.weight", "phi_k.weight"},
     "kda": {"phi_q.weight", "phi_k.weight", "write.weight", "decay.0.weight", "decay.1.weight", "gate.weight"},
+    "lolcats": {"phi_q.weight", "phi_k.weight", "decay.weight"},
+    "mamba2": {"step.weight", "gate.weight"},
     "retention": set(),
     "softmax": set(),
     "supra": {"E.weight", "E_kv.weight"},
@@ -390,6 +393,7 @@ DECAYING = {
 """Of every mixer, with the options that give it most parameters; none of them gains, biases, norms."""
 MOST = {
     **{name: {"output_gate": True} for name in ("gated", "gated_delta", "kda")},
+    "lolcats": {"branch": "gated"},
     "retention": {"gain": "head"},
     "supra": {"gain": "head", "qk_norm": True},
 }
@@ -408,6 +412,7 @@ def test_weight_decay_is_for_the_matrices_of_mixers(mixer: str) -> None:
             for rest in (
                 *("norm.gain", "q_norm.weight", "k_norm.weight", "E.bias", "E_kv.bias"),
                 *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias", "decay.1.bias", "write.bias", "A_log", "gain"),
+                *("log_f", "step.bias", "D", *(f"convolutions.{part}.weight" for part in range(3))),
             )
         }
 
