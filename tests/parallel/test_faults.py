@@ -127,9 +127,9 @@ def test_saves_that_were_killed_met_a_full_disk_or_were_damaged_are_not_taken_fo
     assert soak.bits(output) == wanted
 
 
-def test_one_of_three_that_is_asked_to_stop_stops_all_and_stays_stopped(recipe: Path, tmp_path: Path) -> None:
+def test_one_of_four_that_is_asked_to_stop_stops_all_and_stays_stopped(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    ended = soak.launch(recipe, output, 3, Fault("term", 8, rank=2), options=("--max-restarts", "1"))
+    ended = soak.launch(recipe, output, 4, Fault("term", 8, rank=3), options=("--max-restarts", "1"))
     assert ended.returncode == 1  # torchrun's own, whatever its processes'
     assert errors(ended) == [
         "error: stopped after step 8 with everything saved; go on with --resume",
@@ -193,8 +193,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def test_soak(recipe: Path, wanted: dict, tmp_path: Path) -> None:
-    """`make soak` with two faults, each of one rank."""
-    soak.disturbed(recipe, tmp_path / "run", 2, [Fault("kill in save", 5, rank=1), Fault("usr1", 8, rank=0)])
-    assert soak.bits(tmp_path / "run") == wanted
-    assert steps(tmp_path / "run") == list(range(1, STEPS + 1))
+def test_soak(tmp_path: Path) -> None:
+    """`make soak` with three faults."""
+    recipe = soak.prepare(tmp_path, 24)
+    soak.disturbed(recipe, tmp_path / "undisturbed", 3, [])
+    faults = [Fault("kill in save", 5, rank=1), Fault("usr1", 12, rank=2), Fault("truncated", 17, rank=0)]
+    soak.disturbed(recipe, tmp_path / "disturbed", 3, faults)
+    assert soak.bits(tmp_path / "disturbed") == soak.bits(tmp_path / "undisturbed")
+    assert steps(tmp_path / "disturbed") == list(range(1, 25))
