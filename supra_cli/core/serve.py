@@ -39,6 +39,8 @@ def serve(path: Path | str, *, host: str, port: int, device: str, dtype: torch.d
     # the server's own name of that module, which transformers makes a second time while its processors are imported.
     model_manager.transformers.SupraForCausalLM = SupraForCausalLM
     Serve(str(path), host=host, port=port, device=device, dtype=str(dtype).removeprefix("torch."))
+    # It ends by an interrupt alone, which the event loop that it closes may swallow.
+    raise KeyboardInterrupt
 
 
 def check_installed() -> None:
