@@ -88,7 +88,7 @@ def run(
     if automatic(keep) and base.swap.any:
         if options:
             raise UsageError(f"--set has no effect with --keep {keep}, which keeps the student's own mixer")
-        _keep_most_needed(source, output, base, keep, text, device, overwrite=overwrite, json=json)
+        _keep_most_needed(source, output, base, keep, text, device, dry_run=dry_run, overwrite=overwrite, json=json)
         return
     config = _unconverted(base, model).with_mixer(mixer, options, keep)
     size = accounting.measure(config)
@@ -131,9 +131,11 @@ def _keep_most_needed(
     text: str,
     device: str,
     *,
+    dry_run: bool,
     overwrite: bool,
     json: bool,
 ) -> None:
+    """Rank the layers and, but for a dry run, write the student in which the neediest are softmax again."""
     from supra_cli.core import checkpoint, hub, need
     from supra_cli.core import device as devices
     from supra_cli.core.data import rows
@@ -150,13 +152,15 @@ def _keep_most_needed(
     losses = need.divergences(student, batches)
     kept = need.most_needed(losses, keep)
     del student  # a GPU ranks in bf16, which is not to round what is written
-    need.restore(folder, output, checkpoint.load(folder), kept, overwrite=overwrite)
+    if not dry_run:
+        need.restore(folder, output, checkpoint.load(folder), kept, overwrite=overwrite)
     if json:
         console.document({"source": asdict(source), "path": str(output), "divergences": losses, "softmax": kept})
         return
     for number, loss in losses.items():
         console.note(f"layer {number}: {loss:.4f} nats{', softmax again' if number in kept else ''}")
-    console.result(str(output))
+    if not dry_run:
+        console.result(str(output))
 
 
 def _unconverted(config: SupraConfig, model: str) -> SupraConfig:

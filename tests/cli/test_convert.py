@@ -243,7 +243,10 @@ def test_the_neediest_layers_of_a_student_are_softmax_again(supra, base, tmp_pat
     (tmp_path / "text.txt").write_text("def read(self):\n    return self.size\n" * 400)
     assert supra("convert", base, "-o", "student").code == 0
     given = ("--text", "text.txt", "--device", "cpu", "--json")
+    tried = json.loads(supra("convert", "student", "--keep", "auto:1", "-o", "hybrid", "--dry-run", *given).out)
+    assert not (tmp_path / "hybrid").exists()
     found = json.loads(supra("convert", "student", "--keep", "auto:1", "-o", "hybrid", *given).out)
+    assert found == tried
     assert found["softmax"] == [int(max(found["divergences"], key=found["divergences"].get))]
     assert "1 softmax" in supra("inspect", "hybrid").out
     for model, keep, said in ((base, "auto:1", "no layer has been ranked"), ("hybrid", "auto:1", "softmax layers")):
