@@ -9,7 +9,7 @@ from supra_kernels import delta_chunk  # noqa: F401  (defines the operator of to
 from supra_kernels.boundaries import OPERATORS, compute_dtype, decoded, log_decay
 from supra_kernels.boundaries import documents as coded
 from supra_kernels.library import STEP_LENGTH
-from supra_kernels.operator import without_autocast
+from supra_kernels.operator import check_shapes, passing_over, without_autocast
 
 DELTA_FORMS = ("naive", "chunk", "step")
 
@@ -37,7 +37,11 @@ def delta_rule(
     Without gradients the step form overwrites `state` and returns it. Raises ValueError for shapes that do not fit and
     for an unknown form.
     """
-    _check(q, k, v, g, beta, state)
+    check_shapes(q, k, v, state, segment, documents)
+    if g is not None and g.shape != q.shape[:3] and g.shape != q.shape:
+        raise ValueError(f"g is None, {list(q.shape[:3])} or {list(q.shape)}, got {tuple(g.shape)}")
+    if beta.shape != q.shape[:3]:
+        raise ValueError(f"beta is {list(q.shape[:3])}, got {tuple(beta.shape)}")
     if form is None:
         form = "step" if q.shape[1] <= (STEP_LENGTH if segment is None else 1) else "chunk"
     if form not in DELTA_FORMS:
@@ -49,11 +53,8 @@ def delta_rule(
         if form == "naive":
             return _naive(q, k, v, g, beta, scale, state, segment)
         if segment is not None and q.shape[1] == 1:
-            # One token starts no document: padding is all that a segment can say of it, and it changes nothing.
-            real = (segment >= 0)[:, :, None]
-            k, segment = k.masked_fill(~real.unsqueeze(-1), 0), None
-            g = None if g is None else g.masked_fill(~real if g.dim() == 3 else ~real.unsqueeze(-1), 0)
-            documents = None
+            k, g = passing_over(segment >= 0, k, g)
+            segment = documents = None
         if documents is None and segment is not None:
             documents = coded(segment)
         if form == "step":
@@ -114,20 +115,3 @@ def _step(q, k, v, g, beta, scale, state, documents):
         S = S.addcmul_(key, wrong) if in_place else S + key * wrong
         outputs.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2))
     return torch.stack(outputs, dim=1).to(v.dtype), S
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor | None) -> None:
-    if any(x.dim() != 4 for x in (q, k, v)) or q.shape[1] == 0:
-        raise ValueError(f"q, k, v are [B, T, heads, dim] with T > 0, got {[tuple(x.shape) for x in (q, k, v)]}")
-    batch, length, heads, key_dim = q.shape
-    kv_heads, v_dim = v.shape[2:]
-    if k.shape != (batch, length, kv_heads, key_dim) or v.shape[:2] != (batch, length) or heads % kv_heads:
-        raise ValueError(
-            f"q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with H a multiple of G, got {[tuple(x.shape) for x in (q, k, v)]}"
-        )
-    if g is not None and g.shape != q.shape[:3] and g.shape != q.shape:
-        raise ValueError(f"g is None, {list(q.shape[:3])} or {list(q.shape)}, got {tuple(g.shape)}")
-    if beta.shape != q.shape[:3]:
-        raise ValueError(f"beta is {list(q.shape[:3])}, got {tuple(beta.shape)}")
-    if state is not None and state.shape != (batch, heads, key_dim, v_dim):
-        raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {v_dim}], got {tuple(state.shape)}")

@@ -7,7 +7,8 @@ per head (a number) or per channel (a vector over K; products of exponentials an
     O = (Q ∘ e^c) S + P V',    S' = e^{c_C} S + (K ∘ e^{c_C - c})^T V'
 Backward, dS' being the gradient of S':
     dV' = P^T dO + (K ∘ e^{c_C - c}) dS',    dY = (I + A)^-T dV',    dA = -dY V'^T,    dP = dO V'^T
-    dS = e^{c_C} dS' + (Q ∘ e^c)^T dO - (K ∘ e^c)^T β dY,    dV = β dY,    dβ_i = dY_i·R_i + Σ_j dA_ij A_ij / β_i
+    dS = e^{c_C} dS' + (Q ∘ e^c)^T dO - (K ∘ e^c)^T β dY,    dV = β dY
+    dβ_i = dY_i·R_i + Σ_j dA_ij (A_ij without its β_i)
 and dq, dk through the products above. A log decay stands in e^c at q_i or k_i and in e^-c at k_j, so its gradient is
     dc = q∘dq + k∘dk_row - k∘dk_column,    dg_t = Σ_{i≥t} dc_i .
 Every exponent is a sum of log decays over a stretch of tokens, so ≤ 0: nothing overflows.
@@ -19,6 +20,8 @@ recomputes the rest, so that time and memory are linear in T.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +30,7 @@ from torch import Tensor
 from supra_kernels.boundaries import NAMESPACE, OPERATORS, compute_dtype, decoded, log_decay
 from supra_kernels.chunk import BLOCK_ELEMENTS, cut
 from supra_kernels.library import library
-from supra_kernels.weights import block_weights, fixed_weights
+from supra_kernels.weights import block_weights, exact_parts, fixed_weights
 
 HEAD_CHUNK, CHANNEL_CHUNK = 32, 16
 """Tokens of a chunk, measured on a CPU: with a decay per channel a chunk's weights are [C,C,K], so it is short."""
@@ -100,12 +103,12 @@ class _Plan:
         return _Decay(weights.within, starts, ends, weights.through[..., None, None])
 
     def _by_channel(self, block) -> _Decay:
-        total = block.window(self.g).double().cumsum(-2)  # a difference of two fp32 sums would lose digits
-        apart = (total.unsqueeze(-2) - total.unsqueeze(-3)).clamp_(max=0).to(self.dtype)
+        totals = [part.cumsum(-2) for part in exact_parts(block.window(self.g), self.g.device.type)]
+        apart = _added(total.unsqueeze(-2) - total.unsqueeze(-3) for total in totals).clamp_(max=0).to(self.dtype)
         token = torch.arange(block.length, device=apart.device)
         seen = token[:, None] >= token
-        to_end = (total[..., -1:, :] - total).to(self.dtype).exp_()
-        from_start = total.to(self.dtype).exp_()
+        to_end = _added(total[..., -1:, :] - total for total in totals).to(self.dtype).exp_()
+        from_start = _added(totals).to(self.dtype).exp_()
         through = from_start[..., -1, :, None]
         if self.layout is not None:
             # Of documents a fixed decay of 1 has what is cut: weights of 0 and 1.
@@ -117,12 +120,17 @@ class _Plan:
         return _Decay(apart.exp_().mul_(seen.to(self.dtype).unsqueeze(-1)), from_start, to_end, through)
 
 
+def _added(parts: Iterable[Tensor]) -> Tensor:
+    """Their sum; `sum` begins with 0 + x, another pass over [C,C,K]."""
+    return functools.reduce(torch.add, parts)
+
+
 class _Chunks(NamedTuple):
     """What both directions need of a block."""
 
     A: Tensor
     lower: Tensor
-    """I + A."""
+    """(I + A)^-1."""
     P: Tensor
     states: Tensor
     """Before each chunk, and after the last: [M+1,B,H,K,V]."""

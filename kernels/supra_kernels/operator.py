@@ -59,7 +59,9 @@ def linear_attention(
     """
     around = Around(**around)
     around.check()
-    _check(q, k, v, g, state, segment, documents, around.sums)
+    check_shapes(q, k, v, state, segment, documents, around.sums)
+    if g is not None and g.shape != q.shape[2:3] and g.shape != q.shape[:3]:
+        raise ValueError(f"g is None, {list(q.shape[2:3])} or {list(q.shape[:3])}, got {tuple(g.shape)}")
     if form is None:
         form = default_form(q, segment)
     if form not in FORMS:
@@ -68,7 +70,7 @@ def linear_attention(
         layout = {"segment": segment}  # the specification reads it by itself
     else:
         if segment is not None and q.shape[1] == 1:
-            k, g = _passing_over(segment >= 0, k, g)
+            k, g = passing_over(segment >= 0, k, g)
             segment = documents = None
         layout = {"documents": coded(segment) if documents is None and segment is not None else documents}
     q, k, v = (x.to(operand_dtype(x, form)) for x in (q, k, v))
@@ -92,14 +94,14 @@ def default_form(q: Tensor, segment: Tensor | None) -> str:
     return "step" if q.shape[1] <= most else "chunk"
 
 
-def _passing_over(real: Tensor, k: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def passing_over(real: Tensor, k: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """k and g of one token a row with which S stays as it is, to the bit, where `real` [B,1] is false.
 
     One token starts no document, since the state belongs to that of the first real one: padding is all that a segment
     can say of it. So a padded decode step is a decode step, and nothing of the segment is read from the device.
     """
     k = k.masked_fill(~real[:, :, None, None], 0)
-    return k, None if g is None else torch.where(real.unsqueeze(-1), g, 0)
+    return k, None if g is None else torch.where(real[..., None, None] if g.dim() == 4 else real[..., None], g, 0)
 
 
 def operand_dtype(x: Tensor, form: str) -> torch.dtype:
@@ -122,16 +124,16 @@ def without_autocast(device: str) -> AbstractContextManager:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def _check(
+def check_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor | None,
     state: Tensor | None,
     segment: Tensor | None,
     documents: Tensor | None,
-    sums: bool,
+    sums: bool = False,
 ) -> None:
+    """ValueError for what of these does not fit; with `sums` the state has one column more."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v are [B, T, heads, dim], got {[tuple(x.shape) for x in (q, k, v)]}")
     batch, length, heads, key_dim = q.shape
@@ -142,8 +144,6 @@ def _check(
         raise ValueError(
             f"q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with H a multiple of G, got {[tuple(x.shape) for x in (q, k, v)]}"
         )
-    if g is not None and g.shape != (heads,) and g.shape != (batch, length, heads):
-        raise ValueError(f"g is None, [{heads}] or [{batch}, {length}, {heads}], got {tuple(g.shape)}")
     state_dim = v_dim + int(sums)
     if state is not None and state.shape != (batch, heads, key_dim, state_dim):
         raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {state_dim}], got {tuple(state.shape)}")

@@ -54,7 +54,7 @@ def block_weights(fixed: Weights | None, g: Tensor | None, layout, block, scale:
 
 def _token_weights(g: Tensor, scale: float) -> Weights:
     """g [m,b,h,C]; every difference of two sums of log decays is rounded once."""
-    totals = [part.cumsum(-1) for part in _exact_parts(g, g.device.type)]
+    totals = [part.cumsum(-1) for part in exact_parts(g, g.device.type)]
     within = sum(total.unsqueeze(-1) - total.unsqueeze(-2) for total in totals)
     within = within.clamp_(max=0).to(g.dtype).exp_().tril_().mul_(scale)
     to_end = sum(total[..., -1:] - total for total in totals).to(g.dtype).exp_()
@@ -62,7 +62,7 @@ def _token_weights(g: Tensor, scale: float) -> Weights:
     return Weights(within, from_start * scale, to_end, from_start[..., -1])
 
 
-def _exact_parts(g: Tensor, device: str) -> tuple[Tensor, ...]:
+def exact_parts(g: Tensor, device: str) -> tuple[Tensor, ...]:
     """What adds up to g, in parts whose sums over a chunk can be subtracted: a difference of two fp32 sums of gates
     near -88 would lose five digits. In float64 g itself; MPS has no float64, so there the multiple of 1/256 below g,
     whose sums are exact, and what remains, as in the Triton form."""

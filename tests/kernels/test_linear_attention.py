@@ -337,9 +337,9 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_sums_without_float64_are_as_exact(monkeypatch):
     """MPS has no float64: gates near -88 are split as in the Triton form."""
     g = inputs(1, 64, 3, 1, 4, 4, "hard")[3].transpose(1, 2)[None]
-    want, parts = weights._token_weights(g, 0.5), weights._exact_parts
+    want, parts = weights._token_weights(g, 0.5), weights.exact_parts
     torch.testing.assert_close(sum(parts(g, "mps")), g, atol=2**-32, rtol=0)
-    monkeypatch.setattr(weights, "_exact_parts", lambda g, device: parts(g, "mps"))
+    monkeypatch.setattr(weights, "exact_parts", lambda g, device: parts(g, "mps"))
     got = weights._token_weights(g, 0.5)
     for x, y in zip(got, want, strict=True):
         assert x.dtype == torch.float32
