@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState, ShortConv, dots, wide
+from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState, ShortConv, fit_gain, gain_moments, wide
 from supra_cli.core.ops import delta_rule
 
 RMS_EPS = 1e-5
@@ -149,10 +149,7 @@ class GatedDelta(MatrixMixer):
         return g.squeeze(-1)
 
     def moments(self, o: Tensor, taught: Tensor) -> Tensor:
-        """[2, H]: Σ o_h·o_h and Σ o_h·taught_h of every head."""
-        return torch.stack((dots(o, o), dots(o, taught)))
+        return gain_moments(o, taught)
 
     def fit(self, moments: Tensor) -> None:
-        """Least squares for the gain; a head that answers 0 keeps its own."""
-        square, product = moments
-        self.gain *= torch.where(square > 0, product / square, 1)[:, None]
+        fit_gain(self.gain, moments)

@@ -155,19 +155,28 @@ class HeadNorm(nn.Module):
         return self(o) if self.gain is None else o
 
     def moments(self, o: Tensor, taught: Tensor) -> Tensor:
-        """[2, H]: Σ o_h·o_h and Σ o_h·taught_h of every head, over batch and tokens."""
-        return torch.stack((dots(o, o), dots(o, taught)))
+        return gain_moments(o, taught)
 
     def fit(self, moments: Tensor) -> None:
-        """Least squares for the gain: gain_h ← gain_h · Σ o_h·taught_h / Σ o_h·o_h; a head that answers 0 keeps its
-        own."""
         if self.gain is not None:
-            square, product = moments
-            self.gain *= torch.where(square > 0, product / square, 1)[:, None]
+            fit_gain(self.gain, moments)
 
     def reset_parameters(self) -> None:
         if self.gain is not None:
             nn.init.ones_(self.gain)
+
+
+def gain_moments(o: Tensor, taught: Tensor) -> Tensor:
+    """[2, H]: Σ o_h·o_h and Σ o_h·taught_h of every head, over batch and tokens."""
+    return torch.stack((dots(o, o), dots(o, taught)))
+
+
+def fit_gain(gain: Tensor, moments: Tensor) -> None:
+    """Least squares for a gain [H,1], from `gain_moments` of heads that have it in them: gain_h ← gain_h · Σ
+    o_h·taught_h / Σ o_h·o_h; a head that answers 0 keeps its own.
+    """
+    square, product = moments
+    gain *= torch.where(square > 0, product / square, 1)[:, None]
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
