@@ -7,14 +7,17 @@ a plain transformers model (whole logits).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from supra_cli.core.data.packing import IGNORED
 from supra_cli.core.errors import SupraError
+
+Head = Callable[[Tensor], Tensor]
 
 # Logits that live at once: 64 MiB of them in fp32.
 LOGITS_AT_ONCE = 1 << 24
@@ -50,10 +53,8 @@ def token_nats(
     """
     if labels is None:
         labels = next_tokens(tokens, positions)
-    was_training = model.training
-    model.eval()
     result = []
-    try:
+    with judging(model):
         for start, rows in _batches(len(tokens), batch_size):
             batch = [
                 None if part is None else part[rows].to(device or model.device) for part in (tokens, positions, labels)
@@ -64,8 +65,6 @@ def token_nats(
                 row = row if numbers is None else numbers[row]
                 raise SupraError(f"the model's loss on row {row} is not finite; check its weights and its dtype")
             result.append(nats)
-    finally:
-        model.train(was_training)
     return torch.cat(result)
 
 
@@ -98,18 +97,13 @@ def _batches(rows: int, batch_size: int) -> Iterator[tuple[int, slice]]:
         yield start, slice(start, start + batch_size)
 
 
-@torch.no_grad()
 def _forward(model, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
-    if not hasattr(model, "supra"):
-        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-        return _nats(logits, labels)
-
-    def objective(hidden: Tensor, head) -> Tensor:
+    def objective(hidden: Tensor, head: Head) -> Tensor:
         chunk = max(1, LOGITS_AT_ONCE // (hidden.shape[0] * model.config.vocab_size))
         parts = zip(hidden.split(chunk, dim=1), labels.split(chunk, dim=1), strict=True)
         return torch.cat([_nats(head(part), wanted) for part, wanted in parts], dim=1)
 
-    return model(input_ids=tokens, position_ids=positions, use_cache=False, objective=objective)
+    return with_head(model, tokens, objective, positions)
 
 
 def _nats(logits: Tensor, labels: Tensor) -> Tensor:
@@ -117,3 +111,28 @@ def _nats(logits: Tensor, labels: Tensor) -> Tensor:
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view_as(labels).masked_fill(labels == IGNORED, math.nan)
+
+
+def with_head(model, tokens: Tensor, objective: Callable[[Tensor, Head], Any], positions: Tensor | None = None) -> Any:
+    """`objective(hidden, head)` of one pass over tokens [B,T], where `head(hidden)` is logits.
+
+    A model without supra's `objective` gives whole logits, and its head is the identity.
+    """
+    given = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+    if not hasattr(model, "supra"):
+        return objective(model(**given).logits, lambda logits: logits)
+    return model(**given, objective=objective)
+
+
+@contextmanager
+def judging(*models: Any) -> Iterator[None]:
+    """In eval mode and without gradients; each model is left in the mode in which it came."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, before, strict=True):
+            model.train(mode)

@@ -7,8 +7,7 @@ may call between two steps. All data are drawn from the bundled held-out text an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -125,28 +124,3 @@ def ratio(above: Tensor, below: Tensor | None = None) -> Value:
     again = above[draws].sum(1) / below[draws].sum(1)
     low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Value(float(above.sum() / below.sum()), low, high, rows)
-
-
-def with_head(model, tokens: Tensor, objective: Callable[[Tensor, Callable[[Tensor], Tensor]], Any]) -> Any:
-    """`objective(hidden, head)` of one pass over tokens [B,T], where `head(hidden)` is logits.
-
-    A model without supra's `objective` gives whole logits, and its head is the identity.
-    """
-    tokens = tokens.to(model.device)
-    if not hasattr(model, "supra"):
-        return objective(model(input_ids=tokens, use_cache=False).logits, lambda logits: logits)
-    return model(input_ids=tokens, use_cache=False, objective=objective)
-
-
-@contextmanager
-def judging(*models: Any) -> Iterator[None]:
-    """In eval mode and without gradients; each model is left in the mode in which it came."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for model, mode in zip(models, before, strict=True):
-            model.train(mode)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from supra_cli.core.evaluate.measures import Material, Value, judging, measures, ratio, with_head
-from supra_cli.core.evaluate.nats import LOGITS_AT_ONCE
+from supra_cli.core.evaluate.measures import Material, Value, measures, ratio
+from supra_cli.core.evaluate.nats import LOGITS_AT_ONCE, judging, with_head
 
 
 @measures.register("agreement")
@@ -37,9 +37,9 @@ def _compare(model, teacher, tokens: Tensor) -> tuple[Tensor, Tensor]:
             ]
             return tuple(torch.cat(part, dim=1).cpu() for part in zip(*parts, strict=True))
 
-        return with_head(teacher, tokens, taught)
+        return with_head(teacher, tokens.to(teacher.device), taught)
 
-    return with_head(model, tokens, both)
+    return with_head(model, tokens.to(model.device), both)
 
 
 def _piece(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

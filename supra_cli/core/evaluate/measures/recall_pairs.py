@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from supra_cli.core.evaluate.measures import Material, Value, judging, measures, ratio, with_head
+from supra_cli.core.evaluate.measures import Material, Value, measures, ratio
+from supra_cli.core.evaluate.nats import judging, with_head
 
 PAIRS = (4, 8, 16, 32, 64)
 GAPS = (0, 128)
@@ -39,6 +40,10 @@ def _ask(model, material: Material, pairs: int, gap: int) -> tuple[torch.Tensor,
     between = material.passages(rows, gap, generator)
     tokens = material.opened(shown.flatten(1), between, asked.flatten(1))
     keys = torch.arange(tokens.shape[1] - asked[0].numel(), tokens.shape[1], 2)
+
+    def at_keys(hidden: torch.Tensor, head) -> torch.Tensor:
+        return head(hidden[:, keys.to(hidden.device)])
+
     accuracy, nats = [], []
     with judging(model):
         for batch, values in zip(
@@ -46,7 +51,7 @@ def _ask(model, material: Material, pairs: int, gap: int) -> tuple[torch.Tensor,
             asked[..., 1].split(material.batch(tokens.shape[1])),
             strict=True,
         ):
-            logits = with_head(model, batch, lambda hidden, head: head(hidden[:, keys.to(hidden.device)])).float().cpu()
+            logits = with_head(model, batch.to(model.device), at_keys).float().cpu()
             accuracy.append((logits.argmax(-1) == values).double().mean(1))
             nats.append(torch.nn.functional.cross_entropy(logits.mT, values, reduction="none").double().mean(1))
     return torch.cat(accuracy), torch.cat(nats)
