@@ -20,7 +20,7 @@ from supra_cli.core.stages import stages
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.step import Computing, begin, take
 
-CLOSE = {torch.float64: 1e-10, torch.float32: 2e-5}
+CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5}
 BASE = "gpt_neox"
 """Its norms compute in the format that they are given; Llama's round to fp32, which turns a last bit of float64 into
 one of fp32."""
@@ -107,7 +107,7 @@ def parametrised(test):
 
 
 @parametrised
-def test_a_step_is_the_same_however_it_is_cut_into_micro_batches(stage, dtype, recurrent, build):
+def test_a_step_is_the_same_however_it_is_cut_into_micro_batches(stage, dtype, recurrent, options, build):
     student = build(BASE, recurrent, dtype=dtype)
     batch = rows()
     try:
@@ -117,9 +117,11 @@ def test_a_step_is_the_same_however_it_is_cut_into_micro_batches(stage, dtype, r
         assert not any(list(layer.mixer.parameters()) for _, layer in student.swapped_layers())
         return
     assert whole["loss"] > 0
+    # A head that is divided by its own root mean square, and small before that, enlarges what is rounded in it.
+    enlarged = 2 if dtype == torch.float32 and options.get("norm") == "rms" else 1
     for cut in CUTS:
         parts = [Batch(*some) for some in zip(*(part.split(cut) for part in batch), strict=True)]
-        assert_same(first_step(stage, student, parts), whole, CLOSE[dtype])
+        assert_same(first_step(stage, student, parts), whole, enlarged * CLOSE[dtype])
 
 
 @parametrised
