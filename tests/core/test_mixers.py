@@ -305,6 +305,19 @@ def test_lolcats_is_two_attentions_under_one_denominator(window, sinks, branch):
 
 
 @torch.no_grad()
+def test_lolcats_with_the_delta_rule_is_a_window_and_a_gated_delta_mixed_by_a_gate():
+    mixer = moved(build("lolcats", window=5, sinks=2, branch="gated_delta", key_width=2))
+    window, delta = build("window", window=5, sinks=2), build("gated_delta", key_width=2)
+    delta.load_state_dict(mixer.delta.state_dict())
+    given = (*inputs(), rope, None, None)
+    near, past = window(*given)[0], delta(*given)[0]
+    p = (given[3] @ mixer.mix.weight.T + mixer.mix.bias).sigmoid()[..., None]
+    for only, want in ((None, (1 - p) * near + p * past), ("window", near), ("recurrence", past)):
+        mixer.only = only
+        assert_close(mixer(*given)[0], want, **CLOSE)
+
+
+@torch.no_grad()
 def test_a_dropped_window_leaves_the_branch_alone_where_something_has_left_and_less_often_with_progress():
     mixer = build("lolcats", window=5, sinks=2, window_dropout=1.0)
     q, k, v, x = inputs()

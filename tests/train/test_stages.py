@@ -382,7 +382,10 @@ DECAYING = {
     "gated_delta": {"phi_q.weight", "phi_k.weight", "write.weight", "decay.weight", "gate.weight"},
     "hedgehog": {"phi_q.weight", "phi_k.weight"},
     "kda": {"phi_q.weight", "phi_k.weight", "write.weight", "decay.0.weight", "decay.1.weight", "gate.weight"},
-    "lolcats": {"phi_q.weight", "phi_k.weight", "decay.weight"},
+    "lolcats": {
+        *("phi_q.weight", "phi_k.weight", "decay.weight", "mix.weight"),
+        *(f"delta.{name}.weight" for name in ("phi_q", "phi_k", "write", "decay")),
+    },
     "mamba2": {"step.weight", "gate.weight"},
     "retention": set(),
     "softmax": set(),
@@ -390,31 +393,28 @@ DECAYING = {
     "t2r": {"phi.weight"},
     "window": set(),
 }
-"""Of every mixer, with the options that give it most parameters; none of them gains, biases, norms."""
+"""Of every mixer, with all options that give it parameters; none of them gains, biases, norms."""
 MOST = {
-    **{name: {"output_gate": True} for name in ("gated", "gated_delta", "kda")},
-    "lolcats": {"branch": "gated"},
-    "retention": {"gain": "head"},
-    "supra": {"gain": "head", "qk_norm": True},
+    **{name: [{"output_gate": True}] for name in ("gated", "gated_delta", "kda")},
+    "lolcats": [{"branch": "gated"}, {"branch": "gated_delta"}],
+    "retention": [{"gain": "head"}],
+    "supra": [{"gain": "head", "qk_norm": True}, {"gain": "head", "qk_norm": True, "map": "head"}],
 }
 
 
 @pytest.mark.parametrize("mixer", list(mixers))
 def test_weight_decay_is_for_the_matrices_of_mixers(mixer: str) -> None:
-    maps = [{}, {"map": "head"}] if mixer == "supra" else [{}]
-    for more in maps:
-        model = tiny_model("llama", mixer, options=MOST.get(mixer, {}) | more)
+    decaying: set[str] = set()
+    for options in MOST.get(mixer, [{}]):
+        model = tiny_model("llama", mixer, options=options)
         new = mixer_names(model)
-        assert {name.partition(".mixer.")[2] for name in matrices(model) & new} == DECAYING[mixer]
-        assert {name.partition(".")[2] for name in new - matrices(model)} <= {
-            f"layers.{n}.self_attn.mixer.{rest}"
-            for n in range(3)
-            for rest in (
-                *("norm.gain", "q_norm.weight", "k_norm.weight", "E.bias", "E_kv.bias"),
-                *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias", "decay.1.bias", "write.bias", "A_log", "gain"),
-                *("log_f", "step.bias", "D", *(f"convolutions.{part}.weight" for part in range(3))),
-            )
+        decaying |= {name.partition(".mixer.")[2] for name in matrices(model) & new}
+        assert {name.partition(".mixer.")[2].removeprefix("delta.") for name in new - matrices(model)} <= {
+            *("norm.gain", "q_norm.weight", "k_norm.weight", "E.bias", "E_kv.bias", "mix.bias"),
+            *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias", "decay.1.bias", "write.bias", "A_log", "gain"),
+            *("log_f", "step.bias", "D", *(f"convolutions.{part}.weight" for part in range(3))),
         }
+    assert decaying == DECAYING[mixer]
 
 
 @pytest.mark.parametrize("base", list(archs))

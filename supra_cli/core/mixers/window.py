@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Window(Mixer):
             if not 0 <= self.sinks <= _MOST:
                 raise UsageError(f"mixer.sinks is {self.sinks}, expected a number from 0 to {_MOST}")
 
-    beyond: ClassVar[int] = 0
+    beyond: int = 0
     """Tokens that the state keeps besides those that the next query sees."""
     softens = True
     variants = ({"window": 5, "sinks": 2}, {"window": 3, "sinks": 0})
