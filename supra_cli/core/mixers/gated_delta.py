@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -32,9 +33,10 @@ class GatedDelta(MatrixMixer):
 
     x' = act(E_h x̃) / |act(E_h x̃)| of q and k, with maps of their own, β_t = σ(w_β·x_t + b_β) and
     g_t = -exp(A_h) softplus(w_g·x_t + b_g), one number a query head. E starts as the identity and, below it,
-    key_width - 1 random orthogonal maps that q and k share; w starts at 0, so that β = 1/2 and the decays of the heads
-    lie between 0.999 and 0.9 a token; the gain s_h starts at 1 and is fitted. As |k'| = 1, a value that was written
-    with β = 1 is what its own key reads: q' is not scaled by K^-1/2, which s_h would have to undo. v has no activation.
+    key_width - 1 random orthogonal maps that q and k share (the last of them cut off where key_width is no whole
+    number); w starts at 0, so that β = 1/2 and the decays of the heads lie between 0.999 and 0.9 a token; the gain s_h
+    starts at 1 and is fitted. As |k'| = 1, a value that was written with β = 1 is what its own key reads: q' is not
+    scaled by K^-1/2, which s_h would have to undo. v has no activation.
 
     x̃ = x + Σ_i w_i ⊙ x_{t-i} of q, k and v, ṽ in place of v above: `ShortConv`, whose w starts at 0, so that it changes
     nothing at first. By it a head can see the token before, which softmax heads do by position and which finding a
@@ -43,11 +45,11 @@ class GatedDelta(MatrixMixer):
     Source: Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464, whose convolutions have an activation.
     """
 
-    variants = ({"key_width": 2}, {"short_conv": 0, "rotary": True})
+    variants = ({"key_width": 2.5}, {"short_conv": 0, "rotary": True})
 
     @dataclass(frozen=True)
     class Options:
-        key_width: int = 1
+        key_width: float = 1
         """Rows of the state, in multiples of the base's head width: they bound how many keys can be told apart."""
         activation: Literal["silu", "none"] = "silu"
         """Of the mapped q and k, before they are brought to length 1."""
@@ -68,6 +70,11 @@ class GatedDelta(MatrixMixer):
 
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
+        rows = options.key_width * spec.head_dim
+        if rows != int(rows):
+            raise UsageError(
+                f"mixer.key_width is {options.key_width}, which is {rows} rows for heads of {spec.head_dim}"
+            )
         self.phi_q = HeadMap(spec.heads, spec.head_dim, self.state_shape()[0])
         self.phi_k = HeadMap(spec.kv_heads, spec.head_dim, self.state_shape()[0])
         self.write = nn.Linear(spec.model_dim, spec.heads)
@@ -84,7 +91,7 @@ class GatedDelta(MatrixMixer):
         return nn.Linear(self.spec.model_dim, self.spec.heads)
 
     def state_shape(self) -> tuple[int, int]:
-        return self.options.key_width * self.spec.head_dim, self.spec.v_dim
+        return int(self.options.key_width * self.spec.head_dim), self.spec.v_dim
 
     def init_state(self, batch: int, device: torch.device | str) -> MatrixState | DeltaState:
         (S,) = super().init_state(batch, device)
@@ -95,7 +102,7 @@ class GatedDelta(MatrixMixer):
     def reset_parameters(self) -> None:
         width, group = self.spec.head_dim, self.spec.heads // self.spec.kv_heads
         for head in range(self.spec.kv_heads):
-            for part in range(self.options.key_width):
+            for part in range(math.ceil(self.options.key_width)):
                 rows = self.phi_k.weight[head, part * width : (part + 1) * width]
                 nn.init.eye_(rows) if part == 0 else nn.init.orthogonal_(rows)
         self.phi_q.weight.copy_(self.phi_k.weight.repeat_interleave(group, 0))

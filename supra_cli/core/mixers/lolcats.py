@@ -80,7 +80,7 @@ class Lolcats(Window):
     class Options(Window.Options):
         branch: Literal["hedgehog", "t2r", "gated", "gated_delta"] = "hedgehog"
         """The recurrent branch: its feature map, and what it forgets."""
-        key_width: int = 1
+        key_width: float = 1
         """Of branch gated_delta: rows of its state, in multiples of the base's head width."""
         window_dropout: float = 0.0
         """Part of the rows in training whose window is silent at tokens that it does not see all before: so many where
