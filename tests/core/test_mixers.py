@@ -305,6 +305,43 @@ def test_lolcats_is_two_attentions_under_one_denominator(window, sinks, branch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [None, 9])
+def test_how_far_back_and_how_concentrated_attention_is_is_counted_without_its_weights(window):
+    q, k, _, x = inputs()
+    q, k = 4 * q, 4 * k  # concentrated, so that the estimate is close
+    spec = HeadSpec(4, 2, head_dim=K, v_dim=20_000, model_dim=24, layer=0, scale=K**-0.5, window=window)
+    layout = Layout(torch.tensor([[-1] * 7 + [0] * 10 + [1] * 20, [0] * 37]))
+    counts = layout.segment == 0
+    found = softmax.attention_moments(spec, q, k, x, rope, layout, counts)
+    same = (layout.segment[:, :, None] == layout.segment[:, None]) & (steps_back() >= 0)
+    seen = same if window is None else same & (steps_back() < window)
+    scores = torch.einsum("bihd,bjhd->bhij", rope(q), repeated(rope(k))) * K**-0.5
+    p = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    each = torch.stack(((p * steps_back()).sum(-1), p.square().sum(-1), torch.ones(2, 4, T)))
+    want = each.masked_fill(~counts[:, None], 0).sum((1, 3)).float()
+    assert_close(found[[0, 2]], want[[0, 2]], atol=1e-3, rtol=1e-4)
+    assert_close(found[1], want[1], atol=0, rtol=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gated_delta", "kda"])
+def test_calibration_sets_decay_and_strength_by_where_the_teacher_looks(name):
+    mixer = moved(build(name, calibrate=True, key_width=2))
+    q, k, v, x = inputs()
+    tokens, distance, concentration = 100.0, torch.tensor([0.0, 1.0, 10.0, 1e9]), torch.tensor([1.0, 0.5, 0.25, 0.0])
+    moments = torch.stack((distance, concentration, torch.ones(4))) * tokens
+    taught = torch.randn(2, T, 4, V, dtype=torch.float64)
+    for _ in range(mixer.fits):
+        mixer.fit(mixer.moments(mixer(q, k, v, x, rope, None, None)[0], taught, lambda: moments))
+    want = -torch.tensor([5, math.log(2), math.log(2) / 10, 1e-3]).double()
+    g = mixer._log_decay(x)
+    assert_close(g, want.view(4, *[1] * (g.ndim - 3)).expand_as(g))
+    assert_close(mixer.write(x).sigmoid(), torch.tensor([0.7, 0.5, 0.4, 0.3]).double().expand(2, T, 4))
+    o, _ = mixer(q, k, v, x, rope, None, None)
+    assert_close((o * o).sum((0, 1, 3)), (o * taught).sum((0, 1, 3)), msg="the gain is that of least squares")
+
+
+@torch.no_grad()
 def test_lolcats_with_the_delta_rule_is_a_window_and_a_gated_delta_mixed_by_a_gate():
     mixer = moved(build("lolcats", window=5, sinks=2, branch="gated_delta", key_width=2))
     window, delta = build("window", window=5, sinks=2), build("gated_delta", key_width=2)

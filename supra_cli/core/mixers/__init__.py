@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,6 +30,8 @@ class Mixer(nn.Module):
     """Names of the parts that its answer is a sum of, where each can be asked alone."""
     only: str | None = None
     """The one branch that answers, None for all together: what an evaluation sets to see what each can do."""
+    fits: int = 1
+    """How often `fit` is called."""
     softens: ClassVar[bool] = False
     """Whether its scores go through the base's soft cap and a softmax, as in the base."""
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ()
@@ -60,15 +62,16 @@ class Mixer(nn.Module):
         """What the heads can be asked to equal, given the teacher's o [B,T,H,V]: o, or o normalised as they are."""
         return o
 
-    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
+    def moments(self, o: Tensor, taught: Tensor, attention: Callable[[], Tensor]) -> Tensor:
         """What `fit` learns from the mixer's own o and the teacher's, both [B,T,H,V] and zero at tokens that do not
-        count: sums over batch and tokens, in any shape, which are added up over the first step of attention transfer.
+        count, and from where the teacher looks, `attention()` (`mixers.softmax.attention_moments`): sums over batch and
+        tokens, in any shape, which are added up over the first step of attention transfer.
         """
         return o.new_zeros(0)
 
     def fit(self, moments: Tensor) -> None:
         """Set the parameters that have a closed form so that the mixer's o comes near the teacher's; called without
-        gradient, once, before the first step of attention transfer.
+        gradient before the first step of attention transfer, `fits` times, each with moments of what the last left.
         """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -59,6 +60,9 @@ class GatedDelta(MatrixMixer):
         """Tokens that q, k and v are each a sum of, the newest included; 0 is none."""
         negative_eigenvalues: bool = False
         """β in (0,2): a transition may then flip the sign of what lies along k (arXiv:2411.12537)."""
+        calibrate: bool = False
+        """Begin attention transfer with decays that halve the state over a head's mean distance of attention, and with
+        β = 0.3 + 0.4 c, where c = Σ_j p_ij² is how concentrated that attention is (arXiv:2606.16429)."""
         norm: Literal["none", "rms"] = "none"
         """rms: each head divided by its root mean square, before the gain."""
         output_gate: bool = False
@@ -70,6 +74,8 @@ class GatedDelta(MatrixMixer):
 
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
+        # The gain is fitted again to the decays and the β that were fitted first.
+        self.fits = 2 if options.calibrate else 1
         rows = options.key_width * spec.head_dim
         if rows != int(rows):
             raise UsageError(
@@ -106,17 +112,22 @@ class GatedDelta(MatrixMixer):
                 rows = self.phi_k.weight[head, part * width : (part + 1) * width]
                 nn.init.eye_(rows) if part == 0 else nn.init.orthogonal_(rows)
         self.phi_q.weight.copy_(self.phi_k.weight.repeat_interleave(group, 0))
-        last = self.decay if isinstance(self.decay, nn.Linear) else self.decay[-1]
-        for zero in (self.phi_q.bias, self.phi_k.bias, self.write.weight, self.write.bias, last.weight, self.A_log):
+        for zero in (self.phi_q.bias, self.phi_k.bias, self.write.weight, self.write.bias):
             nn.init.zeros_(zero)
-        # softplus(b) from 0.001 to 0.1 over the heads, evenly in the logarithm.
-        decays = torch.logspace(-3, -1, self.spec.heads, dtype=torch.float64).expm1().log()
-        last.bias.copy_(decays.repeat_interleave(last.out_features // self.spec.heads))
+        self._begin_with(torch.logspace(-3, -1, self.spec.heads, dtype=torch.float64))
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
         nn.init.ones_(self.gain)
         for conv in self.convolutions:
             conv.reset_parameters()
+
+    def _begin_with(self, rates: Tensor) -> None:
+        """Begin with g = -rates [H], whatever x is."""
+        last = self.decay if isinstance(self.decay, nn.Linear) else self.decay[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(self.A_log)
+        # The inverse of the softplus.
+        last.bias.copy_(rates.double().expm1().log().repeat_interleave(last.out_features // self.spec.heads))
 
     def forward(
         self,
@@ -155,8 +166,14 @@ class GatedDelta(MatrixMixer):
         g = -wide(self.A_log).exp().unsqueeze(-1) * rate
         return g.squeeze(-1)
 
-    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
-        return gain_moments(o, taught)
+    def moments(self, o: Tensor, taught: Tensor, attention: Callable[[], Tensor]) -> Tensor:
+        gains = gain_moments(o, taught)
+        return torch.cat((gains, attention())) if self.options.calibrate else gains
 
     def fit(self, moments: Tensor) -> None:
-        fit_gain(self.gain, moments)
+        fit_gain(self.gain, moments[:2])
+        if self.options.calibrate:
+            distance, concentration, tokens = moments[2:]
+            self._begin_with((math.log(2) * tokens / distance).clamp(1e-3, 5))
+            nn.init.zeros_(self.write.weight)
+            self.write.bias.copy_((0.3 + 0.4 * concentration / tokens).logit())

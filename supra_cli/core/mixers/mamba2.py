@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import softplus
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.parts import HeadNorm, MatrixMixer, MatrixState, wide
+from supra_cli.core.mixers.parts import HeadNorm, MatrixMixer, MatrixState, gain_moments, wide
 from supra_cli.core.ops import linear_attention
 
 SLOWEST, FASTEST = 1e-3, 1e-1
@@ -73,8 +74,8 @@ class Mamba2(MatrixMixer):
     def target(self, o: Tensor) -> Tensor:
         return self.norm.target(o)
 
-    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
-        return self.norm.moments(o, taught)
+    def moments(self, o: Tensor, taught: Tensor, attention: Callable[[], Tensor]) -> Tensor:
+        return gain_moments(o, taught)
 
     def fit(self, moments: Tensor) -> None:
         self.norm.fit(moments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -70,8 +71,8 @@ class Retaining(MatrixMixer):
     def target(self, o: Tensor) -> Tensor:
         return self.norm.target(o)
 
-    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
-        return self.norm.moments(o, taught)
+    def moments(self, o: Tensor, taught: Tensor, attention: Callable[[], Tensor]) -> Tensor:
+        return gain_moments(o, taught)
 
     def fit(self, moments: Tensor) -> None:
         self.norm.fit(moments)
@@ -153,9 +154,6 @@ class HeadNorm(nn.Module):
     def target(self, o: Tensor) -> Tensor:
         """What normed heads can be asked to equal: o, or without a gain, whose scale they cannot reach, o normed."""
         return self(o) if self.gain is None else o
-
-    def moments(self, o: Tensor, taught: Tensor) -> Tensor:
-        return gain_moments(o, taught)
 
     def fit(self, moments: Tensor) -> None:
         if self.gain is not None:

@@ -60,10 +60,12 @@ class Stage(ABC):
         """
         return {}
 
-    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> None:  # noqa: B027 - few stages do
+    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> bool:
         """Set `constants`, and the parameters that have a closed form, from what `measure` found in all micro-batches
-        of the first step together, `tokens` scored ones. Called once, before that step, under `torch.no_grad`.
+        of the first step together, `tokens` scored ones. Called before that step, under `torch.no_grad`; whether to
+        measure what that left, and begin once more.
         """
+        return False
 
     @abstractmethod
     def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:

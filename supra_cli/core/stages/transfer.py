@@ -14,14 +14,14 @@ from supra_cli.core.data.packing import IGNORED, Batch
 from supra_cli.core.errors import SupraError
 from supra_cli.core.layout import Layout
 from supra_cli.core.mixers.parts import wide
-from supra_cli.core.mixers.softmax import Softmax
+from supra_cli.core.mixers.softmax import Softmax, attention_moments
 from supra_cli.core.parallel import whole
 from supra_cli.core.stages import stages
 from supra_cli.core.stages.base import Backward, Loss, Stage
 from supra_cli.core.swap import SwappedAttention
 
-Look = Callable[[SwappedAttention, Callable[[], Tensor], Tensor, Tensor], None]
-"""(layer, its mixer's heads [B,T,H,V] when called, the softmax heads [B,T,H,V], the softmax's output [B,T,D])."""
+Look = Callable[[SwappedAttention, tuple[Any, ...], Tensor, Tensor], None]
+"""(layer, what its mixer is called with, the softmax heads [B,T,H,V], the softmax's output [B,T,D])."""
 
 
 @stages.register("transfer")
@@ -44,6 +44,7 @@ class Transfer(Stage):
 
     teacher = "shared"
     inside = True
+    begun = 0
 
     def trains(self, name: str, in_mixer: bool) -> bool:
         return in_mixer
@@ -53,16 +54,18 @@ class Transfer(Stage):
         sums: dict[str, Tensor] = {}
         only = partial(scored_alone, batch)
 
-        def look(layer: SwappedAttention, heads: Callable[[], Tensor], taught: Tensor, answer: Tensor) -> None:
-            number = layer.mixer.spec.layer
-            sums[f"{number}.heads"] = squares(only(layer.mixer.target(taught)))
+        def look(layer: SwappedAttention, inputs: tuple[Any, ...], taught: Tensor, answer: Tensor) -> None:
+            number, mixer = layer.mixer.spec.layer, layer.mixer
+            q, k, _, x, rope, _, layout = inputs
+            attention = partial(attention_moments, mixer.spec, q, k, x, rope, layout, batch.labels != IGNORED)
+            sums[f"{number}.heads"] = squares(only(mixer.target(taught)))
             sums[f"{number}.output"] = squares(only(answer))
-            sums[f"{number}.fit"] = layer.mixer.moments(only(heads()), only(taught))
+            sums[f"{number}.fit"] = mixer.moments(only(mixer(*inputs)[0]), only(taught), attention)
 
         visit(student, batch, look)
         return sums
 
-    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> None:
+    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> bool:
         if not tokens:
             raise SupraError(
                 "no row of the transfer's first step has two tokens of one document, so there is nothing to measure; "
@@ -75,16 +78,18 @@ class Transfer(Stage):
             for part in (f"{number}.heads", f"{number}.output"):
                 # A layer that answers zero to everything is compared as it is.
                 self.constants[part] = torch.where(sums[part] > 0, sums[part] / tokens, 1)
+        self.begun += 1
+        return self.begun < max(layer.mixer.fits for _, layer in student.swapped_layers())
 
     def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:
         errors: dict[str, Tensor] = {}
         outputs: list[Tensor] = []
         only = partial(scored_alone, batch)
 
-        def compare(layer: SwappedAttention, heads: Callable[[], Tensor], taught: Tensor, answer: Tensor) -> None:
+        def compare(layer: SwappedAttention, inputs: tuple[Any, ...], taught: Tensor, answer: Tensor) -> None:
             number = layer.mixer.spec.layer
             with torch.enable_grad():
-                o = heads()
+                o, _ = layer.mixer(*inputs)
                 error = squares(only(wide(o) - wide(layer.mixer.target(taught)))) / self.constants[f"{number}.heads"]
             errors[f"layer.{number}"] = backward(error)
             off = wide(layer.arch.out(layer, o.detach().flatten(-2))) - wide(answer)
@@ -102,7 +107,7 @@ def visit(student: nn.Module, batch: Batch, look: Look) -> None:
     def forward(layer: SwappedAttention, hidden_states: Tensor, *, layout: Layout | None, **call: Any) -> Tensor:
         inputs = (*layer.inputs(hidden_states, **call), None, layout)
         taught, answer = softmax_answer(layer, *inputs)
-        look(layer, lambda: layer.mixer(*inputs)[0], taught, answer)
+        look(layer, inputs, taught, answer)
         return answer
 
     layers = [layer for _, layer in student.swapped_layers()]
