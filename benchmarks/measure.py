@@ -1,10 +1,12 @@
 """What `supra bench` measures, on a machine that has only torch, triton and transformers, and beside what is asked:
 
     python benchmarks/measure.py operator --tokens 2048 8192 32768 131072 --output benchmarks/results/operator-cpu.json
+    python benchmarks/measure.py delta --rounds 7 --output benchmarks/results/delta-cpu.json
     python benchmarks/measure.py decode [--compile] --output benchmarks/results/decode[-compiled]-cpu.json
     python benchmarks/measure.py train --output benchmarks/results/train-cpu.json
 
-`step` is the operator's decode step alone. What the other scripts here share stands below.
+`step` is the operator's decode step alone, `delta` the delta rule's operator. What the other scripts here share stands
+below.
 """
 
 from __future__ import annotations
@@ -21,16 +23,19 @@ import ctypes  # noqa: E402
 import json  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from contextlib import suppress  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
+from torch.nn.functional import scaled_dot_product_attention as softmax  # noqa: E402
 
 from supra_cli.core import bench  # noqa: E402
 from supra_cli.core.accounting import GPUS  # noqa: E402
 from supra_cli.core.environment import hardware, versions  # noqa: E402
-from supra_cli.core.ops import linear_attention  # noqa: E402
+from supra_cli.core.ops import delta_rule, linear_attention  # noqa: E402
 
 
 def machine() -> dict:
@@ -91,6 +96,37 @@ def step(device: str, batches: list[int], rounds: int) -> dict:
     return bench.result("step", device, rounds, rows)
 
 
+def delta(device: str, lengths: list[int], rounds: int) -> dict:
+    """The delta rule with a decay a head, as `gated_delta` has it, and one a channel, as `kda`: forward and backward,
+    to decays and write strengths too, beside causal softmax attention (on a CPU up to 8,192 tokens).
+    """
+    (batch, heads, width), dtype, runs = bench.OPERATORS[device], bench.DTYPES[device], {}
+    for tokens in lengths:
+        *inputs, do = torch.randn((4, batch, tokens, heads, width), device=device, dtype=dtype).unbind()
+        q, k, v = torch.nn.functional.normalize(inputs[0], dim=-1), *inputs[1:]
+        k, beta = torch.nn.functional.normalize(k, dim=-1), torch.rand(q.shape[:3], device=device)
+        for name, shape in (("head", q.shape[:3]), ("channel", q.shape)):
+            leaves = [q, k, v, -0.1 * torch.rand(shape, device=device), beta]
+            runs[tokens, name] = partial(_both, lambda *x: delta_rule(*x)[0], leaves, do)
+        if device == "cuda" or tokens <= 8192:
+            leaves = [x.transpose(1, 2).contiguous() for x in inputs]
+            runs[tokens, "softmax"] = partial(_both, partial(softmax, is_causal=True), leaves, do.transpose(1, 2))
+    times = bench.timed(runs, rounds, device)
+    rows = [
+        {"tokens": tokens, "decay": name, "softmax_ms": times.ms((tokens, "softmax")) if other in runs else None}
+        | times.row((tokens, name), other, batch * tokens, bench.counted_flops(run))
+        for (tokens, name), run in runs.items()
+        for other in [(tokens, "softmax")]
+        if name != "softmax"
+    ]
+    return bench.result("delta", device, rounds, rows)
+
+
+def _both(attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor], do: torch.Tensor) -> None:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    torch.autograd.grad(attend(*leaves), leaves, do)
+
+
 def asked(found: dict, device: str) -> list[dict]:
     """What this project asks of such figures."""
     rows = found["rows"]
@@ -107,6 +143,15 @@ def asked(found: dict, device: str) -> list[dict]:
                 f"share of the {rate} rate at 8192", "at least", share, at.get(8192, {}).get(f"share_of_{rate}_rate")
             ),
             target("time at 32768 over time at 8192", "at most", 4.4, longer),
+        ]
+    if found["benchmark"] == "delta":
+        at = {row["tokens"]: row for row in rows if row["decay"] == "head"}
+        longer = at[32768]["ms"] / at[8192]["ms"] if {8192, 32768} <= at.keys() else None
+        over = at.get(8192, {}).get("over_softmax")
+        return [
+            target("delta rule, forward+backward, times faster than softmax at 8192", "at least", 4.0, over),
+            target("the same, the goal", "at least", 6.0, over),
+            target("its time at 32768 over time at 8192", "at most", 4.4, longer),
         ]
     if found["benchmark"] == "step":
         shares = [row["share_of_copy_rate"] for row in rows if row["batch"] >= 16]
@@ -140,7 +185,7 @@ def keep_freed_memory() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("operator", "step", "decode", "train"))
+    parser.add_argument("what", choices=("operator", "delta", "step", "decode", "train"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("--rounds", type=int, default=20, help="interleaved rounds")
@@ -155,10 +200,11 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="+", default=["softmax", "supra", "t2r"])
     given = parser.parse_args()
     device, rounds = given.device, given.rounds
-    kept = keep_freed_memory() if device == "cpu" and given.what == "operator" else False
+    kept = keep_freed_memory() if device == "cpu" and given.what in ("operator", "delta") else False
     shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes]
     found = {
         "operator": lambda: bench.operator(device, given.tokens, rounds),
+        "delta": lambda: delta(device, given.tokens, rounds),
         "step": lambda: step(device, given.batches, rounds),
         "decode": lambda: bench.decode(
             device, given.model, given.positions, given.batch, given.layers, given.compile, rounds

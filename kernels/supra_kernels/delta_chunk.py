@@ -60,6 +60,10 @@ class _Decay(NamedTuple):
     def channels(self) -> bool:
         return self.within.dim() == 6
 
+    def kept(self, k: Tensor) -> Tensor:
+        """`through`, for every chunk, batch and head of k."""
+        return self.through.expand(*k.shape[:3], -1, -1)
+
     def scores(self, x: Tensor, k: Tensor) -> Tensor:
         """x_i·(within_ij k_j), [m,b,h,C,C]."""
         if not self.channels:
@@ -128,10 +132,17 @@ def _added(parts: Iterable[Tensor]) -> Tensor:
 class _Chunks(NamedTuple):
     """What both directions need of a block."""
 
-    A: Tensor
+    scores: Tensor
+    """A without its β."""
     lower: Tensor
     """(I + A)^-1."""
     P: Tensor
+    from_start: Tensor
+    """K ∘ e^c."""
+    to_end: Tensor
+    """(K ∘ e^{c_C - c})^T."""
+    W: Tensor
+    """(I + A)^-1 β (K ∘ e^c)."""
     states: Tensor
     """Before each chunk, and after the last: [M+1,B,H,K,V]."""
     values: Tensor
@@ -140,19 +151,21 @@ class _Chunks(NamedTuple):
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: _Decay, start: Tensor) -> _Chunks:
     """q, k, v [M,B,H,C,·], beta [M,B,H,C,1]."""
-    A = decay.scores(k, k).tril_(-1).mul_(beta)
-    lower = inverse(A)
-    right = torch.cat((v, k * decay.from_start), -1).mul_(beta)
-    U, W = (lower @ right).split((v.shape[-1], k.shape[-1]), -1)
-    to_end = (k * decay.to_end).mT
+    scores, from_start, to_end = decay.scores(k, k).tril_(-1), k * decay.from_start, (k * decay.to_end).mT
+    lower = inverse(scores * beta)
+    W, values = lower @ (from_start * beta), lower @ (v * beta)
     states = start.new_empty(len(k) + 1, *start.shape)
     states[0] = start
-    values = torch.empty_like(U, memory_format=torch.contiguous_format)
-    through = decay.through.expand(len(k), -1, -1, -1, -1)
-    for m in range(len(k)):
-        torch.sub(U[m], W[m] @ states[m], out=values[m])
-        torch.addcmul(to_end[m] @ values[m], states[m], through[m], out=states[m + 1])
-    return _Chunks(A, lower, decay.scores(q, k), states, values)
+    S, each = _by_chunk(states), map(_by_chunk, (W, values, to_end, decay.kept(k)))
+    for m, (W_, value, end, kept) in enumerate(zip(*each, strict=True)):
+        torch.baddbmm(value, W_, S[m], alpha=-1, out=value)
+        torch.baddbmm(S[m] * kept, end, value, out=S[m + 1])
+    return _Chunks(scores, lower, decay.scores(q, k), from_start, to_end, W, states, values)
+
+
+def _by_chunk(x: Tensor) -> tuple[Tensor, ...]:
+    """[M,B,H,·,·] -> M views [B·H,·,·]: a product of these is one call, and adds to what is there."""
+    return x.flatten(1, 2).unbind()
 
 
 def inverse(A: Tensor) -> Tensor:
@@ -242,25 +255,22 @@ def _backward_block(
     chunks = _chunks(q, k, v, beta, decay, start)
     before, values = chunks.states[:-1], chunks.values
     do = do * scale
-    to_end, from_start = k * decay.to_end, k * decay.from_start
-
     d_values = chunks.P.mT @ do
     from_output = (q * decay.from_start).mT @ do
-    W = chunks.lower @ (from_start * beta)
     d_states = torch.empty_like(chunks.states)
     d_states[-1] = d_end
-    through = decay.through.expand(len(k), -1, -1, -1, -1)
-    for m in reversed(range(len(k))):
-        d_values[m] += to_end[m] @ d_states[m + 1]
-        torch.addcmul(from_output[m] - W[m].mT @ d_values[m], d_states[m + 1], through[m], out=d_states[m])
+    dS = _by_chunk(d_states)
+    each = map(_by_chunk, (chunks.W.mT, d_values, chunks.to_end.mT, from_output, decay.kept(k)))
+    for m, (W_, d_value, end, output, kept) in reversed(list(enumerate(zip(*each, strict=True)))):
+        torch.baddbmm(d_value, end, dS[m + 1], out=d_value)
+        torch.baddbmm(torch.addcmul(output, dS[m + 1], kept), W_, d_value, alpha=-1, out=dS[m])
 
     dY = chunks.lower.mT @ d_values
     dA = (dY @ values.mT).neg_().tril_(-1)
     dP = (do @ values.mT).tril_()
     dv = dY * beta
-    d_beta = (dY * (v - from_start @ before)).sum(-1, keepdim=True)
-    # A's rows without their β: where β is 0 there is no dividing by it.
-    d_beta += (dA * decay.scores(k, k)).sum(-1, keepdim=True)
+    d_beta = (dY * (v - chunks.from_start @ before)).sum(-1, keepdim=True)
+    d_beta += (dA * chunks.scores).sum(-1, keepdim=True)
 
     dq, k_column = decay.gradients(dP, q, k)
     k_row, k_other = decay.gradients(dA * beta, k, k)

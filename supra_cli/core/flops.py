@@ -87,5 +87,5 @@ def delta_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int, i
     state. Backward: what of it is needed again, and the gradient of each.
     """
     forward = chunk * (3 * key_dim + 2 * v_dim) + 3 * key_dim * v_dim
-    backward = chunk * (9 * key_dim + 5 * v_dim) + 9 * key_dim * v_dim
+    backward = chunk * (7 * key_dim + 5 * v_dim) + 9 * key_dim * v_dim
     return 2 * rows * forward, 2 * rows * backward

@@ -318,7 +318,7 @@ def test_how_far_back_and_how_concentrated_attention_is_is_counted_without_its_w
     scores = torch.einsum("bihd,bjhd->bhij", rope(q), repeated(rope(k))) * K**-0.5
     p = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
     each = torch.stack(((p * steps_back()).sum(-1), p.square().sum(-1), torch.ones(2, 4, T)))
-    want = each.masked_fill(~counts[:, None], 0).sum((1, 3)).float()
+    want = each.masked_fill(~counts[:, None], 0).sum((1, 3))
     assert_close(found[[0, 2]], want[[0, 2]], atol=1e-3, rtol=1e-4)
     assert_close(found[1], want[1], atol=0, rtol=0.02)
 

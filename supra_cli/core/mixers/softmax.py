@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate, softmax_mask
 from supra_cli.core.mixers import Mixer, mixers
-from supra_cli.core.mixers.parts import capped
+from supra_cli.core.mixers.parts import capped, wide
 
 
 @mixers.register("softmax")
@@ -46,20 +46,19 @@ class Softmax(Mixer):
 def attention_moments(
     spec: HeadSpec, q: Tensor, k: Tensor, x: Tensor, rope: Rotate, layout: Layout | None, counts: Tensor
 ) -> Tensor:
-    """[3, H] in fp32: Σ_i Σ_j p_ij (i - j), Σ_i Σ_j p_ij² and Σ_i 1 over the tokens i where `counts` [B,T] is true.
+    """[3, H] in fp32 or finer: Σ_i Σ_j p_ij (i - j), Σ_i Σ_j p_ij² and Σ_i 1 over the tokens i where `counts` [B,T] is true.
 
     p are the weights of softmax attention. They are never made: attention over values which are the tokens' numbers
     gives Σ_j p_ij j, and over values e that are 1 or -1 at random, in each of many channels, the mean of
     (Σ_j p_ij e_j)², which Σ_j p_ij² is the expectation of. The signs are the same at every call.
     """
     batch, tokens, channels = *x.shape[:2], max(spec.v_dim, 64)
-    signs = torch.randint(0, 2, (tokens, channels), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    number = torch.arange(tokens, dtype=torch.float32, device=q.device)
-    values = torch.cat((number[:, None], signs.to(q.device)), dim=-1)
-    values = values[None, :, None].expand(batch, -1, k.shape[2], -1)
+    q, k = wide(q), wide(k)
+    signs = torch.randint(0, 2, (tokens, channels), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    number = torch.arange(tokens, dtype=q.dtype, device=q.device)
+    values = torch.cat((number[:, None], signs.to(q)), dim=-1)[None, :, None].expand(batch, -1, k.shape[2], -1)
     with torch.autocast(q.device.type, enabled=False):  # bf16 cannot tell the tokens 511 and 512 from each other
-        q, k = q.float(), k.float()
-        seen, _ = Softmax(spec, Softmax.Options())(q, k, values, x, lambda h: rope(h).float(), None, layout)
+        seen, _ = Softmax(spec, Softmax.Options())(q, k, values, x, lambda heads: wide(rope(heads)), None, layout)
     distance = number[:, None] - seen[..., 0]
     sums = torch.stack((distance, seen[..., 1:].square().mean(-1), torch.ones_like(distance)))
     return sums.masked_fill(~counts[..., None], 0).sum((1, 2))
