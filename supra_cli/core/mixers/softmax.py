@@ -46,8 +46,7 @@ class Softmax(Mixer):
 def attention_moments(
     spec: HeadSpec, q: Tensor, k: Tensor, x: Tensor, rope: Rotate, layout: Layout | None, counts: Tensor
 ) -> Tensor:
-    """[3, H] in fp32 or finer: Σ_i Σ_j p_ij (i - j), Σ_i Σ_j p_ij² and Σ_i 1 over the tokens i where `counts` [B,T] says
-    so.
+    """[3, H] in fp32 or finer: Σ_i Σ_j p_ij (i - j), Σ_i Σ_j p_ij² and Σ_i 1 over the tokens i that `counts` [B,T] has.
 
     p are the weights of softmax attention. They are never made: attention over values which are the tokens' numbers
     gives Σ_j p_ij j, and over values e that are 1 or -1 at random, in each of many channels, the mean of
