@@ -45,7 +45,10 @@ TEXT, REPEATED, RANDOM = (
     {"path": "python-stdlib", "repeat": "random"},
 )
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
-BEST = {"name": "gated_delta", "key_width": 4}
+BEST = {"name": "gated_delta", "key_width": 3.75}
+"""With what its convolutions keep, a state just below four times SUPRA's."""
+BOTH = WINDOW | {"name": "lolcats", "branch": "gated_delta", "key_width": 1.6875}
+"""The same, of a window and a recurrent branch."""
 GAPS = {256: (96, 160), 512: (200, 400)}
 """Tokens of a row in training -> what lies between the two meetings of a passage."""
 FIGURE, RESULTS = ROOT / "docs" / "ablation.svg", HERE / "results" / "ablation.json"
@@ -78,6 +81,7 @@ ROWS = {
     "gated_delta": Row(BEST, seeds=3),
     "gated_delta, keys as wide as heads": Row(BEST | {"key_width": 1}, seeds=3),
     "gated_delta, no convolution": Row(BEST | {"short_conv": 0}),
+    "gated_delta, calibrated": Row(BEST | {"calibrate": True}),
     "gated_delta, with positions": Row(BEST | {"rotary": True}),
     "gated_delta, no rows that repeat": Row(BEST, weights=(1, 0, 0)),
     "gated_delta, half the rows repeat random tokens": Row(BEST, weights=(1, 1, 2)),
@@ -97,8 +101,11 @@ ROWS = {
     "window": Row(WINDOW, seq_len=512, trained=False),
     "window and hedgehog": Row(WINDOW | {"name": "lolcats"}, seq_len=512),
     "window and hedgehog, window dropout": Row(WINDOW | {"name": "lolcats", "window_dropout": 0.9}, seq_len=512),
-    "one softmax layer by need": Row(BEST, keep="auto:1", seq_len=512, seeds=3),
-    "one softmax layer in six": Row(BEST, keep="every:6", seq_len=512),
+    "window and delta rule": Row(BOTH, seq_len=512),
+    "window and delta rule, window dropout": Row(BOTH | {"window_dropout": 0.9}, seq_len=512, seeds=3),
+    "one softmax layer by need": Row(BOTH | {"window_dropout": 0.9}, keep="auto:1", seq_len=512, seeds=3),
+    "one softmax layer in six": Row(BOTH | {"window_dropout": 0.9}, keep="every:6", seq_len=512),
+    "gated_delta, one softmax layer by need": Row(BEST, keep="auto:1", seq_len=512),
     "window, one softmax layer": Row(WINDOW, keep="3", seq_len=512, trained=False),
 }
 
@@ -207,7 +214,7 @@ def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     asked = {
         "gated_delta": (0.15, 0.2),
-        "window and hedgehog, window dropout": (0.06, 0.5),
+        "window and delta rule, window dropout": (0.06, 0.5),
         "one softmax layer by need": (0.010, None),
     }
     rows = []
