@@ -37,7 +37,7 @@ def test_a_shipped_recipe_is_valid_and_its_model_can_be_built(path: Path) -> Non
 
 
 def test_the_recipes_that_the_documentation_names_are_there() -> None:
-    named = {"demo", "tiny-teacher", "llama2-7b", "mistral", "t2r", "tinyllama-24gb", "mistral-80gb"}
+    named = {"small-budget", "demo", "tiny-teacher", "llama2-7b", "mistral", "t2r", "tinyllama-24gb", "mistral-80gb"}
     assert named <= {path.stem for path in RECIPES}
 
 
@@ -48,9 +48,15 @@ def named(path: Path) -> tuple[int, int] | None:
     return found and (1 if found[1] == "one" else int(found[1]), int(found[2]))
 
 
-def test_four_recipes_name_the_gpus_that_they_are_for() -> None:
+def test_five_recipes_name_the_gpus_that_they_are_for() -> None:
     found = {path.stem: gpus for path in RECIPES if (gpus := named(path))}
-    assert found == {"tinyllama-24gb": (1, 24), "mistral-80gb": (1, 80), "llama2-7b": (4, 80), "mistral": (4, 80)}
+    assert found == {
+        "small-budget": (1, 24),
+        "tinyllama-24gb": (1, 24),
+        "mistral-80gb": (1, 80),
+        "llama2-7b": (4, 80),
+        "mistral": (4, 80),
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
