@@ -62,7 +62,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases += [(*narrow, mixer, options) for mixer in chosen for options in variants(mixer)]
         names += [name, "options"]
     if names:
-        metafunc.parametrize(names, cases, ids=["-".join(map(_word, case)).strip("-") for case in cases])
+        metafunc.parametrize(names, [_case(case, "options" in names and case[-1]) for case in cases])
+
+
+def _case(case: tuple[Any, ...], varied: bool) -> Any:
+    """A variant is marked so, to be left out where it is the versions of libraries that are tried."""
+    name = "-".join(map(_word, case)).strip("-")
+    return pytest.param(*case, id=name, marks=[pytest.mark.variant] if varied else [])
 
 
 def _word(value: str | dict[str, Any]) -> str:

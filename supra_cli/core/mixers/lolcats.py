@@ -1,4 +1,4 @@
-"""A softmax window and a recurrent branch for what has left it, under one denominator: LoLCATs (Zhang et al. 2024)."""
+"""A softmax window beside a recurrent branch, LoLCATs (Zhang et al. 2024), and the same with the delta rule."""
 
 from __future__ import annotations
 
