@@ -43,9 +43,19 @@ def _list(wanted: bool) -> None:
 def run(
     model: Annotated[str, typer.Argument(help="Directory, alias (tiny, llama-7b, mistral-7b, ...) or hub id.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write.", show_default="runs/<model>-<mixer>")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where to write.", show_default="runs/<model>-<mixer>, or -<keep> of a student"
+        ),
     ] = None,
-    mixer: Annotated[str, typer.Option("--mixer", help="What replaces softmax attention.")] = "supra",
+    mixer: Annotated[
+        str | None,
+        typer.Option(
+            "--mixer",
+            help="What replaces softmax attention; gated_delta, as in the recipe small-budget, is what recalls best.",
+            show_default="supra",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Option of the mixer: --set mixer.key=value, repeatable.")
     ] = None,
@@ -58,10 +68,19 @@ def run(
         ),
     ] = "none",
     text: Annotated[
-        str, typer.Option("--text", help="With --keep auto:N: the text that layers are ranked by.")
-    ] = "python-stdlib",
-    device: Annotated[str, typer.Option("--device", help="With --keep auto:N: auto, cpu, cuda or mps.")] = "auto",
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the new parameters.")] = 0,
+        str | None,
+        typer.Option(
+            "--text", help="With --keep auto:N: the text that layers are ranked by.", show_default="python-stdlib"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="With --keep auto:N: auto, cpu, cuda or mps.", show_default="auto"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the new parameters.", show_default="0"),
+    ] = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List the aliases and leave.", is_eager=True, callback=_list)
     ] = False,
@@ -83,13 +102,23 @@ def run(
 
     from supra_cli.core import accounting, checkpoint
 
-    output = output or Path("runs") / f"{_short(source)}-{mixer}"
     base = checkpoint.outline(source)
-    if automatic(keep) and base.swap.any:
-        if options:
-            raise UsageError(f"--set has no effect with --keep {keep}, which keeps the student's own mixer")
-        _keep_most_needed(source, output, base, keep, text, device, dry_run=dry_run, overwrite=overwrite, json=json)
+    ranks = automatic(keep) and base.swap.any
+    drawing, ranking = {"--mixer": mixer, "--set": overrides, "--seed": seed}, {"--text": text, "--device": device}
+    for name, value in (drawing if ranks else ranking).items():
+        if value is not None:
+            why = "which keeps the student's own mixer" if ranks else "which ranks no layers"
+            raise UsageError(f"{name} has no effect with --keep {keep} of this model, {why}")
+    if ranks:
+        output = output or Path("runs") / f"{_short(source)}-{keep.replace(':', '')}"
+        given = (text or "python-stdlib", device or "auto")
+        _keep_most_needed(source, output, base, keep, *given, dry_run=dry_run, overwrite=overwrite, json=json)
         return
+    if mixer is None:
+        mixer = "supra"
+        console.note("mixer supra, the paper's; --mixer gated_delta, as in the recipe small-budget, recalls more")
+    seed = seed or 0
+    output = output or Path("runs") / f"{_short(source)}-{mixer}"
     config = _unconverted(base, model).with_mixer(mixer, options, keep)
     size = accounting.measure(config)
     document = {

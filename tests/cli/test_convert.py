@@ -249,6 +249,17 @@ def test_the_neediest_layers_of_a_student_are_softmax_again(supra, base, tmp_pat
     assert found == tried
     assert found["softmax"] == [int(max(found["divergences"], key=found["divergences"].get))]
     assert "1 softmax" in supra("inspect", "hybrid").out
+    named = json.loads(supra("convert", "student", "--keep", "auto:1", "--dry-run", *given).out)
+    assert named["path"].endswith("student-auto1")
     for model, keep, said in ((base, "auto:1", "no layer has been ranked"), ("hybrid", "auto:1", "softmax layers")):
         refused = supra("convert", model, "--keep", keep, "-o", "x")
         assert (refused.code, said in refused.error) == (2, True)
+    for model, options in (
+        ("student", ("--keep", "auto:1", "--mixer", "supra")),
+        ("student", ("--keep", "auto:1", "--set", "mixer.gain=head")),
+        ("student", ("--keep", "auto:1", "--seed", "0")),
+        (base, ("--text", "text.txt")),
+        (base, ("--keep", "1", "--device", "cpu")),
+    ):
+        refused = supra("convert", model, *options, "-o", "x")
+        assert (refused.code, f"{options[-2]} has no effect" in refused.error) == (2, True)
