@@ -68,14 +68,18 @@ class Row:
     """Shares of rows that are text, repeat text and repeat random tokens; the teacher's own were 4, 2, 1."""
     stage: dict[str, Any] = field(default_factory=dict)
     """Keys of the last stage in place of DISTILL's."""
+    first: dict[str, Any] = field(default_factory=dict)
+    """Keys of attention transfer in place of TRANSFER's."""
     scratch: bool = False
     trained: bool = True
 
 
-DISTILL = {"kind": "distill", "batch_tokens": 1024, "lr": 1e-3, "mixer_lr": 5e-3, "warmup_steps": 20}
+DISTILL = {"kind": "distill", "batch_tokens": 512, "lr": 4e-4, "mixer_lr": 2e-3, "warmup_steps": 20}
 DISTILL |= {"final_lr_fraction": 0.02}
-TRANSFER = {"kind": "transfer", "batch_tokens": 2048, "mixer_lr": 1e-2, "warmup_steps": 10}
-FINETUNE = {"kind": "finetune", "lr": 1e-3, "mixer_lr": 5e-3}
+TRANSFER = {"kind": "transfer", "batch_tokens": 512, "mixer_lr": 1e-2, "warmup_steps": 10}
+FINETUNE = {"kind": "finetune"}
+FASTER = {"lr": 8e-4, "mixer_lr": 4e-3}
+LARGER = {"first": {"batch_tokens": 2048}, "stage": {"batch_tokens": 1024, "lr": 1e-3, "mixer_lr": 5e-3}}
 
 ROWS = {
     "gated_delta": Row(BEST, seeds=3),
@@ -86,6 +90,8 @@ ROWS = {
     "gated_delta, no rows that repeat": Row(BEST, weights=(1, 0, 0)),
     "gated_delta, half the rows repeat random tokens": Row(BEST, weights=(1, 1, 2)),
     "gated_delta, no transfer": Row(BEST, transfer=0.0),
+    "gated_delta, rates twice as high": Row(BEST, stage=FASTER),
+    "gated_delta, larger steps": Row(BEST | {"key_width": 4}, **LARGER),
     "kda": Row(BEST | {"name": "kda"}),
     "supra, the paper's recipe": Row({"name": "supra"}, transfer=0.0, stage=FINETUNE, weights=(1, 0, 0), seeds=3),
     "supra, transfer and distillation": Row({"name": "supra", "gain": "head"}, seeds=3),
@@ -93,6 +99,7 @@ ROWS = {
     "retention": Row({"name": "retention", "gain": "head"}),
     "gated": Row({"name": "gated"}),
     "hedgehog": Row({"name": "hedgehog"}),
+    "hedgehog, larger steps": Row({"name": "hedgehog"}, **LARGER),
     "mamba2": Row({"name": "mamba2"}),
     "supra, from scratch": Row(
         {"name": "supra"}, transfer=0.0, stage=FINETUNE | {"lr": 3e-3, "mixer_lr": 3e-3}, scratch=True
@@ -102,7 +109,9 @@ ROWS = {
     "window and hedgehog": Row(WINDOW | {"name": "lolcats"}, seq_len=512),
     "window and hedgehog, window dropout": Row(WINDOW | {"name": "lolcats", "window_dropout": 0.9}, seq_len=512),
     "window and delta rule": Row(BOTH, seq_len=512),
-    "window and delta rule, window dropout": Row(BOTH | {"window_dropout": 0.9}, seq_len=512, seeds=3),
+    "window and delta rule, window dropout": Row(
+        BOTH | {"window_dropout": 0.9}, seq_len=512, seeds=3, stage={"mixer_lr": 3e-3}
+    ),
     "one softmax layer by need": Row(BOTH | {"window_dropout": 0.9}, keep="auto:1", seq_len=512, seeds=3),
     "one softmax layer in six": Row(BOTH | {"window_dropout": 0.9}, keep="every:6", seq_len=512),
     "gated_delta, one softmax layer by need": Row(BEST, keep="auto:1", seq_len=512),
@@ -131,7 +140,7 @@ def recipe(row: Row, seed: int, stages: list[dict[str, Any]], keep: str) -> dict
 def train(row: Row, seed: int, tokens: int, folder: Path, device: str) -> Iterator[Path]:
     """Train a student of `row` in `folder`; the runs that it took, the last with the student itself."""
     transferred = int(row.transfer * tokens)
-    transfer = [TRANSFER | {"tokens": transferred}] if transferred else []
+    transfer = [TRANSFER | row.first | {"tokens": transferred}] if transferred else []
     distill = [DISTILL | row.stage | {"tokens": tokens - transferred}]
     if not row.keep.startswith("auto"):
         yield uptrain(recipe(row, seed, transfer + distill, row.keep), folder / "run", device)

@@ -71,7 +71,7 @@ class Lolcats(Window):
     token of the document, and p_i = σ(w_h·x_i + b_h), 1/2 at the start.
 
     The branch is easily bypassed: a trained hybrid may answer from its window alone (arXiv:2510.05901). So the two are
-    named in `branches`, and `window_dropout` makes the branch answer alone in training.
+    named in `branches`, and `window_dropout` makes the branch learn to answer alone.
 
     Source: arXiv:2410.10254, section 3.2, and the authors' code; they have neither sinks nor decay nor delta rule.
     """
@@ -83,8 +83,9 @@ class Lolcats(Window):
         key_width: float = 1
         """Of branch gated_delta: rows of its state, in multiples of the base's head width."""
         window_dropout: float = 0.0
-        """Part of the rows in training whose window is silent at tokens that it does not see all before: so many where
-        a stage begins, falling evenly to none where it ends."""
+        """Part of the rows of attention transfer whose window is silent at tokens that it does not see all before: so
+        many where the stage begins, falling evenly to none where it ends. In later stages, where a silent window would
+        pull at the rest of the model, none."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -102,8 +103,8 @@ class Lolcats(Window):
         {"window": 1, "sinks": 1, "branch": "gated"},
         {"window": 4, "sinks": 1, "branch": "gated_delta", "key_width": 2},
     )
-    progress: float = 0.0
-    """Part of its stage's steps that a run has taken, set by the training loop."""
+    progress: float = 1.0
+    """Part of the steps of attention transfer that a run has taken, set by the training loop; 1 in other stages."""
 
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
