@@ -74,6 +74,14 @@ def operator_times() -> str:
     return _markdown(list(columns), rows)
 
 
+def delta() -> str:
+    rows = [
+        [f"{row['tokens']}", row["decay"], *(_figure(row[key]) for key in ("ms", "softmax_ms", "over_softmax"))]
+        for row in _found("delta-cpu")["rows"]
+    ]
+    return _markdown(["T", "a decay for each", "forward + backward", "SDPA's", "times faster"], rows)
+
+
 def decode() -> str:
     times = {
         (row["model"] + form, row["position"]): row["ms"]
@@ -355,6 +363,8 @@ def render(text: str) -> str:
         "saving": saving,
         "convert": convert,
         "curves": curves,
+        "delta": delta,
+        "delta-targets": partial(_targets, "delta-cpu", "CPU, fp32, one thread, B1 H4 D64", ".2f"),
         "ablation": ablation,
         "ablation-short": partial(ablation, *SHORT),
     }
