@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,23 +26,28 @@ ROOT = HERE.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path[1:1] = [str(ROOT), str(ROOT / "kernels")]
 
-import tomli_w  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.measure import target  # noqa: E402
+from benchmarks.students import (  # noqa: E402
+    RANDOM,
+    REPEATED,
+    TEXT,
+    complaint,
+    measured,
+    save,
+    steps,
+    supra,
+    uptrain,
+)
 from supra_cli.core import accounting, checkpoint, hub  # noqa: E402
 from supra_cli.core.data.rows import held_out  # noqa: E402
 from supra_cli.core.environment import environment  # noqa: E402
-from supra_cli.core.evaluate.measures import Material, measures  # noqa: E402
-from supra_cli.core.evaluate.nats import perplexity  # noqa: E402
+from supra_cli.core.evaluate.measures import Material  # noqa: E402
 from supra_cli.core.recipe import Data  # noqa: E402
 
 TOKENS = 900_000
 """5 % of the 18M that the teacher was trained on."""
-TEXT, REPEATED, RANDOM = (
-    {"path": "python-stdlib"},
-    {"path": "python-stdlib", "repeat": "text"},
-    {"path": "python-stdlib", "repeat": "random"},
-)
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
 BEST = {"name": "gated_delta", "key_width": 3.75}
 """With what its convolutions keep, a state just below four times SUPRA's."""
@@ -123,16 +127,16 @@ def recipe(row: Row, seed: int, stages: list[dict[str, Any]], keep: str) -> dict
     text = [TEXT | {"weight": row.weights[0]}]
     for source, weight in zip((REPEATED, RANDOM), row.weights[1:], strict=True):
         text += [source | {"weight": weight}] if weight else []
-    steps = max(1, sum(stage["tokens"] // stage["batch_tokens"] for stage in stages) // 6)
+    every = max(1, sum(stage["tokens"] // stage["batch_tokens"] for stage in stages) // 6)
     return {
         "base": "tiny",
         "seed": seed,
         "keep": keep,
         **({"init": "scratch"} if row.scratch else {}),
-        "validate_every_steps": steps,
+        "validate_every_steps": every,
         "mixer": row.mixer,
         "data": {"seq_len": row.seq_len, "validation_tokens": 65_536, "sources": text, "validation": [TEXT]},
-        "checkpoint": {"every_steps": steps, "keep_last": 20},
+        "checkpoint": {"every_steps": every, "keep_last": 20},
         "stages": stages,
     }
 
@@ -152,26 +156,6 @@ def train(row: Row, seed: int, tokens: int, folder: Path, device: str) -> Iterat
     yield uptrain(recipe(row, seed, distill, row.keep), folder / "run", device, "--model", str(hybrid))
 
 
-def supra(*arguments: str) -> str:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "supra_cli", *arguments]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"supra {' '.join(arguments)}: {done.stderr.splitlines()[-1]}")
-    return done.stdout
-
-
-def uptrain(recipe: dict[str, Any], output: Path, device: str, *more: str) -> Path:
-    """Run or resume a recipe; returns `output`."""
-    written = output.with_suffix(".toml")
-    written.parent.mkdir(parents=True, exist_ok=True)
-    written.write_text(tomli_w.dumps(recipe), encoding="utf-8")
-    begun = ["--resume"] if output.is_dir() else []
-    supra("uptrain", "-r", str(written), "-o", str(output), "--device", device, "--dtype", "float32", *more, *begun)
-    return output
-
-
 def student(name: str, seed: int, tokens: int, folder: Path, device: str) -> dict[str, Any]:
     """Train a student of that row; what it loses and recalls at every save, over the tokens that it has seen."""
     row, torch_device = ROWS[name], torch.device(device)
@@ -187,26 +171,17 @@ def student(name: str, seed: int, tokens: int, folder: Path, device: str) -> dic
     tokenizer = checkpoint.load_tokenizer(folder_of_teacher)
     data = Data(seq_len=row.seq_len, validation_tokens=65_536, sources=[TEXT], validation=[TEXT])
     text = held_out(data, tokenizer).to(torch_device)
-    material = Material(tokenizer, lengths=GAPS[row.seq_len], train_length=row.seq_len)
-
-    def measured(path: Path) -> dict[str, Any]:
-        model = checkpoint.load(path, device=device, dtype=torch.float32)
-        recalled = measures.get("repeats")(model, material)
-        return {"nats": perplexity(model, *text).nats, "repeats": {label: list(x) for label, x in recalled.items()}}
-
+    given = text, Material(tokenizer, lengths=GAPS[row.seq_len], train_length=row.seq_len), device
     curve, before = [], 0
     for run in runs:
-        events = []
-        if row.trained:
-            events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        seen = {0: 0} | {event["step"]: event["tokens"] for event in events if event["event"] == "step"}
+        seen = {0: 0} | {step["step"]: step["tokens"] for step in (steps(run) if row.trained else [])}
         for saved in sorted(run.glob("step-*")):
-            curve.append({"tokens": before + seen[int(saved.name.removeprefix("step-"))], **measured(saved)})
+            curve.append({"tokens": before + seen[int(saved.name.removeprefix("step-"))], **measured(saved, *given)})
         before += max(seen.values())
     last = sorted(runs[-1].glob("step-*"))[-1]
     plan = accounting.measure(checkpoint.read_config(last))
     found = {"row": name, "seed": seed, "tokens": before, "state_bytes": plan.state_bytes, "curve": curve}
-    return found | {"teacher": measured(folder_of_teacher), "environment": environment(device)}
+    return found | {"teacher": measured(folder_of_teacher, *given), "environment": environment(device)}
 
 
 def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -230,10 +205,7 @@ def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row, (nats, share) in asked.items():
         for what, most, value in (("excess nats", nats, excess(row)), ("worst of its repeats", share, repeats(row))):
             if most is not None:
-                met = None if value is None else value <= most
-                rows.append(
-                    {"what": f"{row}: {what}", "bound": "at most", "target": most, "measured": value, "met": met}
-                )
+                rows.append(target(f"{row}: {what}", "at most", most, value))
     return rows
 
 
@@ -245,10 +217,7 @@ def write(found: list[dict[str, Any]], path: Path, tokens: int) -> None:
         "targets": targets(found),
         "runs": found,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    save(document, path)
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
@@ -302,11 +271,9 @@ def main() -> int:
     def run(case: tuple[int, str]) -> None:
         seed, name = case
         shared = ["--tokens", str(given.tokens), "--device", given.device, "--work", str(given.work)]
-        command = [sys.executable, __file__, *shared, "--one", name, str(seed)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
+        if said := complaint(__file__, *shared, "--one", name, str(seed)):
             failed.append(name)
-            print(f"{name}, seed {seed}: {(done.stderr.splitlines() or ['killed'])[-1]}", flush=True)
+            print(f"{name}, seed {seed}: {said}", flush=True)
             return
         folder = given.work / f"{list(ROWS).index(name):02}-{seed}"
         found.append(json.loads((folder / "found.json").read_text(encoding="utf-8")))

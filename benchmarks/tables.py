@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -308,18 +307,16 @@ def ablation(*names: str) -> str:
         runs.setdefault(run["row"], []).append(run)
 
     def line(name: str, seeds: list[dict]) -> list[str]:
-        def middle(value: Callable[[dict], float]) -> float:
-            return statistics.median(value(run["curve"][-1] | {"teacher": run["teacher"]}) for run in seeds)
-
-        gaps = [label for label in seeds[0]["teacher"]["repeats"] if label.startswith("random")]
-        recalled = [middle(lambda end, at=at: end["repeats"][at][0]) for at in gaps]
-        taught = [seeds[0]["teacher"]["repeats"][at][0] for at in gaps]
+        ends, teacher = [run["curve"][-1] for run in seeds], seeds[0]["teacher"]
+        gaps = [label for label in teacher["repeats"] if label.startswith("random")]
+        recalled = [statistics.median(end["repeats"][at][0] for end in ends) for at in gaps]
+        taught = [teacher["repeats"][at][0] for at in gaps]
         return [
             name,
             f"{len(seeds)}",
             f"{seeds[0]['tokens']:,}",
             f"{seeds[0]['state_bytes'] / 1024:.0f}",
-            f"{middle(lambda end: end['nats'] - end['teacher']['nats']):.3f}",
+            f"{statistics.median(end['nats'] for end in ends) - teacher['nats']:.3f}",
             " / ".join(at.rpartition(" ")[2] for at in gaps),
             " / ".join(f"{share:.2f}" for share in recalled),
             " / ".join(f"{share:.2f}" for share in taught),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +18,12 @@ from supra_cli.core.mixers.parts import HedgehogMap, ReluMap, nearly_none, wide
 from supra_cli.core.mixers.window import Sight, Window, WindowState
 from supra_cli.core.ops import linear_attention
 
+LolcatsState = namedtuple("LolcatsState", (*WindowState._fields, "S"))
+"""A `WindowState` with one token more, the next to leave, and the branch's memory of what has left before it, S
+[B, H, K', V + 1] fp32, its last column the branch's denominator."""
 
-class LolcatsState(NamedTuple):
-    """A `WindowState` with one token more, the next to leave, and the branch's memory of what has left before it."""
-
-    sink_k: Tensor
-    sink_v: Tensor
-    recent_k: Tensor
-    """[B, window, G, K] fp32, the newest last."""
-    recent_v: Tensor
-    seen: Tensor
-    S: Tensor
-    """[B, H, K', V + 1] fp32, its last column the branch's denominator."""
-
-
-class GatedState(NamedTuple):
-    """A `WindowState` and a `DeltaState`, with branch gated_delta."""
-
-    sink_k: Tensor
-    sink_v: Tensor
-    recent_k: Tensor
-    recent_v: Tensor
-    seen: Tensor
-    S: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
+GatedState = namedtuple("GatedState", (*WindowState._fields, *DeltaState._fields))
+"""A `WindowState` and a `DeltaState`, with branch gated_delta."""
 
 
 @mixers.register("lolcats")
@@ -150,7 +131,8 @@ class Lolcats(Window):
         layout: Layout | None,
     ) -> tuple[Tensor, LolcatsState | GatedState]:
         state = self.init_state(len(x), x.device) if state is None else state
-        seen, memory = WindowState(*state[:5]), state[5:]
+        parts = len(WindowState._fields)
+        seen, memory = WindowState(*state[:parts]), state[parts:]
         rotated = rope(q)
         sight = self.look(rotated, rope(k), v, seen, layout)
         left = sight.rows.position >= self.options.window + self.options.sinks

@@ -60,12 +60,14 @@ class Stage(ABC):
         """
         return {}
 
-    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> bool:
+    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> None:  # noqa: B027 - few stages do
         """Set `constants`, and the parameters that have a closed form, from what `measure` found in all micro-batches
-        of the first step together, `tokens` scored ones. Called before that step, under `torch.no_grad`; whether to
-        measure what that left, and begin once more.
+        of the first step together, `tokens` scored ones. Called before that step, under `torch.no_grad`.
         """
-        return False
+
+    def rounds(self, student: nn.Module) -> int:
+        """How often to measure and begin, each time with what the last round left."""
+        return 1
 
     @abstractmethod
     def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:

@@ -44,7 +44,6 @@ class Transfer(Stage):
 
     teacher = "shared"
     inside = True
-    begun = 0
 
     def trains(self, name: str, in_mixer: bool) -> bool:
         return in_mixer
@@ -65,7 +64,7 @@ class Transfer(Stage):
         visit(student, batch, look)
         return sums
 
-    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> bool:
+    def begin(self, student: nn.Module, sums: Mapping[str, Tensor], tokens: int) -> None:
         if not tokens:
             raise SupraError(
                 "no row of the transfer's first step has two tokens of one document, so there is nothing to measure; "
@@ -78,8 +77,9 @@ class Transfer(Stage):
             for part in (f"{number}.heads", f"{number}.output"):
                 # A layer that answers zero to everything is compared as it is.
                 self.constants[part] = torch.where(sums[part] > 0, sums[part] / tokens, 1)
-        self.begun += 1
-        return self.begun < max(layer.mixer.fits for _, layer in student.swapped_layers())
+
+    def rounds(self, student: nn.Module) -> int:
+        return max((layer.mixer.fits for _, layer in student.swapped_layers()), default=1)
 
     def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:
         errors: dict[str, Tensor] = {}

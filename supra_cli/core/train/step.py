@@ -117,14 +117,13 @@ def take(
 
 def begin(stage: Stage, student: nn.Module, rows: Batch, computing: Computing) -> None:
     """Let the stage measure all rows of its first step, and begin with the sums of all ranks."""
-    again = True
-    while again:
+    for _ in range(stage.rounds(student)):
         sums: dict[str, Tensor] = {}
         with torch.no_grad(), computing.autocast():
             for batch in computing.own(rows):
                 _add(sums, stage.measure(student, batch))
             sums = {name: computing.world.total(value).to(computing.device) for name, value in sums.items()}
-            again = stage.begin(student, sums, stage.scored(rows))
+            stage.begin(student, sums, stage.scored(rows))
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
