@@ -218,7 +218,7 @@ def _show_plan(document: dict[str, Any], source: Source, size: ModelPlan, json: 
     from supra_cli.core import checkpoint
 
     swapped = len(size.layers) - len(size.softmax_windows)
-    convert_bytes = checkpoint.conversion_bytes(swapped, size.new_parameters)
+    convert_bytes = checkpoint.conversion_bytes(swapped, size.new_parameters, size.new_weight_bytes)
     base_bytes = size.weight_bytes - size.new_weight_bytes
     if json:
         console.document({**document, "convert_memory_bytes": convert_bytes})

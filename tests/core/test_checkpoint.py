@@ -416,14 +416,13 @@ def test_a_tokenizer_without_content_is_named(converted):
         checkpoint.load_tokenizer(converted)
 
 
-def test_a_flipped_bit_is_found_by_verify(converted):
-    checkpoint.verify(converted)
-    shard = converted / "model-mixers.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(SupraError, match=r"model-mixers\.safetensors is not what was saved"):
-        checkpoint.verify(converted)
+@pytest.mark.parametrize("shard", ["model-base.safetensors", "model-mixers.safetensors"])
+def test_a_flipped_bit_of_what_was_saved_is_found_by_verify(converted, tmp_path, shard):
+    saved = checkpoint.save(checkpoint.load(converted), tmp_path / "saved", source=converted, provenance={})
+    assert checkpoint.verify(saved) == []
+    flip(saved / shard)
+    with pytest.raises(SupraError, match=rf"{shard} is not what was saved, its hash"):
+        checkpoint.verify(saved)
 
 
 # -- What supra.json speaks of
@@ -544,7 +543,7 @@ def test_what_the_hub_s_cache_names_by_its_hash_is_not_hashed(base, tmp_path, mo
     (base / "model.safetensors").symlink_to(tmp_path / "blobs" / known)
     hashed = hashings(monkeypatch)
     converted = checkpoint.convert(base, tmp_path / "converted", **MIXER)
-    assert hashed == ["model-mixers.safetensors"]
+    assert hashed == []
     recorded = json.loads((converted / "supra.json").read_text())
     assert recorded["files"]["model-base.safetensors"]["sha256"] == known
     checkpoint.verify(converted)
@@ -553,7 +552,7 @@ def test_what_the_hub_s_cache_names_by_its_hash_is_not_hashed(base, tmp_path, mo
 def test_converting_reads_the_headers_of_the_base_and_not_its_numbers(base, tmp_path, monkeypatch):
     hashed = hashings(monkeypatch)
     converted = checkpoint.convert(base, tmp_path / "converted", **MIXER)
-    assert hashed == ["model-mixers.safetensors"]
+    assert hashed == []
     recorded = json.loads((converted / "supra.json").read_text())
     shard = (base / "model.safetensors").read_bytes()
     assert recorded["files"]["model-base.safetensors"] == {
@@ -561,15 +560,16 @@ def test_converting_reads_the_headers_of_the_base_and_not_its_numbers(base, tmp_
         "header": hashlib.sha256(shard[: 8 + struct.unpack("<Q", shard[:8])[0]]).hexdigest(),
         "mtime_ns": (base / "model.safetensors").stat().st_mtime_ns,
     }
-    assert recorded["files"]["model-mixers.safetensors"].keys() == {"bytes", "header", "mtime_ns", "sha256"}
+    assert recorded["files"]["model-mixers.safetensors"].keys() == {"bytes", "header", "mtime_ns"}
     assert recorded["parent"] is None
 
 
-def test_the_first_verification_keeps_the_hash_of_a_linked_file_and_the_next_compares_it(converted):
-    assert checkpoint.verify(converted) == ["model-base.safetensors"]
+@pytest.mark.parametrize("shard", ["model-base.safetensors", "model-mixers.safetensors"])
+def test_the_first_verification_keeps_the_hashes_of_linked_and_drawn_files_and_the_next_compares_them(converted, shard):
+    assert checkpoint.verify(converted) == ["model-base.safetensors", "model-mixers.safetensors"]
     assert checkpoint.verify(converted) == []
-    flip(converted / "model-base.safetensors")
-    with pytest.raises(SupraError, match=r"model-base\.safetensors has changed since it was hashed last"):
+    flip(converted / shard)
+    with pytest.raises(SupraError, match=rf"{shard} has changed since it was hashed last"):
         checkpoint.verify(converted)
 
 
@@ -591,7 +591,7 @@ def test_a_linked_file_of_another_size_is_found_by_verify(converted):
 def test_a_copy_of_a_converted_model_is_known_by_size_and_header(converted, tmp_path):
     shutil.copytree(converted, tmp_path / "copy", copy_function=shutil.copyfile)
     assert checkpoint.read_provenance(tmp_path / "copy")["tokens"] == 0
-    assert checkpoint.verify(tmp_path / "copy") == ["model-base.safetensors"]
+    assert checkpoint.verify(tmp_path / "copy") == ["model-base.safetensors", "model-mixers.safetensors"]
 
 
 def test_a_record_of_an_older_version_has_hashes_of_whole_files_alone(converted):

@@ -1,8 +1,8 @@
 """`supra`, and one thing that goes wrong in it: `torchrun faulty.py FAULT uptrain ...`.
 
-FAULT is JSON: {"kind": kind, "rank": number, "step": number}. It strikes when that step is about to be taken, or while
-its save is written, or before a run begins, on that rank or, without `rank`, on all, and not again in processes that
-torchrun started anew.
+FAULT is JSON: {"kind": kind, "rank": number, "step": number}. It strikes when that step is about to be taken, or when
+its sums are known, or while its save is written, or before a run begins, on that rank or, without `rank`, on all, and
+not again in processes that torchrun started anew.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def arm(fault: Fault) -> None:
         return
     if fault.kind in _SIGNALS:
         _before_step(fault.step, lambda: os.kill(os.getpid(), _SIGNALS[fault.kind]))
+    elif fault.kind == "term after sums":
+        _before_step(fault.step, _stop_after_next_sums)
     elif fault.kind == "usr1 to torchrun":
         _before_step(fault.step, lambda: os.kill(os.getppid(), signal.SIGUSR1))
     elif fault.kind == "kill at start":
@@ -58,6 +60,18 @@ def _before_step(number: int, strike: Callable[[], None]) -> None:
         yield from original(trainer, *given)
 
     loop.Trainer._step = step
+
+
+def _stop_after_next_sums() -> None:
+    original = loop.take
+
+    def take(*given: Any) -> Any:
+        outcome = original(*given)
+        os.kill(os.getpid(), signal.SIGTERM)
+        loop.take = original
+        return outcome
+
+    loop.take = take
 
 
 def _before_anything_is_cleared(strike: Callable[[], None]) -> None:

@@ -144,6 +144,18 @@ def test_one_of_four_that_is_asked_to_stop_stops_all_and_stays_stopped(recipe: P
     assert not (output / "stopped").exists()
 
 
+def test_one_that_is_asked_after_the_sums_of_a_step_stops_all_after_the_next(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ended = soak.launch(recipe, output, 2, Fault("term after sums", 7, rank=1))
+    assert errors(ended) == ["error: stopped after step 8 with everything saved; go on with --resume"]
+    assert steps(output) == list(range(1, 9))
+    assert saves(output)[-1] == "step-000008"
+
+    ended = soak.launch(recipe, output, 2, Fault("term after sums", STEPS, rank=1), "--resume")
+    assert ended.returncode == 0, ended.stderr  # there was no next
+    assert steps(output) == list(range(1, STEPS + 1))
+
+
 def test_a_signal_to_torchrun_is_one_to_all_ranks(tmp_path: Path) -> None:
     output, fault = tmp_path / "run", Fault("usr1 to torchrun", 3, rank=1)
     options = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--max-restarts", "1")

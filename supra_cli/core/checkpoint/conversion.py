@@ -22,7 +22,9 @@ from supra_cli.core.mixers import Mixer
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 MIXER_SHARD_BYTES = 256 * 2**20
-"""A file of new parameters is hashed while the next one is written, so they come in several."""
+"""Of a file of new parameters: the disk is at work on one while the next is drawn."""
+AHEAD = 2
+"""Layers more than are drawn at a time: the one that is written, and one that is ready when it is."""
 
 
 def convert(
@@ -39,9 +41,9 @@ def convert(
 ) -> Path:
     """Write `source` with `mixer` in every layer that `keep` does not keep; returns `output`.
 
-    The base's shards are linked or copied, byte for byte, and recorded by size and header: their numbers are not read.
-    New parameters are drawn from `seed` and the layer's number, so a layer's do not depend on which others are swapped,
-    and have the base's dtype. `base` is what to call the source in supra.json.
+    The base's shards are linked or copied, byte for byte. New parameters are drawn from `seed` and the layer's number,
+    so a layer's do not depend on which others are swapped, and have the base's dtype. All files are recorded by size
+    and header: what asks for the hash of a whole one has it read once. `base` is what to call the source in supra.json.
     """
     source, output = Path(source), Path(output)
     if source.resolve().is_relative_to(output.resolve()):
@@ -55,7 +57,7 @@ def convert(
         # checkpoint.identity(source), where that is known without reading all of the base
         parent = digest({file: known[placed[name]].get("sha256") for name, file in entries.items()})
         drawn, hashes = write_shards(
-            described, directory, "model-mixers", values=drawn_values(new, seed), limit=MIXER_SHARD_BYTES
+            described, directory, "model-mixers", values=drawn_values(new, seed), limit=MIXER_SHARD_BYTES, hashed=False
         )
         placed, known = placed | drawn, known | hashes
         provenance = {
@@ -85,8 +87,7 @@ def converted(
     model = skeleton(config, base.dtype)
     # Drawn in the base's own format, as they would be written, and rounded to another one after that.
     new = {f"{name}.mixer": layer.mixer for name, layer in skeleton(config).swapped_layers()}
-    written = {f"{name}.{key}": value.dtype for name, layer in new.items() for key, value in layer.named_parameters()}
-    drawn = {name: value.to(written[name]).to(base.dtype, copy=True) for name, value in drawn_values(new, seed)}
+    drawn = {name: value.to(base.dtype, copy=True) for name, value in drawn_values(new, seed)}
     model.load_state_dict({**base.state_dict(), **drawn}, assign=True)
     model.tie_weights()
     for name, part in base.named_modules():  # in no state: rotary tables
@@ -95,11 +96,13 @@ def converted(
     return model.to(device).eval()
 
 
-def conversion_bytes(layers: int, numbers: int) -> int:
-    """What drawing `numbers` new parameters in `layers` takes in memory at most: in fp32, a layer for each thread that
-    draws, and the one that is written.
+def conversion_bytes(layers: int, numbers: int, written: int) -> int:
+    """What drawing `numbers` new parameters of `layers`, in files of `written` bytes, takes in memory at most: a layer
+    for each thread that draws and two for the one that writes, in fp32 and, rounded, in the files' format.
     """
-    return 4 * numbers // max(1, layers) * min(layers, MOST_THREADS + 1)
+    drawn = 4 * numbers
+    layer = (drawn if written == drawn else drawn + written) // max(1, layers)
+    return layer * min(layers, MOST_THREADS + AHEAD)
 
 
 def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) -> SupraConfig:
@@ -111,37 +114,44 @@ def planned(source: Path, *, mixer: str, options: Mapping[str, Any], keep: str) 
 
 
 def drawn_values(new: Mapping[str, Mixer], seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, value in fp32) of every new parameter; `new` maps the names of mixers to mixers on the meta device.
+    """(name, value) of every new parameter; `new` maps the names of mixers to mixers on the meta device, whose formats
+    the values have.
 
     Layers are drawn in threads, each from random numbers of its own, so the values do not depend on how many there are.
     A value is good until the next layer's are asked for: its memory is drawn into again, as fresh pages would cost as
     much as drawing.
     """
     layers = list(new.items())
-    memories: list[Memory] = [{} for _ in range(THREADS + 1)]
+    memories = [Memory() for _ in range(THREADS + AHEAD)]
     with ThreadPoolExecutor(THREADS) as beside:
         drawing = [
             beside.submit(_draw, mixer, seed, memory) for (_, mixer), memory in zip(layers, memories, strict=False)
         ]
         for turn, (name, _) in enumerate(layers):
-            for key, parameter in drawing[turn].result().named_parameters():
-                yield f"{name}.{key}", parameter.detach()
+            for key, value in drawing[turn].result().items():
+                yield f"{name}.{key}", value
             if (later := turn + len(memories)) < len(layers):
                 drawing.append(beside.submit(_draw, layers[later][1], seed, memories[turn % len(memories)]))
 
 
-Memory = dict[tuple[str, torch.Size], Tensor]
+class Memory(dict[tuple[str, torch.Size, torch.dtype], Tensor]):
+    """Tensors by name, shape and format, made when they are first asked for, in which layers are drawn in turn."""
+
+    def __missing__(self, key: tuple[str, torch.Size, torch.dtype]) -> Tensor:
+        _, shape, dtype = key
+        return self.setdefault(key, torch.empty(shape, dtype=dtype))
 
 
-def _draw(layer: Mixer, seed: int, memory: Memory) -> Mixer:
-    """`layer`, which is on the meta device, in fp32 in `memory` and drawn from `seed` and its number."""
+@torch.no_grad()
+def _draw(layer: Mixer, seed: int, memory: Memory) -> dict[str, Tensor]:
+    """The parameters of `layer`, which is on the meta device: drawn in fp32 from `seed` and its number, and rounded to
+    its format.
+    """
     # Made on meta: PyTorch's layers draw themselves when they are made, which would be half of the time.
     with torch.device("meta"):
         mixer = type(layer)(layer.spec, layer.options)
-    for key, tensor in mixer.state_dict().items():
-        if (key, tensor.shape) not in memory:
-            memory[key, tensor.shape] = torch.empty_like(tensor, device="cpu")
-    mixer.load_state_dict({key: memory[key, x.shape] for key, x in mixer.state_dict().items()}, assign=True)
+    state = {key: memory[key, tensor.shape, tensor.dtype] for key, tensor in mixer.state_dict().items()}
+    mixer.load_state_dict(state, assign=True)
     for parameter in mixer.parameters():
         parameter.data.view(-1)[:1] = torch.nan  # which tells whether it was drawn, at no cost
     own = torch.Generator().manual_seed((seed << 16) + layer.spec.layer)
@@ -151,4 +161,9 @@ def _draw(layer: Mixer, seed: int, memory: Memory) -> Mixer:
             mixer = type(layer)(layer.spec, layer.options)  # a value that only making the mixer sets
             own.manual_seed((seed << 16) + layer.spec.layer)
             mixer.reset_parameters()
-    return mixer
+    kinds = {key: parameter.dtype for key, parameter in layer.named_parameters()}
+    drawn = {key: parameter.detach() for key, parameter in mixer.named_parameters()}
+    return {
+        key: value if value.dtype == kinds[key] else memory[key, value.shape, kinds[key]].copy_(value)
+        for key, value in drawn.items()
+    }

@@ -23,7 +23,8 @@ FORMAT = 1
 
 Hashes = dict[str, dict[str, Any]]
 """File → {"bytes", "header", "mtime_ns", "sha256"}. `header` is the hash of a safetensors header. `sha256`, that of all
-of the file, is there where supra wrote the file or knew it without reading; records of older versions have no other.
+of the file, is there where supra saved a model or knew it without reading, not of what converting drew; records of
+older versions have no other.
 """
 
 # Keys of a config that do not change what its weights compute.
@@ -52,8 +53,8 @@ def verify(path: Path | str) -> list[str]:
     A SupraError names the first difference: a file that the record does not list, a listed one that is not there or
     would not be loaded, content that is not what was saved. In the hub's cache the file's name is its hash.
 
-    Returns the files of which size and header alone could be compared: converting links a base's shards unread. Their
-    hashes are taken now and kept, so that the next time all of their content is compared.
+    Returns the files of which size and header alone could be compared: converting hashes neither what it links nor what
+    it draws. Their hashes are taken now and kept, so that the next time all of their content is compared.
     """
     path = Path(path)
     record = _record(path)

@@ -81,6 +81,7 @@ def write_shards(
     values: Iterable[tuple[str, Tensor]] | None = None,
     limit: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
+    hashed: bool = True,
     world: World = ALONE,
 ) -> tuple[dict[str, str], Hashes]:
     """Write tensors, those with a point in `dtype` if it is given, into files `<stem>*` of at most `limit` bytes each.
@@ -93,15 +94,15 @@ def write_shards(
     groups = list(_groups(described, limit, dtype))
     coming = iter(described.items() if values is None else values)
     placed: dict[str, str] = {}
-    hashing: dict[str, Future[str]] = {}
+    hashing: dict[Path, Future[str] | None] = {}
     with ThreadPoolExecutor(THREADS) as beside:  # files are hashed while others are written
         for turn, members in enumerate(groups):
             file = directory / f"{stem}{f'-{turn + 1:05}' if len(groups) > 1 else ''}.safetensors"
             _write(members, islice(coming, len(members)), file, dtype, world)
             placed |= dict.fromkeys(members, file.name)
             if turn % world.size == world.rank:
-                hashing[file.name] = beside.submit(sha256, file)
-        own: Hashes = {name: entry(directory / name, found.result()) for name, found in hashing.items()}
+                hashing[file] = beside.submit(sha256, file) if hashed else None
+        own: Hashes = {file.name: entry(file, found and found.result()) for file, found in hashing.items()}
     return placed, {name: known for hashes in world.gathered(own) for name, known in hashes.items()}
 
 
