@@ -236,9 +236,9 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "supra"
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
     names = [name for name, row in ROWS.items() if row.seeds > 1]
     for number, name in enumerate(names):
         for run in (run for run in found if run["row"] == name):
@@ -248,8 +248,11 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
             for panel, values in zip(panels, (excess, worst), strict=True):
                 panel.plot(thousands, values, color=f"C{number}", linewidth=1, label=name if run["seed"] == 0 else None)
     panels[0].set(xlabel="thousand tokens", ylabel="nats above the teacher", yscale="log")
-    panels[1].set(xlabel="thousand tokens", ylabel="second meeting / first", ylim=(0, 1.1))
-    panels[1].legend(fontsize="x-small")
+    panels[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_locator(ticker.NullLocator())
+    panels[1].set(xlabel="thousand tokens", ylabel="32 random tokens: second meeting / first", ylim=(0, 1.1))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -257,6 +257,41 @@ def test_an_epoch_holds_every_document_once_in_an_order_of_its_own(words, tmp_pa
     assert (np.sort(epochs[0]) == np.sort(np.asarray(stored.ids))).all()
 
 
+@pytest.mark.parametrize("packing", ["separate", "joined", "cut"])
+def test_an_epoch_holds_every_row_once_and_those_of_a_long_document_are_apart(packing) -> None:
+    """Two documents of a hundred rows each, and one that does not fill a row."""
+    ends = np.array([800, 803, 1603])
+    stream = rows.Documents(tokens.Tokens(np.arange(1603), ends, "numbers"), (0, 0), packing)
+    count = stream.rows_in_an_epoch(8)
+    assert count == {"cut": 201}.get(packing, 200)
+    for epoch in range(2):
+        drawn = np.stack([stream.row(8)[0] for _ in range(count)])
+        assert stream.state == {"epoch": epoch + 1, "row": 0, "length": 8}
+        seen = drawn[drawn > 0]
+        assert len(np.unique(seen)) == len(seen) >= 1602 - 8
+        long = drawn[(drawn[:, 0] >= 803) & (drawn[:, -1] > 0)]
+        assert (np.diff(long, axis=1) == 1).mean() > 0.95
+        assert (np.diff(long[:, 0]) == 8).mean() < 0.05
+
+
+def test_rows_of_another_length_begin_an_epoch(words, tmp_path: Path) -> None:
+    stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
+    stream, other = (rows.Documents(stored, (0, 0)) for _ in range(2))
+    stream.row(24)
+    first = stream.row(32)[0]
+    assert stream.state == {"epoch": 1, "row": 1, "length": 32}
+    other.state = {"epoch": 1, "row": 0, "length": 32}
+    assert (other.row(32)[0] == first).all()
+
+
+def test_a_position_that_an_older_supra_saved_is_named(words, tmp_path: Path) -> None:
+    mixture = rows.training(data(tmp_path), words, 0)
+    saved = mixture.state()
+    saved["streams"][0] = {"epoch": 0, "document": 1, "offset": 3}
+    with pytest.raises(SupraError, match=r"a\.jsonl\), or how supra reads it"):
+        mixture.restore(saved)
+
+
 def test_labels_are_the_next_token_of_the_same_document() -> None:
     ids = [np.arange(10, 18)]
     positions = [np.array([0, 1, 2, 0, 1, 0, 0, 1])]
@@ -339,7 +374,7 @@ def test_cut_rows_hold_one_piece_of_one_document_and_the_rest_carries_no_loss(wo
     stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
     stream = rows.Documents(stored, None, "cut")
     drawn = [stream.row(24) for _ in range(stream.rows_in_an_epoch(24))]
-    assert stream.state == {"epoch": 1, "document": 0, "offset": 0}
+    assert stream.state == {"epoch": 1, "row": 0, "length": 24}
     batch = rows.collate(*map(list, zip(*drawn, strict=True)))
     documents = np.split(np.asarray(stored.ids), stored.ends[:-1])
     pieces = [document[start : start + 24] for document in documents for start in range(0, len(document), 24)]

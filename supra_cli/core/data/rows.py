@@ -1,14 +1,14 @@
 """Rows of `seq_len` tokens, mixed from several sources, in an order that depends on the seed alone.
 
 The position in the data is a handful of integers (`Mixture.state`): restoring them yields exactly the rows that would
-have come. A row is filled from one source; a document is cut where the row ends and goes on in that source's next row.
+have come. A row is filled from one source; a document is cut where the row ends and goes on in another row.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,46 +31,77 @@ class Stream(Protocol):
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
+class Epoch(NamedTuple):
+    """One pass over a token file: its documents in an order, and the rows of `length` that they fill in another."""
+
+    number: int
+    length: int
+    documents: np.ndarray
+    ends: np.ndarray
+    """Where each document ends in that order: in tokens, or in rows where no two share one (`cut`)."""
+    rows: np.ndarray
+
+
 class Documents:
-    """The documents of a token file, reshuffled each epoch (or in their own order, for validation)."""
+    """Rows of a token file's documents.
+
+    Each epoch has the documents in a new order, and the rows that they fill in another: the rows of a long document one
+    after the other would be steps of nothing else. For validation (`seed` None) all stay in their own order. What no
+    longer fills a row at an epoch's end is left out of it; rows of another length begin an epoch of their own.
+    """
 
     def __init__(self, tokens: Tokens, seed: tuple[int, ...] | None, packing: Packing = "separate"):
         self._tokens = tokens
         self._seed = seed
         self._packing = packing
-        self._order: np.ndarray | None = None
-        self._order_epoch = -1
+        self._epoch: Epoch | None = None
         self.digest = tokens.digest
-        self.state = {"epoch": 0, "document": 0, "offset": 0}
+        self.state = {"epoch": 0, "row": 0, "length": 0}
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return pack(self._take, length, self._packing)
+        epoch = self._now(length)
+        number = int(epoch.rows[self.state["row"]])
+        self.state["row"] += 1
+        if self.state["row"] == len(epoch.rows):
+            self.state |= {"epoch": epoch.number + 1, "row": 0}
+        place = number if self._packing == "cut" else number * length
+        turn = int(np.searchsorted(epoch.ends, place, side="right"))
+        offset = place - (int(epoch.ends[turn - 1]) if turn else 0)
+        if self._packing == "cut":
+            offset *= length
+
+        def take(most: int) -> np.ndarray:
+            nonlocal turn, offset
+            start, end = self._bounds(int(epoch.documents[turn]))
+            piece = self._tokens.ids[start + offset : min(start + offset + most, end)]
+            turn, offset = (turn + 1, 0) if start + offset + len(piece) == end else (turn, offset + len(piece))
+            return piece
+
+        return pack(take, length, self._packing)
 
     def rows_in_an_epoch(self, length: int) -> int:
-        """Whole rows of `length` tokens in one pass over the documents."""
-        if self._packing == "cut":
-            return int(np.ceil(np.diff(self._tokens.ends, prepend=0) / length).sum())
-        return len(self._tokens.ids) // length
+        return len(self._lay_out(0, length).rows)
 
-    def _take(self, most: int) -> np.ndarray:
-        state, ends = self.state, self._tokens.ends
-        document = self._epoch_order()[state["document"]]
-        start = (int(ends[document - 1]) if document else 0) + state["offset"]
-        piece = self._tokens.ids[start : min(start + most, int(ends[document]))]
-        state["offset"] += len(piece)
-        if start + len(piece) == ends[document]:
-            state["document"], state["offset"] = state["document"] + 1, 0
-            if state["document"] == len(ends):
-                state["epoch"], state["document"] = state["epoch"] + 1, 0
-        return piece
+    def _now(self, length: int) -> Epoch:
+        if self.state["length"] not in (0, length):
+            self.state |= {"epoch": self.state["epoch"] + 1, "row": 0}
+        self.state["length"] = length
+        if self._epoch is None or self._epoch[:2] != (self.state["epoch"], length):
+            self._epoch = self._lay_out(self.state["epoch"], length)
+        return self._epoch
 
-    def _epoch_order(self) -> np.ndarray:
-        epoch = self.state["epoch"]
-        if self._order_epoch != epoch:
-            count = len(self._tokens.ends)
-            self._order = np.arange(count) if self._seed is None else _random(*self._seed, epoch).permutation(count)
-            self._order_epoch = epoch
-        return self._order
+    def _lay_out(self, number: int, length: int) -> Epoch:
+        sizes = np.diff(self._tokens.ends, prepend=0)
+        cut = self._packing == "cut"
+        sizes, documents = -(-sizes // length) if cut else sizes, np.arange(len(sizes))
+        rows = np.arange(sizes.sum() if cut else sizes.sum() // length)
+        if self._seed is not None:
+            random = _random(*self._seed, number)
+            documents, rows = random.permutation(documents), random.permutation(rows)
+        return Epoch(number, length, documents, np.cumsum(sizes[documents]), rows)
+
+    def _bounds(self, document: int) -> tuple[int, int]:
+        return int(self._tokens.ends[document - 1]) if document else 0, int(self._tokens.ends[document])
 
 
 class Repeats:
@@ -152,6 +183,9 @@ class Mixture:
         for name, stream, saved, digest in zip(
             self.names, self._streams, state["streams"], state["digests"], strict=False
         ):
+            if stream.state and stream.state.keys() != saved.keys():  # an older supra's, of another order of rows
+                changed += [name]
+                continue
             stream.state = dict(saved)  # before its digest is read: a dataset on the hub goes back to its commit
             changed += [name] if stream.digest != digest else []
         if changed:
