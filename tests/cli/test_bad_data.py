@@ -182,7 +182,7 @@ def both(supra, recipe, tmp_path_factory):
 def test_what_editors_and_exporters_write_is_read(case, supra, recipe, tmp_path):
     name, content = GOOD_TOO[case]
     (tmp_path / name).write_bytes(content)
-    result = supra("data", "peek", recipe(tmp_path / name))
+    result = supra("data", "peek", recipe(tmp_path / name), "--rows", 100)  # one of which begins the text
     assert result.code == 0, result.err
     assert "'<s>def read(self, size=-1):" in result.out
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -315,16 +314,16 @@ def test_what_others_have_saved_is_exported_too(student, tmp_path):
 
 
 def test_what_cannot_be_exported_is_said_in_a_sentence(supra, base, student, tmp_path):
-    shutil.copytree(student, tmp_path / "damaged")
-    shard = tmp_path / "damaged" / "model-mixers.safetensors"
-    content = bytearray(shard.read_bytes())
+    model = checkpoint.load(student)
+    damaged = checkpoint.save(model, tmp_path / "damaged", source=student, provenance={})
+    content = bytearray((damaged / "model-mixers.safetensors").read_bytes())
     content[-1] ^= 1
-    shard.write_bytes(content)
+    (damaged / "model-mixers.safetensors").write_bytes(content)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "letter.txt").touch()
     for model, output, code, said in (
         (base, "out", 2, "has no recurrent layer"),
-        (tmp_path / "damaged", "out", 1, "hash differs"),
+        (damaged, "out", 1, "hash differs"),
         (tmp_path / "nowhere", "out", 3, "nowhere"),
         (student, tmp_path / "used", 2, "is not empty"),
         (student, student.parent, 2, "choose another output"),
