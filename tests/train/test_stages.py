@@ -420,7 +420,7 @@ def test_weight_decay_is_for_the_matrices_of_mixers(mixer: str) -> None:
             for rest in (
                 *("norm.gain", "q_norm.weight", "k_norm.weight", "E.bias", "E_kv.bias", "mix.bias"),
                 *("phi.bias", "phi_q.bias", "phi_k.bias", "decay.bias", "decay.1.bias", "write.bias", "A_log", "gain"),
-                *("log_f", "step.bias", "D", *(f"convolutions.{part}.weight" for part in range(3))),
+                *("log_f", "mass", "step.bias", "D", *(f"convolutions.{part}.weight" for part in range(3))),
             )
         }
 

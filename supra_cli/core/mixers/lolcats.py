@@ -49,7 +49,9 @@ class Lolcats(Window):
     values of the branch are the layer's own, later. p is the branch's part of the denominator.
 
     The delta rule has no denominator, and what it writes depends on all that was written before: its branch sees every
-    token of the document, and p_i = σ(w_h·x_i + b_h), 1/2 at the start.
+    token of the document, and p_i = σ(w_h·x_i + b_h - m_h log Σ_{j in W_i} exp(s_ij)), with w, b and m at 0 in the
+    beginning. With m_h = 1 that is one denominator again, in which exp(w_h·x_i + b_h) stands for all that the window
+    does not see; without m, the gate could not know whether the window holds what the query looks for.
 
     The branch is easily bypassed: a trained hybrid may answer from its window alone (arXiv:2510.05901). So the two are
     named in `branches`, and `window_dropout` makes the branch learn to answer alone.
@@ -93,6 +95,7 @@ class Lolcats(Window):
         if options.branch == "gated_delta":
             self.delta = GatedDelta(spec, GatedDelta.Options(key_width=options.key_width))
             self.mix = nn.Linear(spec.model_dim, spec.heads)
+            self.mass = nn.Parameter(torch.empty(spec.heads))
             return
         self.beyond = 1
         kind = ReluMap if options.branch == "t2r" else HedgehogMap
@@ -106,6 +109,7 @@ class Lolcats(Window):
             self.delta.reset_parameters()
             nn.init.zeros_(self.mix.weight)
             nn.init.zeros_(self.mix.bias)
+            nn.init.zeros_(self.mass)
             return
         for phi in (self.phi_q, self.phi_k):
             phi.reset_parameters()
@@ -139,7 +143,7 @@ class Lolcats(Window):
         left = sight.rows.scatter(left, x.shape[1])
         if self.delta is not None:
             past, memory = self.delta(q, k, v, x, rope, DeltaState(*memory), layout)
-            share = wide(self.mix(x)).sigmoid()
+            share = (wide(self.mix(x)) - wide(self.mass) * sight.log_mass()).sigmoid()
         else:
             past, share, *memory = self._under_one_denominator(rotated, x, sight, left, *memory, layout)
         share = self._heard(share, left).unsqueeze(-1).to(past.dtype)

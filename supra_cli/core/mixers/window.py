@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import Layout, Rotate
 from supra_cli.core.mixers import Mixer, mixers
-from supra_cli.core.mixers.parts import capped
+from supra_cli.core.mixers.parts import capped, wide
 
 BLOCK = 16
 """Fewest queries in a block, unless there are fewer tokens."""
@@ -96,7 +96,8 @@ class Window(Mixer):
         far = hide(capped(far, self.spec.softcap), beyond.unflatten(1, (-1, block)))
 
         in_fp32 = torch.promote_types(v.dtype, torch.float32)  # or finer
-        weights = torch.cat((near, far), dim=-1).softmax(-1, dtype=in_fp32)
+        scores = torch.cat((near, far), dim=-1)
+        weights = scores.softmax(-1, dtype=in_fp32)
         near, far = weights.to(v.dtype).split((near.shape[-1], sinks), dim=-1)
         o = torch.einsum("bncgrl,bnlgv->bncgrv", near, bands(near_v, window, block))
         o = o + torch.einsum("bncgrs,bncsgv->bncgrv", far, take(far_v, sink_at).unflatten(1, (-1, block)))
@@ -108,7 +109,7 @@ class Window(Mixer):
         seen = torch.where(real > 0, take(rows.position, last)[:, 0] + 1, state.seen)
         kept = (take(far_k, first), take(far_v, first), take(kept_k, newest), take(kept_v, newest))
         o = rows.scatter(by_token(o), tokens)
-        return Sight(rows, o, weights, kept_k, kept_v, WindowState(*(part.float() for part in kept), seen))
+        return Sight(rows, o, scores, kept_k, kept_v, WindowState(*(part.float() for part in kept), seen))
 
 
 class Sight(NamedTuple):
@@ -117,16 +118,24 @@ class Sight(NamedTuple):
     rows: Rows
     o: Tensor
     """[B, T, H, V]."""
-    weights: Tensor
-    """[B, blocks, queries of a block, G, H / G, ·], of the window and the sinks, in fp32 or finer; their sum is 1."""
+    scores: Tensor
+    """[B, blocks, queries of a block, G, H / G, ·], of the window and the sinks; the format's least number where
+    a key is not seen."""
     kept_k: Tensor
     """[B, window - 1 + beyond + T, G, K], the state's recent tokens and the call's, each row's real ones first."""
     kept_v: Tensor
     state: WindowState
 
+    def log_mass(self) -> Tensor:
+        """log Σ_j exp(s_ij) of every query's scores s_ij, [B, T, H]."""
+        return self._by_query(wide(self.scores).logsumexp(-1, keepdim=True))
+
     def denominator(self) -> Tensor:
-        """Σ_j exp(s_ij - max_j s_ij) of every query's scores s_ij, [B, T, H]: the inverse of the largest weight."""
-        return self.rows.scatter(1 / by_token(self.weights.amax(-1, keepdim=True)), self.o.shape[1]).squeeze(-1)
+        """Σ_j exp(s_ij - max_j s_ij) of every query's scores s_ij, [B, T, H]."""
+        return (self.log_mass() - self._by_query(wide(self.scores).amax(-1, keepdim=True))).exp()
+
+    def _by_query(self, x: Tensor) -> Tensor:
+        return self.rows.scatter(by_token(x), self.o.shape[1]).squeeze(-1)
 
 
 class Rows(NamedTuple):
