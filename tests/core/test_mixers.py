@@ -348,7 +348,12 @@ def test_lolcats_with_the_delta_rule_is_a_window_and_a_gated_delta_mixed_by_a_ga
     delta.load_state_dict(mixer.delta.state_dict())
     given = (*inputs(), rope, None, None)
     near, past = window(*given)[0], delta(*given)[0]
-    p = (given[3] @ mixer.mix.weight.T + mixer.mix.bias).sigmoid()[..., None]
+    q, k, _, x = given[:4]
+    scores = torch.einsum("bihd,bjhd->bhij", rope(q), repeated(rope(k))) * K**-0.5
+    back = torch.arange(T)[:, None] - torch.arange(T)
+    seen = (back >= 0) & ((back < 5) | (torch.arange(T) < 2))
+    mass = scores.masked_fill(~seen, -math.inf).logsumexp(-1).transpose(1, 2)
+    p = (x @ mixer.mix.weight.T + mixer.mix.bias - mixer.mass * mass).sigmoid()[..., None]
     for only, want in ((None, (1 - p) * near + p * past), ("window", near), ("recurrence", past)):
         mixer.only = only
         assert_close(mixer(*given)[0], want, **CLOSE)

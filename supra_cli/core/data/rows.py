@@ -107,9 +107,8 @@ class Documents:
 class Repeats:
     """Rows for learning to recall: a passage, some text of a token file, the passage again.
 
-    The passage is text of the file or, given a `vocabulary`, tokens drawn uniformly from it. It has from 8 tokens to a
-    quarter of a row's, and what stands between as many as leave the whole in one row: the two meetings are at any
-    distance that a row has room for. Such a piece is a document of its own.
+    The passage is text of the file or, given a `vocabulary`, tokens drawn uniformly from it. Lengths are drawn between
+    8 and 128 for the passage and 0 and 64 for what stands between. Such a piece is a document of its own.
     """
 
     def __init__(
@@ -129,13 +128,12 @@ class Repeats:
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         random = _random(*self._seed, self.state["row"])
         self.state["row"] += 1
-        return pack(lambda most: self._piece(random, length)[:most], length, self._packing)
+        return pack(lambda most: self._piece(random)[:most], length, self._packing)
 
-    def _piece(self, random: np.random.Generator, room: int) -> np.ndarray:
-        size = int(random.integers(8, max(8, room // 4) + 1))
+    def _piece(self, random: np.random.Generator) -> np.ndarray:
+        size = int(random.integers(8, 129))
         passage = self._text(random, size) if self._vocabulary is None else random.choice(self._vocabulary, size)
-        between = int(random.integers(0, max(0, room - 2 * size) + 1))
-        return np.concatenate([passage, self._text(random, between), passage])
+        return np.concatenate([passage, self._text(random, int(random.integers(0, 65))), passage])
 
     def _text(self, random: np.random.Generator, length: int) -> np.ndarray:
         length = min(length, len(self._ids))
