@@ -197,7 +197,9 @@ def student(name: str, seed: int, tokens: int, folder: Path, device: str) -> dic
     last = sorted(runs[-1].glob("step-*"))[-1]
     plan = accounting.measure(checkpoint.read_config(last))
     found = {"row": name, "seed": seed, "tokens": before, "state_bytes": plan.state_bytes, "curve": curve}
-    return found | {"teacher": measured(folder_of_teacher, *given), "environment": environment(device)}
+    conditions = environment(device)
+    del conditions["command"]  # the child's own, with its folders
+    return found | {"teacher": measured(folder_of_teacher, *given), "environment": conditions}
 
 
 def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

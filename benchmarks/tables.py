@@ -20,6 +20,7 @@ PAGES = (README, *(ROOT / "docs" / f"{page}.md" for page in ("performance", "upt
 
 SHORT = (
     "window",
+    "supra, the paper's recipe",
     "supra, transfer and distillation",
     "hedgehog",
     "gated_delta",
