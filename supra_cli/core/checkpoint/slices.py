@@ -88,8 +88,9 @@ def write_shards(
 
     `values` brings them in the order of `described`, which then says their shapes and formats only and may be on the
     meta device; without it they are those. Each is written before the next is asked for. Returns tensor → file, and the
-    files' hashes, which ranks share out. A tensor larger than `limit` has a file of its own. All ranks give the same
-    names and shapes in the same order. SupraError on all of them if one cannot write.
+    files' entries for supra.json, with the hash of all of each, which ranks share out, unless `hashed` is false. A
+    tensor larger than `limit` has a file of its own. All ranks give the same names and shapes in the same order.
+    SupraError on all of them if one cannot write.
     """
     groups = list(_groups(described, limit, dtype))
     coming = iter(described.items() if values is None else values)

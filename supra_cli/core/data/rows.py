@@ -59,20 +59,25 @@ class Documents:
         self.state = {"epoch": 0, "row": 0, "length": 0}
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        epoch = self._now(length)
-        number = int(epoch.rows[self.state["row"]])
-        self.state["row"] += 1
-        if self.state["row"] == len(epoch.rows):
-            self.state |= {"epoch": epoch.number + 1, "row": 0}
-        place = number if self._packing == "cut" else number * length
+        state, cut = self.state, self._packing == "cut"
+        if state["length"] not in (0, length):
+            state |= {"epoch": state["epoch"] + 1, "row": 0}
+        state["length"] = length
+        if self._epoch is None or self._epoch[:2] != (state["epoch"], length):
+            self._epoch = self._lay_out(state["epoch"], length)
+        epoch = self._epoch
+        number = int(epoch.rows[state["row"]])
+        state["row"] += 1
+        if state["row"] == len(epoch.rows):
+            state |= {"epoch": epoch.number + 1, "row": 0}
+        place = number if cut else number * length
         turn = int(np.searchsorted(epoch.ends, place, side="right"))
-        offset = place - (int(epoch.ends[turn - 1]) if turn else 0)
-        if self._packing == "cut":
-            offset *= length
+        offset = (place - (int(epoch.ends[turn - 1]) if turn else 0)) * (length if cut else 1)
 
         def take(most: int) -> np.ndarray:
             nonlocal turn, offset
-            start, end = self._bounds(int(epoch.documents[turn]))
+            document, ends = int(epoch.documents[turn]), self._tokens.ends
+            start, end = int(ends[document - 1]) if document else 0, int(ends[document])
             piece = self._tokens.ids[start + offset : min(start + offset + most, end)]
             turn, offset = (turn + 1, 0) if start + offset + len(piece) == end else (turn, offset + len(piece))
             return piece
@@ -81,14 +86,6 @@ class Documents:
 
     def rows_in_an_epoch(self, length: int) -> int:
         return len(self._lay_out(0, length).rows)
-
-    def _now(self, length: int) -> Epoch:
-        if self.state["length"] not in (0, length):
-            self.state |= {"epoch": self.state["epoch"] + 1, "row": 0}
-        self.state["length"] = length
-        if self._epoch is None or self._epoch[:2] != (self.state["epoch"], length):
-            self._epoch = self._lay_out(self.state["epoch"], length)
-        return self._epoch
 
     def _lay_out(self, number: int, length: int) -> Epoch:
         sizes = np.diff(self._tokens.ends, prepend=0)
@@ -99,9 +96,6 @@ class Documents:
             random = _random(*self._seed, number)
             documents, rows = random.permutation(documents), random.permutation(rows)
         return Epoch(number, length, documents, np.cumsum(sizes[documents]), rows)
-
-    def _bounds(self, document: int) -> tuple[int, int]:
-        return int(self._tokens.ends[document - 1]) if document else 0, int(self._tokens.ends[document])
 
 
 class Repeats:

@@ -109,7 +109,7 @@ class Window(Mixer):
         seen = torch.where(real > 0, take(rows.position, last)[:, 0] + 1, state.seen)
         kept = (take(far_k, first), take(far_v, first), take(kept_k, newest), take(kept_v, newest))
         o = rows.scatter(by_token(o), tokens)
-        return Sight(rows, o, scores, kept_k, kept_v, WindowState(*(part.float() for part in kept), seen))
+        return Sight(rows, o, scores, weights, kept_k, kept_v, WindowState(*(part.float() for part in kept), seen))
 
 
 class Sight(NamedTuple):
@@ -121,6 +121,8 @@ class Sight(NamedTuple):
     scores: Tensor
     """[B, blocks, queries of a block, G, H / G, ·], of the window and the sinks; the format's least number where
     a key is not seen."""
+    weights: Tensor
+    """Their softmax, in fp32 or finer."""
     kept_k: Tensor
     """[B, window - 1 + beyond + T, G, K], the state's recent tokens and the call's, each row's real ones first."""
     kept_v: Tensor
@@ -128,11 +130,11 @@ class Sight(NamedTuple):
 
     def log_mass(self) -> Tensor:
         """log Σ_j exp(s_ij) of every query's scores s_ij, [B, T, H]."""
-        return self._by_query(wide(self.scores).logsumexp(-1, keepdim=True))
+        return self._by_query(wide(self.scores).amax(-1, keepdim=True)) + self.denominator().log()
 
     def denominator(self) -> Tensor:
-        """Σ_j exp(s_ij - max_j s_ij) of every query's scores s_ij, [B, T, H]."""
-        return (self.log_mass() - self._by_query(wide(self.scores).amax(-1, keepdim=True))).exp()
+        """Σ_j exp(s_ij - max_j s_ij) of every query's scores s_ij, [B, T, H]: the inverse of the largest weight."""
+        return self._by_query(1 / self.weights.amax(-1, keepdim=True))
 
     def _by_query(self, x: Tensor) -> Tensor:
         return self.rows.scatter(by_token(x), self.o.shape[1]).squeeze(-1)
