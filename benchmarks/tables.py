@@ -327,6 +327,42 @@ def ablation(*names: str) -> str:
     return _markdown(header, [line(name, runs[name]) for name in names or runs if name in runs])
 
 
+def smollm2() -> str:
+    """What each student of a pretrained model lost, recalls and costs; the base's own decoding stands beside each."""
+    found = _found("smollm2-cpu")["models"]
+    names = {"window": "window, untrained"} | {name: f"`{name}`" for name in found if name not in ("teacher", "window")}
+    at = (512, 32_768)
+    costs = {}
+    for name in names:
+        for row in found[name]["decoding"]["rows"]:
+            costs.setdefault("teacher" if row["model"] == "softmax" else name, {})[row["position"]] = row
+    gaps = list(found["teacher"]["text"]["repeats"])
+    lengths = list(found["teacher"]["needle"]["results"]["niah_single_1"])
+
+    def line(name: str) -> list[str]:
+        text, needle = found[name]["text"], found[name]["needle"]["results"]["niah_single_1"]
+        return [
+            names.get(name, name),
+            f"{sum(found[name].get('training', {}).get('tokens', ())):,}",
+            f"{text['nats'] - found['teacher']['text']['nats']:.2f}",
+            " / ".join(f"{text['repeats'][gap][0]:.2f}" for gap in gaps),
+            " / ".join(f"{needle[length]['student']:.2f}" for length in lengths),
+            " / ".join(_figure(costs[name][tokens]["ms"]) for tokens in at),
+            " / ".join(_figure(costs[name][tokens]["cache_bytes"] / 2**20) for tokens in at),
+        ]
+
+    header = [
+        "SmolLM2-135M",
+        "tokens",
+        "nats above the teacher",
+        f"repeats: {', '.join(gaps)}",
+        f"niah_single_1 at {', '.join(lengths)}",
+        f"ms per token behind {' and '.join(f'{tokens:,}' for tokens in at)}",
+        "MiB of cache there",
+    ]
+    return _markdown(header, [line(name) for name in ("teacher", *names)])
+
+
 def bases() -> str:
     """What tests/laws tries of every registered base with every registered mixer; see its conftest.py."""
     from supra_cli.core.archs import archs
@@ -363,6 +399,7 @@ def render(text: str) -> str:
         "curves": curves,
         "delta": delta,
         "delta-targets": partial(_targets, "delta-cpu", "CPU, fp32, one thread, B1 H4 D64", ".2f"),
+        "smollm2": smollm2,
         "ablation": ablation,
         "ablation-short": partial(ablation, *SHORT),
     }

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import loop
 from supra_cli.core.train.build import prepare
 from supra_cli.core.train.events import Finished, Note, Saved, Step, Validated
+from supra_cli.core.train.held_out import held_out_loss
 from supra_cli.core.train.optimizer import adamw
 from supra_cli.core.train.step import Computing, take
 
@@ -348,10 +348,9 @@ def test_a_held_out_row_that_is_not_finite_has_the_same_number_on_every_rank(ran
     labels[row] = ids[row]
     nn.init.constant_(model.get_output_embeddings().weight, math.nan)
     world = World(rank=rank, size=2 if rank < 2 else 3)
-    trainer = loop.Trainer(None, None, "cpu", torch.float32, threading.Event(), world)
-    trainer.held_out = packing.Batch(ids, torch.arange(12).expand_as(ids), labels)
+    rows = packing.Batch(ids, torch.arange(12).expand_as(ids), labels)
     with pytest.raises(SupraError, match=f"row {row} is not finite"):
-        trainer._held_out_loss(model)
+        held_out_loss(model, rows, torch.device("cpu"), torch.float32, world)
 
 
 @pytest.mark.parametrize("kind", ["distill", "finetune"])

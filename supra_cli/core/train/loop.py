@@ -10,44 +10,33 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from supra_cli.core import checkpoint, hub
-from supra_cli.core import device as devices
+from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
-from supra_cli.core.archs import archs
-from supra_cli.core.data import rows
 from supra_cli.core.data.packing import Batch
-from supra_cli.core.data.tokenizer import check_ids
-from supra_cli.core.environment import environment
-from supra_cli.core.errors import Stopped, SupraError, UsageError
-from supra_cli.core.evaluate import token_nats
-from supra_cli.core.files import read_json, write_json
-from supra_cli.core.modeling import SupraConfig
+from supra_cli.core.errors import Stopped, SupraError
 from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.swap import mixer_names
-from supra_cli.core.train import origin, state
-from supra_cli.core.train.build import Built, build, check_stages, frozen, moves_base, optimise, stage_of, teacher_of
+from supra_cli.core.train import state
+from supra_cli.core.train.build import Built, build, moves_base, optimise, stage_of, teacher_of
 from supra_cli.core.train.events import Event, Finished, Note, Saved, StageStarted, Step, Validated
+from supra_cli.core.train.held_out import held_out_loss
 from supra_cli.core.train.nonfinite import leave_out
+from supra_cli.core.train.opening import Opening, Standing
 from supra_cli.core.train.optimizer import lr_factor, masters, set_lr
 from supra_cli.core.train.run import STOPPED, RunDirectory
-from supra_cli.core.train.state import Counters
 from supra_cli.core.train.step import Computing, begin, check_dtype, take
-from supra_cli.core.train.trackers import library, open_trackers
 
 
 def uptrain(
@@ -78,12 +67,14 @@ def uptrain(
         run.check_free(replace=resume or overwrite)
     with run.locked() if world.leads else nullcontext():
         run.honour_stop(world, again)
-        trainer = Trainer(recipe, run, device, dtype, stop or threading.Event(), world)
-        yield from trainer.open(model, resume)
-        if trainer.counters.finished:
+        place = torch.device(device)
+        dtype = None if dtype is None else check_dtype(dtype)
+        opening = Opening(recipe, run, place, world)
+        standing = (yield from opening.go_on(model, dtype)) if resume else opening.begin(model, dtype)
+        if standing is None:
             yield Note(f"{output} is already finished; nothing to do")
             return
-        yield from trainer.train()
+        yield from Trainer(recipe, run, standing, place, stop or threading.Event(), world).train()
 
 
 class Trainer:
@@ -93,174 +84,27 @@ class Trainer:
         self,
         recipe: recipes.Recipe,
         run: RunDirectory,
-        device: str,
-        dtype: torch.dtype | None,
+        standing: Standing,
+        device: torch.device,
         stop: threading.Event,
         world: World,
     ):
         self.recipe = recipe
         self.run = run
-        self.device = torch.device(device)
-        self.dtype = None if dtype is None else check_dtype(dtype)
+        self.device = device
         self.stop = stop
         self.world = world
-        self.counters = Counters()
-        self._same: dict[str, Any] = {}
-        self._checkpoint: Path | None = None
-        """The save that the next stage builds from; None before the first."""
+        self.dtype = standing.dtype
+        self.origin = standing.origin
+        self.counters = standing.counters
+        self.mixture, self.held_out, self._check_ids, self.trackers = standing.material
+        self._same = standing.same
+        self._checkpoint = standing.checkpoint
         self._last_loss: float | None = None
         self._validated_step: int | None = None
         self._stops = False
         """Whether the step just taken is to be the last, on whichever rank that was asked."""
         self._clock = time.perf_counter()
-
-    # -- the beginning -------------------------------------------------------------------------------------------------
-
-    def open(self, model: Path | None, resume: bool) -> Iterator[Event]:
-        """Bring the run to where it should go on from: its newest sound checkpoint, or the beginning.
-
-        Whatever can fail is tried before anything is written or cleared.
-        """
-        if resume:
-            if self.world.leads:
-                self._same_recipe()
-            yield from self._newest_sound()
-        if self.counters.finished:
-            return
-        if self._checkpoint is not None:
-            yield from self._go_on(model)
-            return
-        if resume:
-            yield Note(f"no complete checkpoint in {self.run.path}; starting from the beginning")
-        self._begin(model)
-
-    def _go_on(self, model: Path | None) -> Iterator[Event]:
-        leads, world = self.world.leads, self.world
-        self.dtype = self.dtype or getattr(torch, self._same["dtype"])
-        config, known = checkpoint.read_config(self._checkpoint), checkpoint.read_provenance(self._checkpoint)
-        began, models = origin.Origin(known.get("base"), known.get("parent")), self._same["models"]
-        found = origin.same_models(self.recipe, began, models, self.counters.stage) if leads else None
-        self.origin = world.shared(found)
-        self._ready(checkpoint.load_tokenizer(self.run.tokenizer), config, self.origin.base)
-        self.mixture.restore(self._data_state)
-        self._same_sums()
-        if leads:
-            origin.same_start(self.run, self.origin, model)
-            yield from self._same_machine()
-            self.run.trim_metrics(self.counters.step)
-            write_json(self.run.path / "env.json", self._conditions())
-
-    def _begin(self, model: Path | None) -> None:
-        world, recipe = self.world, self.recipe
-        self.dtype = self.dtype or devices.dtype("auto", str(self.device))
-        if recipe.base is None and model is None:  # a tokenizer is trained, which one rank does for all
-            start = world.shared(origin.look(recipe, self.run, model) if world.leads else None)
-        else:
-            with world.first():
-                start = origin.look(recipe, self.run, model)
-        self._ready(start.tokenizer, start.config, start.base)
-        if start.base is not None and self.held_out is not None:
-            teacher = frozen(hub.open(start.base), world, self.device, self.dtype)
-            self.counters.teacher_loss = self._held_out_loss(teacher)
-            del teacher
-            gc.collect()
-        began = None
-        if world.leads:
-            with self.run.starting() as beside:
-                write_json(beside.path / "env.json", self._conditions())
-                (beside.path / "recipe.toml").write_text(recipes.dumps(recipe), encoding="utf-8")
-                found = origin.begin(start, recipe, beside, model)
-            models = origin.identities(recipe, start.base)
-            weights = {role: identity for role, (_, identity) in models.items()}
-            began = found, {"dtype": _word(self.dtype), "held_out": _digest(self.held_out), "models": weights}
-        self.origin, self._same = world.shared(began)
-
-    def _conditions(self) -> dict[str, Any]:
-        return environment(str(self.device)) | {"ranks": self.world.size, "launch": self.world.launch}
-
-    def _ready(self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None) -> None:
-        """Open the data, and raise whatever else would end the run later than it could be known."""
-        recipe = self.recipe
-        with self.world.first():
-            check_stages(recipe.stages[self.counters.stage :], config, tokenizer, base, self.world)
-        longest, limit = max(map(recipe.seq_len, recipe.stages)), archs.get(config.swap.base).limit(config)
-        if limit is not None and longest > limit:
-            raise UsageError(f"seq_len is {longest} and the base has learned {limit} positions; lower data.seq_len")
-        self.mixture = rows.training(recipe.data, tokenizer, recipe.seed, longest, self.world)
-        held_out = rows.held_out(recipe.data, tokenizer) if self.world.leads else None
-        self.held_out: Batch | None = self.world.shared(held_out)
-        # Only here can a token that was added without an embedding be met: on a GPU it would end the process.
-        self._check_ids = partial(_check_ids, tokenizer, config)
-        if self.held_out is not None:
-            self._check_ids(self.held_out)
-            if base is not None and self._checkpoint is None:
-                hub.open(base)
-        for name in recipe.track:
-            library(name)
-        track = recipe.track if self.world.leads else ()
-        self.trackers = open_trackers(track, self.run.path, recipe.model_dump(mode="json"))
-
-    def _newest_sound(self) -> Iterator[Event]:
-        """Find the newest complete checkpoint; a damaged one is named and the one before is taken."""
-        complete = self.world.shared(self.run.complete())
-        for path in reversed(complete):
-            fault = None
-            try:
-                if self.world.leads:
-                    checkpoint.verify(path)
-                self.counters, self._data_state, self._same = state.read(path / "training", self.world)
-            except state.OlderState:
-                raise  # sound, so nothing to fall back from
-            except (SupraError, OSError) as error:
-                fault = str(error)
-            fault = next(filter(None, self.world.gathered(fault)), None)
-            if fault is None:
-                self._checkpoint = path
-                if self.world.leads:  # a kill may have come between a save and its links
-                    best = self.counters.best_step
-                    self.run.link("last", path)
-                    if best is not None and self.run.step_path(best).exists():
-                        self.run.link("best", self.run.step_path(best))
-                yield Note(f"resuming from {path.name}")
-                return
-            self.counters = Counters()
-            yield Note(f"checkpoint {path.name} is damaged ({fault}); falling back to the one before it")
-        if complete:
-            raise SupraError(f"no checkpoint in {self.run.path} can be read; start over with --overwrite")
-
-    def _same_recipe(self) -> None:
-        stored, now = self.run.path / "recipe.toml", self.recipe.trajectory()
-        before = recipes.load(stored).trajectory() if stored.exists() else now
-        if changed := [key for key in now if before[key] != now[key]]:
-            raise UsageError(
-                f"the recipe is not the one that {self.run.path} was started with: it differs in {', '.join(changed)} "
-                "(see the run's recipe.toml); resume with the same recipe and --set, or start a new run"
-            )
-
-    def _same_sums(self) -> None:
-        """UsageError where the losses so far and those to come would not be of one computation or one text."""
-        if self._same["dtype"] != _word(self.dtype):
-            raise UsageError(
-                f"this run computes in {self._same['dtype']}, got {_word(self.dtype)}; "
-                f"resume with --dtype {self._same['dtype']}, or start a new run"
-            )
-        if self._same["held_out"] != _digest(self.held_out):
-            raise UsageError(
-                "the held-out text changed since the run began, so its losses could not be compared; "
-                "put back the same data.validation, or start a new run"
-            )
-
-    def _same_machine(self) -> Iterator[Event]:
-        """Say where versions, processors, ranks or threads are not the run's so far: then its last bits may differ."""
-        with suppress(SupraError, OSError):
-            before, now = read_json(self.run.path / "env.json"), self._conditions()
-            differing = (key for key in now if before.get(key, now[key]) != now[key])
-            keys = [key for key in differing if key not in ("command", "cpus", "launch")]
-            if keys:
-                changed = ", ".join(f"{key} {before[key]} → {now[key]}" for key in keys)
-                yield Note(f"going on under other conditions ({changed}): the last bits need not be those of one run")
-
-    # -- a stage, a step, a save ---------------------------------------------------------------------------------------
 
     def train(self) -> Iterator[Event]:
         counters = self.counters
@@ -371,23 +215,13 @@ class Trainer:
     def _validate(self, student: nn.Module) -> Iterator[Event]:
         if self.held_out is None:
             return
-        counters, loss = self.counters, self._held_out_loss(student)
+        counters = self.counters
+        loss = held_out_loss(student, self.held_out, self.device, self.dtype, self.world)
         self._last_loss, self._validated_step = loss, counters.step
         self._log({"event": "validation", "step": counters.step, "loss": loss, "teacher": counters.teacher_loss})
         yield from self._track({"held_out_loss": loss})
         yield Validated(counters.step, loss, counters.teacher_loss)
         self._clock = time.perf_counter()
-
-    def _held_out_loss(self, model: nn.Module) -> float:
-        """Nats per held-out token; each rank scores its share of the rows."""
-        count, world = len(self.held_out.labels), self.world
-        computing = Computing(self.device, self.dtype, count, world)
-        (rows,) = computing.own(self.held_out)
-        with computing.autocast():
-            nats = token_nats(model, *rows, device=self.device, numbers=range(world.rank, count, world.size))
-        known = nats[~nats.isnan()].double()
-        total, count = world.total(torch.stack([known.sum(), torch.tensor(known.numel(), dtype=known.dtype)]))
-        return float(total / count)
 
     def _save(self, built: Built, spec: recipes.Stage) -> Iterator[Event]:
         """Save everything; `best` is the saved step with the lowest held-out loss."""
@@ -457,17 +291,3 @@ class Trainer:
             except SupraError as error:
                 self.trackers.remove(log)
                 yield Note(str(error))
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _digest(batch: Batch | None) -> str | None:
-    """Of what held-out rows say, wherever their text lies."""
-    return None if batch is None else hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in batch)).hexdigest()
-
-
-def _check_ids(tokenizer: PreTrainedTokenizerBase, config: SupraConfig, batch: Batch) -> None:
-    """SupraError where the text holds a token that the model has no embedding for."""
-    check_ids((int(batch.input_ids.max()),), tokenizer, config)
