@@ -59,6 +59,7 @@ soak: $(BIN)/supra
 # What makes a student of the bundled teacher remember: hours on a CPU, and it goes on where it was stopped.
 ablation: $(BIN)/supra
 	$(OFFLINE) $(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/tables.py
 
 # Takes $(PYTHON) as it is: a GPU machine needs what benchmarks/gpu.py names, no installation.
 gpu:

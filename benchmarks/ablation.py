@@ -1,11 +1,13 @@
 """What makes a student remember: every row a student of the bundled teacher, trained on 0.9M tokens in all.
 
     python benchmarks/ablation.py [--rows NAME ...] [--seeds N] [--tokens N] [--jobs N] [--device cuda]
+    python benchmarks/ablation.py --reduced
 
-A row is a mixer, what it is trained by and on; TARGETS says what is asked of the best. Each (row, seed) is a process,
+A row is a mixer, what it is trained by and on; `targets` says what is asked of the best. Each (row, seed) is a process,
 and what it found is written to benchmarks/results/ablation.json as soon as it is there: started again, the script goes
-on with what is missing, a run that was cut off where it was. `--tokens 90000 --seeds 1` is the reduced form, which is
-for trying and writes elsewhere. The figure (docs/ablation.svg) needs matplotlib.
+on with what is missing, a run that was cut off where it was. At the end it draws docs/ablation.svg, where there is
+matplotlib. `--reduced` is for trying: the rows with several seeds, once and on a tenth of the tokens, in a few minutes.
+It writes below runs/, as any other number of tokens does.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -47,8 +51,8 @@ from supra_cli.core.environment import environment  # noqa: E402
 from supra_cli.core.evaluate.measures import Material  # noqa: E402
 from supra_cli.core.recipe import Data  # noqa: E402
 
-TOKENS = 900_000
-"""5 % of the 18M that the teacher was trained on."""
+TOKENS, REDUCED = 900_000, 90_000
+"""5 % of the 18M that the teacher was trained on, and what a trial of the script takes."""
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
 BEST = {"name": "gated_delta", "key_width": 3.75}
 """With what its convolutions keep, a state just below four times SUPRA's."""
@@ -136,11 +140,12 @@ ROWS = {
 }
 
 
-def recipe(row: Row, seed: int, stages: list[dict[str, Any]], keep: str) -> dict[str, Any]:
+def recipe(row: Row, seed: int, stages: list[dict[str, Any]], keep: str, saves: int) -> dict[str, Any]:
+    """Of a student that is saved, and so measured, about so often."""
     text = [TEXT | {"weight": row.weights[0]}]
     for source, weight in zip((REPEATED, RANDOM), row.weights[1:], strict=True):
         text += [source | {"weight": weight}] if weight else []
-    every = max(1, sum(stage["tokens"] // stage["batch_tokens"] for stage in stages) // 6)
+    every = max(1, sum(stage["tokens"] // stage["batch_tokens"] for stage in stages) // saves)
     return {
         "base": "tiny",
         "seed": seed,
@@ -156,20 +161,21 @@ def recipe(row: Row, seed: int, stages: list[dict[str, Any]], keep: str) -> dict
 
 def train(row: Row, seed: int, tokens: int, folder: Path, device: str) -> Iterator[Path]:
     """Train a student of `row` in `folder`; the runs that it took, the last with the student itself."""
+    saves = 6 if tokens == TOKENS else 1
     if row.fitted:
-        yield uptrain(recipe(row, seed, [FIT], row.keep), folder / "run", device)
+        yield uptrain(recipe(row, seed, [FIT], row.keep, saves), folder / "run", device)
         return
     transferred = int(row.transfer * tokens)
     transfer = [TRANSFER | row.first | {"tokens": transferred}] if transferred else []
     distill = [DISTILL | row.stage | {"tokens": tokens - transferred}]
     if not row.keep.startswith("auto"):
-        yield uptrain(recipe(row, seed, transfer + distill, row.keep), folder / "run", device)
+        yield uptrain(recipe(row, seed, transfer + distill, row.keep, saves), folder / "run", device)
         return
-    first = uptrain(recipe(row, seed, transfer, "none"), folder / "transferred", device)
+    first = uptrain(recipe(row, seed, transfer, "none", saves), folder / "transferred", device)
     yield first
     hybrid = folder / "hybrid"
     supra("convert", str(first), "--keep", row.keep, "-o", str(hybrid), "--overwrite", "--device", device)
-    yield uptrain(recipe(row, seed, distill, row.keep), folder / "run", device, "--model", str(hybrid))
+    yield uptrain(recipe(row, seed, distill, row.keep, saves), folder / "run", device, "--model", str(hybrid))
 
 
 def student(name: str, seed: int, tokens: int, folder: Path, device: str) -> dict[str, Any]:
@@ -203,7 +209,10 @@ def student(name: str, seed: int, tokens: int, folder: Path, device: str) -> dic
 
 
 def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is asked of the best rows of each kind, medians over seeds."""
+    """What is asked of the best rows of each kind, medians over seeds.
+
+    Of a student with softmax layers, its repeats cost no more than 0.1 above what they cost its teacher.
+    """
 
     def excess(row: str) -> float | None:
         ends = [run["curve"][-1]["nats"] - run["teacher"]["nats"] for run in found if run["row"] == row]
@@ -214,17 +223,24 @@ def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         worst = [max(end[f"random, gap {gap}"][0] for gap in GAPS[ROWS[row].seq_len]) for end in ends]
         return statistics.median(worst) if worst else None
 
-    asked = {
-        "gated_delta": (0.15, 0.2),
-        "window and delta rule, window dropout": (0.06, 0.5),
-        "one softmax layer by need": (0.010, None),
-    }
-    rows = []
-    for row, (nats, share) in asked.items():
-        for what, most, value in (("excess nats", nats, excess(row)), ("worst of its repeats", share, repeats(row))):
-            if most is not None:
-                rows.append(target(f"{row}: {what}", "at most", most, value))
-    return rows
+    def behind(row: str) -> float | None:
+        ends = [(run["curve"][-1]["repeats"], run["teacher"]["repeats"]) for run in found if run["row"] == row]
+        gaps = [f"random, gap {gap}" for gap in GAPS[ROWS[row].seq_len]]
+        worst = [max(end[gap][0] - taught[gap][0] for gap in gaps) for end, taught in ends]
+        return statistics.median(worst) if worst else None
+
+    pure, beside, hybrid = "gated_delta", "window and delta rule, window dropout", "one softmax layer by need"
+    asked = [
+        (pure, "excess nats", 0.15, excess),
+        (pure, "worst of its repeats", 0.2, repeats),
+        (pure, "excess nats, in any case", 0.22, excess),
+        (pure, "worst of its repeats, in any case", 0.25, repeats),
+        (beside, "excess nats", 0.06, excess),
+        (beside, "worst of its repeats", 0.5, repeats),
+        (hybrid, "excess nats", 0.010, excess),
+        (hybrid, "its repeats above the teacher's", 0.1, behind),
+    ]
+    return [target(f"{row}: {what}", "at most", most, measure(row)) for row, what, most, measure in asked]
 
 
 def write(found: list[dict[str, Any]], path: Path, tokens: int) -> None:
@@ -272,14 +288,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help="these alone")
     parser.add_argument("--seeds", type=int, help="of every row, in place of its own number")
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--reduced", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation", help="where the runs are")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, help="where the runs are")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.reduced:
+        given.rows, given.seeds = given.rows or [name for name, row in ROWS.items() if row.seeds > 1], given.seeds or 1
+    given.tokens = given.tokens or (REDUCED if given.reduced else TOKENS)
+    whole = given.tokens == TOKENS
+    given.work = given.work or ROOT / "runs" / ("ablation" if whole else f"ablation-{given.tokens}")
+    given.output = given.output or (RESULTS if whole else given.work / "ablation.json")
+    given.figure = given.figure or (FIGURE if given.output == RESULTS else given.work / "ablation.svg")
     if given.one:
         name, seed = given.one[0], int(given.one[1])
         folder = place(given.work, name, seed)
@@ -287,11 +311,16 @@ def main() -> int:
         found = student(name, seed, given.tokens, folder, given.device)
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
         return 0
-    found = json.loads(given.output.read_text(encoding="utf-8"))["runs"] if given.output.is_file() else []
+    before = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else None
+    if before and before["tokens"] != given.tokens:
+        parser.error(
+            f"{given.output} is of {before['tokens']:,} tokens, not of {given.tokens:,}; choose another --output"
+        )
+    found = before["runs"] if before else []
     known = {(run["row"], run["seed"]) for run in found}
     # First every row once.
     cases = sorted((seed, name) for name in given.rows or ROWS for seed in range(given.seeds or ROWS[name].seeds))
-    failed = []
+    failed, writing = [], Lock()
 
     def run(case: tuple[int, str]) -> None:
         seed, name = case
@@ -300,16 +329,21 @@ def main() -> int:
             failed.append(name)
             print(f"{name}, seed {seed}: {said}", flush=True)
             return
-        found.append(json.loads((place(given.work, name, seed) / "found.json").read_text(encoding="utf-8")))
-        write(sorted(found, key=lambda run: (list(ROWS).index(run["row"]), run["seed"])), given.output, given.tokens)
-        end, teacher = found[-1]["curve"][-1], found[-1]["teacher"]["nats"]
+        made = json.loads((place(given.work, name, seed) / "found.json").read_text(encoding="utf-8"))
+        with writing:
+            found.append(made)
+            found.sort(key=lambda run: (list(ROWS).index(run["row"]), run["seed"]))
+            write(found, given.output, given.tokens)
+        end, teacher = made["curve"][-1], made["teacher"]["nats"]
         shares = ", ".join(f"{x[0]:.2f} at {label}" for label, x in end["repeats"].items() if "random" in label)
         print(f"{name}, seed {seed}: {end['nats'] - teacher:.4f} nats above the teacher; repeats {shares}", flush=True)
 
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(run, [case for case in cases if (case[1], case[0]) not in known]))
-    if given.figure:
+    if find_spec("matplotlib"):
         draw(found, given.figure)
+    else:
+        print(f"{given.figure} is not drawn, which matplotlib does: pip install matplotlib")
     return 1 if failed else 0
 
 

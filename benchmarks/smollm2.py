@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def main() -> int:
         return 0
     if not folders["window"].is_dir():
         supra("convert", str(base), *WINDOW, "-o", str(folders["window"]))
-    failed = []
+    failed, writing = [], Lock()
 
     def run(case: tuple[str, str]) -> None:
         name, what = case
@@ -171,7 +172,8 @@ def main() -> int:
                 print(f"{name}, {what}: {said}", flush=True)
                 return
         print(f"{name}, {what}: done", flush=True)
-        write(given, list(folders))
+        with writing:
+            write(given, list(folders))
 
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(run, [(name, "training") for name in STUDENTS]))

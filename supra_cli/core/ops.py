@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import supra_kernels
 import torch
@@ -52,8 +52,10 @@ def linear_attention(
     layout: Layout | None = None,
     relu: bool = False,
     rope: Rotate | None = None,
+    norm_eps: float | None = None,
+    denominator_min: float | None = None,
+    denominators: bool = False,
     path: str | None = None,
-    **after: Any,
 ) -> tuple[Tensor, ...]:
     """S_t = exp(g_t) S_{t-1} + k_t v_tᵀ,  o_t = scale · q_tᵀ S_t,  with S = 0 where a document starts and S kept over
     padding.
@@ -63,7 +65,7 @@ def linear_attention(
         dq_t = scale · S_t do_t     dk_t = dS_t v_t     dv_t = dS_tᵀ k_t     dg_t = exp(g_t) <S_{t-1}, dS_t>
 
     q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with G dividing H; g is None, [H] or [B,T,H], a log decay ≤ 0; state
-    [B,H,K,V] or None for zeros. `after`: with norm_eps, o is (o - mean) / √(variance + norm_eps) over each head's V
+    [B,H,K,V] or None for zeros. With norm_eps, o is (o - mean) / √(variance + norm_eps) over each head's V
     numbers. With denominator_min, o_t is divided by max(d_t, denominator_min), d_t = scale · q_t·z_t and z_t = exp(g_t)
     z_{t-1} + k_t; the state is then [B,H,K,V+1], its last column z. With denominators = True, d [B,T,H] comes third.
     With relu and rope, q and k are φ(q), φ(k) of what is given, φ(x) = rope(ReLU(x)) or what of it is asked for: on a
@@ -83,8 +85,22 @@ def linear_attention(
     if rope is not None and not isinstance(rope, Rotation):
         q, k = (rope(x.relu() if relu else x) for x in (q, k))
         relu, rope = False, None
-    here = {"scale": scale, "state": state, "segment": segment, "documents": documents, "form": form}
-    return supra_kernels.linear_attention(q, k, v, g, **here, relu=relu, rotation=rope, **after)
+    return supra_kernels.linear_attention(
+        q,
+        k,
+        v,
+        g,
+        scale=scale,
+        state=state,
+        segment=segment,
+        documents=documents,
+        form=form,
+        relu=relu,
+        rotation=rope,
+        norm_eps=norm_eps,
+        denominator_min=denominator_min,
+        denominators=denominators,
+    )
 
 
 def delta_rule(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from supra_cli.core import corpus
+from supra_cli.core import recipe as recipes
 from supra_cli.core.data import packing, readers, rows, sources, tokenizer, tokens
 from supra_cli.core.data import streamed as streaming
 from supra_cli.core.data.streamed import Streamed
@@ -329,7 +330,7 @@ def test_a_restored_position_gives_the_rows_that_would_have_come(taken: int, wor
 @pytest.mark.parametrize("vocabulary", [None, np.arange(7, 290)], ids=["text", "random"])
 def test_repeats_hold_each_passage_twice(vocabulary, words, tmp_path: Path) -> None:
     stored = tokens.tokenised(Source(path=str(write(tmp_path, "a.jsonl"))), words, "train", 0.0)
-    ids, positions = rows.Repeats(stored, (0, 1), vocabulary=vocabulary).row(4000)
+    ids, positions = rows.Repeats(rows.Windows(stored), (0, 1), vocabulary=vocabulary).row(4000)
     starts = [*np.flatnonzero(positions == 0), 4000]
     for start, end in itertools.pairwise(starts[:-1]):
         piece = ids[start:end]
@@ -489,6 +490,36 @@ def test_a_run_goes_on_with_the_commit_of_a_hub_dataset_that_it_was_started_with
     for _ in range(40):
         assert all(a.equal(b) for a, b in zip(whole.batch(2, 24), again.batch(2, 24), strict=True))
     assert rows.training(recipe, words, 0).digests() == other  # a new run takes what is there now
+
+
+@pytest.mark.parametrize("repeat", ["text", "random"])
+@pytest.mark.parametrize("taken", [0, 5])
+def test_repeats_of_a_hub_dataset_go_on_exactly_where_they_were(taken: int, repeat: str, hub: Hub, words) -> None:
+    recipe = Data(seq_len=64, sources=[{"path": "org/set", "repeat": repeat}, {"path": "org/set"}])
+    whole, again = rows.training(recipe, words, 0), rows.training(recipe, words, 0)
+    for _ in range(taken):
+        whole.batch(1, 64)
+    again.restore(json.loads(json.dumps(whole.state())))
+    for _ in range(20):
+        assert all(a.equal(b) for a, b in zip(whole.batch(2, 64), again.batch(2, 64), strict=True))
+
+
+def test_running_text_of_a_stream_is_its_rows_text(words, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl")
+    by_rows, by_pieces = streamed(words, path), streamed(words, path)
+    sizes = [0, 3, 64, 128, 5]
+    pieces = [by_pieces.text(np.random.default_rng(0), size) for size in sizes]
+    assert [len(piece) for piece in pieces] == sizes
+    assert (np.concatenate(pieces) == by_rows.row(sum(sizes))[0]).all()
+
+
+@pytest.mark.parametrize("path", recipes.shipped().values(), ids=lambda path: path.stem)
+def test_the_rows_of_every_shipped_recipe_can_be_drawn(path: Path, hub: Hub, words) -> None:
+    recipe = recipes.load(path)
+    longest = max(map(recipe.seq_len, recipe.stages))
+    texts = [source.model_copy(update={"text": "text"}) for source in recipe.data.sources]
+    mixture = rows.training(recipe.data.model_copy(update={"sources": texts}), words, recipe.seed, longest)
+    assert mixture.batch(4, longest).input_ids.shape == (4, longest)
 
 
 def test_another_tokenizer_or_a_commit_that_is_gone_is_a_sentence(hub: Hub, words) -> None:

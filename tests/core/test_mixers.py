@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -195,6 +196,35 @@ def test_a_wrong_option_is_named(name, options, said):
         parse_options(name, options)
 
 
+NUMBERS = [
+    (name, field.name)
+    for name in mixers
+    for field in dataclasses.fields(mixers.get(name).Options)
+    if type(field.default) in (int, float)
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [-1, 0, 0.5, 1, 3, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("name", "option"), NUMBERS)
+def test_a_number_that_an_option_takes_is_one_that_the_mixer_answers_with(name, option, value):
+    others = {"branch": "gated_delta"} if (name, option) == ("lolcats", "key_width") else {}
+    try:
+        mixer = build(name, **others, **{option: value})
+    except UsageError as refused:
+        said = str(refused)
+    else:
+        said = None
+    if said is not None:
+        assert f"mixer.{option}" in said
+        return
+    q, k, v, x = inputs()
+    layout = Layout(torch.tensor([[-1] * 7 + [0] * 10 + [1] * 20, [0] * 30 + [-1] * 7]))
+    o, state = mixer(q, k, v, x, rope, None, layout)
+    assert o[layout.segment >= 0].isfinite().all()
+    assert mixer(q[:, :1], k[:, :1], v[:, :1], x[:, :1], rope, state, None)[0].isfinite().all()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rule", ["retnet", "none"])
 def test_retention_is_supra_without_a_map(rule):
@@ -292,10 +322,11 @@ def test_lolcats_is_two_attentions_under_one_denominator(window, sinks, branch):
             return hedgehog(heads, learned)
         return (torch.einsum("bthk,hfk->bthf", heads, learned.weight) + learned.bias).relu()
 
-    past = torch.einsum("bihf,bjhf->bhij", phi(rope(q), mixer.phi_q), repeated(phi(rope(k), mixer.phi_k)))
-    past = past.masked_fill(seen | (distance < 0), 0) * mixer.log_f.exp()[:, None, None]
+    own = mixer.recurrence
+    past = torch.einsum("bihf,bjhf->bhij", phi(rope(q), own.phi_q), repeated(phi(rope(k), own.phi_k)))
+    past = past.masked_fill(seen | (distance < 0), 0) * own.log_f.exp()[:, None, None]
     if branch == "gated":
-        past = past * kept_of((x @ mixer.decay.weight.T + mixer.decay.bias).sigmoid(), late=window)
+        past = past * kept_of((x @ own.decay.weight.T + own.decay.bias).sigmoid(), late=window)
     whole, window_alone = (near + past) / (near + past).sum(-1, keepdim=True), near / near.sum(-1, keepdim=True)
     past_alone = past / past.sum(-1, keepdim=True).clamp(min=1e-9)
     for only, weights in ((None, whole), ("window", window_alone), ("recurrence", past_alone)):
@@ -324,9 +355,10 @@ def test_how_far_back_and_how_concentrated_attention_is_is_counted_without_its_w
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("name", ["gated_delta", "kda"])
-def test_calibration_sets_decay_and_strength_by_where_the_teacher_looks(name):
-    mixer = moved(build(name, calibrate=True, key_width=2))
+def test_calibration_sets_decay_and_strength_by_where_the_teacher_looks(name, most):
+    mixer = moved(build(name, calibrate=True, key_width=2, negative_eigenvalues=most == 2))
     q, k, v, x = inputs()
     tokens, distance, concentration = 100.0, torch.tensor([0.0, 1.0, 10.0, 1e9]), torch.tensor([1.0, 0.5, 0.25, 0.0])
     moments = torch.stack((distance, concentration, torch.ones(4))) * tokens
@@ -336,7 +368,7 @@ def test_calibration_sets_decay_and_strength_by_where_the_teacher_looks(name):
     want = -torch.tensor([5, math.log(2), math.log(2) / 10, 1e-3]).double()
     g = mixer._log_decay(x)
     assert_close(g, want.view(4, *[1] * (g.ndim - 3)).expand_as(g))
-    assert_close(mixer.write(x).sigmoid(), torch.tensor([0.7, 0.5, 0.4, 0.3]).double().expand(2, T, 4))
+    assert_close(most * mixer.write(x).sigmoid(), torch.tensor([0.7, 0.5, 0.4, 0.3]).double().expand(2, T, 4))
     o, _ = mixer(q, k, v, x, rope, None, None)
     assert_close((o * o).sum((0, 1, 3)), (o * taught).sum((0, 1, 3)), msg="the gain is that of least squares")
 
@@ -345,7 +377,7 @@ def test_calibration_sets_decay_and_strength_by_where_the_teacher_looks(name):
 def test_lolcats_with_the_delta_rule_is_a_window_and_a_gated_delta_mixed_by_a_gate():
     mixer = moved(build("lolcats", window=5, sinks=2, branch="gated_delta", key_width=2))
     window, delta = build("window", window=5, sinks=2), build("gated_delta", key_width=2)
-    delta.load_state_dict(mixer.delta.state_dict())
+    delta.load_state_dict(mixer.recurrence.delta.state_dict())
     given = (*inputs(), rope, None, None)
     near, past = window(*given)[0], delta(*given)[0]
     q, k, _, x = given[:4]
@@ -353,7 +385,9 @@ def test_lolcats_with_the_delta_rule_is_a_window_and_a_gated_delta_mixed_by_a_ga
     back = torch.arange(T)[:, None] - torch.arange(T)
     seen = (back >= 0) & ((back < 5) | (torch.arange(T) < 2))
     mass = scores.masked_fill(~seen, -math.inf).logsumexp(-1).transpose(1, 2)
-    p = (x @ mixer.mix.weight.T + mixer.mix.bias - mixer.mass * mass).sigmoid()[..., None]
+    p = (x @ mixer.recurrence.mix.weight.T + mixer.recurrence.mix.bias - mixer.recurrence.mass * mass).sigmoid()[
+        ..., None
+    ]
     for only, want in ((None, (1 - p) * near + p * past), ("window", near), ("recurrence", past)):
         mixer.only = only
         assert_close(mixer(*given)[0], want, **CLOSE)

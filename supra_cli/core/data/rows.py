@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from supra_cli.core.data import sources
 from supra_cli.core.data.packing import Batch, collate, pack
 from supra_cli.core.data.tokens import Tokens, tokenised
-from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.errors import SupraError
 from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.recipe import Data, Packing, Source
+
+if TYPE_CHECKING:
+    from supra_cli.core.data.streamed import Streamed
 
 _log = logging.getLogger(__name__)
 
@@ -98,41 +101,74 @@ class Documents:
         return Epoch(number, length, documents, np.cumsum(sizes[documents]), rows)
 
 
-class Repeats:
-    """Rows for learning to recall: a passage, some text of a token file, the passage again.
+class Text(Protocol):
+    """Running text to make rows of; `state` is what it needs to go on from here."""
 
-    The passage is text of the file or, given a `vocabulary`, tokens drawn uniformly from it. Lengths are drawn between
-    8 and 128 for the passage and 0 and 64 for what stands between. Such a piece is a document of its own.
+    digest: str
+    state: dict[str, Any]
+
+    def text(self, random: np.random.Generator, length: int) -> np.ndarray:
+        """The next tokens, `length` of them unless there are fewer in all."""
+        ...
+
+
+class Windows:
+    """A token file's text, from places drawn at random."""
+
+    def __init__(self, tokens: Tokens):
+        self._ids = tokens.ids
+        self.digest = tokens.digest
+        self.state: dict[str, Any] = {}
+
+    def text(self, random: np.random.Generator, length: int) -> np.ndarray:
+        length = min(length, len(self._ids))
+        start = int(random.integers(0, len(self._ids) - length + 1))
+        return self._ids[start : start + length]
+
+
+class Repeats:
+    """Rows for learning to recall: a passage, some text, the passage again.
+
+    The passage is text too or, given a `vocabulary`, tokens drawn uniformly from it. Lengths are drawn between 8 and
+    128 for the passage and 0 and 64 for what stands between. Such a piece is a document of its own.
     """
 
     def __init__(
         self,
-        tokens: Tokens,
+        source: Text,
         seed: tuple[int, ...],
         packing: Packing = "separate",
         vocabulary: np.ndarray | None = None,
     ):
-        self._ids = tokens.ids
+        self._source = source
         self._seed = seed
         self._packing = packing
         self._vocabulary = vocabulary
-        self.digest = tokens.digest
-        self.state = {"row": 0}
+        self._row = 0
+
+    @property
+    def digest(self) -> str:
+        return self._source.digest
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"row": self._row, **self._source.state}
+
+    @state.setter
+    def state(self, saved: dict[str, Any]) -> None:
+        self._row = saved["row"]
+        self._source.state = {key: value for key, value in saved.items() if key != "row"}
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        random = _random(*self._seed, self.state["row"])
-        self.state["row"] += 1
+        random = _random(*self._seed, self._row)
+        self._row += 1
         return pack(lambda most: self._piece(random)[:most], length, self._packing)
 
     def _piece(self, random: np.random.Generator) -> np.ndarray:
         size = int(random.integers(8, 129))
-        passage = self._text(random, size) if self._vocabulary is None else random.choice(self._vocabulary, size)
-        return np.concatenate([passage, self._text(random, int(random.integers(0, 65))), passage])
-
-    def _text(self, random: np.random.Generator, length: int) -> np.ndarray:
-        length = min(length, len(self._ids))
-        start = int(random.integers(0, len(self._ids) - length + 1))
-        return self._ids[start : start + length]
+        drawn = self._vocabulary is not None
+        passage = random.choice(self._vocabulary, size) if drawn else self._source.text(random, size)
+        return np.concatenate([passage, self._source.text(random, int(random.integers(0, 65))), passage])
 
 
 class Mixture:
@@ -222,10 +258,11 @@ def training(data: Data, tokenizer, seed: int, longest: int = 0, world: World = 
     longest = max(longest, data.seq_len)
     streams: list[Stream] = []
     for number, source in enumerate(data.sources):
+        vocabulary = _ordinary(tokenizer) if source.repeat == "random" else None
         if sources.is_on_hub(source):
-            if source.repeat != "no":
-                raise UsageError(f"data.sources.{number}.repeat: {source.path} is streamed, and only local text can be")
             opened = _open_hub(source, "train", tokenizer, data.documents) if world.leads else None
+            if opened is not None and source.repeat != "no":
+                opened = Repeats(opened, (seed, number), data.documents, vocabulary)
             streams.append(opened if world.size == 1 else Sent(opened, world))
             continue
         with world.first():
@@ -238,8 +275,7 @@ def training(data: Data, tokenizer, seed: int, longest: int = 0, world: World = 
         if source.repeat == "no":
             streams.append(Documents(tokens, (seed, number), data.documents))
         else:
-            vocabulary = _ordinary(tokenizer) if source.repeat == "random" else None
-            streams.append(Repeats(tokens, (seed, number), data.documents, vocabulary))
+            streams.append(Repeats(Windows(tokens), (seed, number), data.documents, vocabulary))
     return Mixture(streams, [source.weight for source in data.sources], _names(data.sources))
 
 
@@ -274,7 +310,7 @@ def _spread_rows(source: Source, tokenizer, data: Data, wanted: int) -> list[tup
     return [row for number, row in enumerate(rows) if number in chosen]
 
 
-def _open_hub(source: Source, split: str, tokenizer, packing: Packing) -> Stream:
+def _open_hub(source: Source, split: str, tokenizer, packing: Packing) -> Streamed:
     from supra_cli.core.data.streamed import open_hub  # importing datasets takes a second that local text need not pay
 
     return open_hub(source, split, tokenizer, packing)

@@ -57,6 +57,14 @@ class Streamed:
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         return pack(self._take, length, self._packing)
 
+    def text(self, random: np.random.Generator, length: int) -> np.ndarray:
+        """The next `length` tokens, of as many records as it takes; nothing is drawn at random."""
+        pieces, missing = [], length
+        while missing:
+            pieces.append(self._take(missing))
+            missing -= len(pieces[-1])
+        return np.concatenate([np.zeros(0, np.int64), *pieces])
+
     def _open(self, commit: str | None) -> None:
         self._dataset, self._commit = self._open_at(commit)
         self._start = self._dataset.state_dict()

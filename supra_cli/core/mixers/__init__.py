@@ -30,6 +30,8 @@ class Mixer(nn.Module):
     """Names of the parts that its answer is a sum of, where each can be asked alone."""
     only: str | None = None
     """The one branch that answers, None for all together: what an evaluation sets to see what each can do."""
+    progress: float = 1.0
+    """Part of the steps of attention transfer that a run has taken, set by the training loop; 1 in other stages."""
     fits: int = 1
     """How often `fit` is called."""
     softens: ClassVar[bool] = False

@@ -32,12 +32,12 @@ class DeltaState(NamedTuple):
 class GatedDelta(MatrixMixer):
     """S ← e^{g_t} S,   S ← S + β_t k'_t (v_t - Sᵀ k'_t)ᵀ,   o_t = s_h · Sᵀ q'_t
 
-    x' = act(E_h x̃) / |act(E_h x̃)| of q and k, with maps of their own, β_t = σ(w_β·x_t + b_β) and
-    g_t = -exp(A_h) softplus(w_g·x_t + b_g), one number a query head. E starts as the identity and, below it,
-    key_width - 1 random orthogonal maps that q and k share (the last of them cut off where key_width is no whole
-    number); w starts at 0, so that β = 1/2 and the decays of the heads lie between 0.999 and 0.9 a token; the gain s_h
-    starts at 1 and is fitted. As |k'| = 1, a value that was written with β = 1 is what its own key reads: q' is not
-    scaled by K^-1/2, which s_h would have to undo. v has no activation.
+    x' = act(E_h x̃) / |act(E_h x̃)| of q and k, with maps of their own, β_t = σ(w_β·x_t + b_β), or twice that with
+    `negative_eigenvalues`, and g_t = -exp(A_h) softplus(w_g·x_t + b_g), one number a query head. E starts as the
+    identity and, below it, key_width - 1 random orthogonal maps that q and k share (the last of them cut off where
+    key_width is no whole number); w starts at 0, so that β = σ(0) and the decays of the heads lie between 0.999 and 0.9
+    a token; the gain s_h starts at 1 and is fitted. As |k'| = 1, a value that was written with β = 1 is what its own
+    key reads: q' is not scaled by K^-1/2, which s_h would have to undo. v has no activation.
 
     x̃ = x + Σ_i w_i ⊙ x_{t-i} of q, k and v, ṽ in place of v above: `ShortConv`, whose w starts at 0, so that it changes
     nothing at first. By it a head can see the token before, which softmax heads do by position and which finding a
@@ -61,16 +61,24 @@ class GatedDelta(MatrixMixer):
         negative_eigenvalues: bool = False
         """β in (0,2): a transition may then flip the sign of what lies along k (arXiv:2411.12537)."""
         calibrate: bool = False
-        """Begin attention transfer with decays that halve the state over a head's mean distance of attention, and with
-        β = 0.3 + 0.4 c, where c = Σ_j p_ij² is how concentrated that attention is (arXiv:2606.16429)."""
+        """Begin attention transfer with decays that halve the state over a head's mean distance of attention, but by
+        e^-0.001 to e^-5 a token, and with β = 0.3 + 0.4 c, where c = Σ_j p_ij² is how concentrated that attention is
+        (arXiv:2606.16429)."""
         norm: Literal["none", "rms"] = "none"
         """rms: each head divided by its root mean square, before the gain."""
         output_gate: bool = False
         """Multiply the heads by 2 σ(U x), which starts at 1."""
 
         def __post_init__(self) -> None:
-            if self.key_width < 1:
-                raise UsageError(f"mixer.key_width is {self.key_width}, expected 1 or more")
+            if not 1 <= self.key_width < math.inf:
+                raise UsageError(f"mixer.key_width is {self.key_width}, expected a number of 1 or more")
+            if self.short_conv < 0 or self.short_conv == 1:
+                raise UsageError(f"mixer.short_conv is {self.short_conv}, expected 0 for none, or 2 tokens or more")
+
+        @property
+        def most_written(self) -> int:
+            """The least upper bound of β."""
+            return 2 if self.negative_eigenvalues else 1
 
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
@@ -146,7 +154,7 @@ class GatedDelta(MatrixMixer):
         if self.options.rotary:
             q, k = rope(q), rope(k)
         q, k = self._feature(self.phi_q(q)), self._feature(self.phi_k(k))
-        beta = wide(self.write(x)).sigmoid() * (2 if self.options.negative_eigenvalues else 1)
+        beta = wide(self.write(x)).sigmoid() * self.options.most_written
         g = self._log_decay(x)
         o, S = delta_rule(q, k, v, g, beta, state=S, layout=layout)
         if self.options.norm == "rms":
@@ -176,4 +184,5 @@ class GatedDelta(MatrixMixer):
             distance, concentration, tokens = moments[2:]
             self._begin_with((math.log(2) * tokens / distance).clamp(1e-3, 5))
             nn.init.zeros_(self.write.weight)
-            self.write.bias.copy_((0.3 + 0.4 * concentration / tokens).logit())
+            beta = 0.3 + 0.4 * concentration / tokens
+            self.write.bias.copy_((beta / self.options.most_written).logit())

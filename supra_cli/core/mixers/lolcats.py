@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,85 @@ LolcatsState = namedtuple("LolcatsState", (*WindowState._fields, "S"))
 
 GatedState = namedtuple("GatedState", (*WindowState._fields, *DeltaState._fields))
 """A `WindowState` and a `DeltaState`, with branch gated_delta."""
+
+
+class Inputs(NamedTuple):
+    """What a mixer is called with, but for its state."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    rope: Rotate
+    layout: Layout | None
+
+
+Answer = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+"""Of a branch: its heads [B,T,H,V], its part p of the answer [B,T,H], and its memory after the call."""
+
+
+class Attended(nn.Module):
+    """Attention by a feature map over what has left the window, under the window's own denominator."""
+
+    State = LolcatsState
+    beyond = 1
+
+    def __init__(self, spec: HeadSpec, options: Lolcats.Options):
+        super().__init__()
+        self.window = options.window
+        kind = ReluMap if options.branch == "t2r" else HedgehogMap
+        self.phi_q, self.phi_k = (kind(heads, spec.head_dim) for heads in (spec.heads, spec.kv_heads))
+        self.decay = nn.Linear(spec.model_dim, spec.heads) if options.branch == "gated" else None
+        self.log_f = nn.Parameter(torch.empty(spec.heads))
+        self.state_shape = spec.heads, self.phi_k.width * spec.head_dim, spec.v_dim + 1
+
+    def reset_parameters(self) -> None:
+        for phi in (self.phi_q, self.phi_k):
+            phi.reset_parameters()
+        nn.init.constant_(self.log_f, math.log(0.1))
+        if self.decay is not None:
+            nearly_none(self.decay)
+
+    def init_state(self, batch: int, device: torch.device | str) -> tuple[Tensor, ...]:
+        return (torch.zeros((batch, *self.state_shape), dtype=torch.float32, device=device),)
+
+    def forward(self, inputs: Inputs, sight: Sight, left: Tensor, memory: tuple[Tensor, ...]) -> Answer:
+        x, (S,), tokens = inputs.x, memory, inputs.x.shape[1]
+        # What leaves the window with token i is token i - window, which the call and its state have at place i.
+        kept = (part[:, : -self.window] for part in (sight.kept_k, sight.kept_v))
+        leaving_k, leaving_v = (sight.rows.scatter(part, tokens) for part in kept)
+        keys = self.phi_k(leaving_k).masked_fill(~left[..., None, None], 0)
+        g = None if self.decay is None else nn.functional.logsigmoid(wide(self.decay(x)))
+        asked = {"layout": inputs.layout, "denominator_min": 1e-6, "denominators": True}
+        past, S, d = linear_attention(self.phi_q(sight.q), keys, leaving_v, g, state=S, **asked)
+        recurrence = wide(self.log_f).exp() * d
+        return past, recurrence / (sight.denominator() + recurrence), (S,)
+
+
+class Corrected(nn.Module):
+    """The delta rule over every token, and a gate that knows how much the window has found."""
+
+    State = GatedState
+    beyond = 0
+
+    def __init__(self, spec: HeadSpec, options: Lolcats.Options):
+        super().__init__()
+        self.delta = GatedDelta(spec, GatedDelta.Options(key_width=options.key_width))
+        self.mix = nn.Linear(spec.model_dim, spec.heads)
+        self.mass = nn.Parameter(torch.empty(spec.heads))
+
+    def reset_parameters(self) -> None:
+        self.delta.reset_parameters()
+        for part in (self.mix.weight, self.mix.bias, self.mass):
+            nn.init.zeros_(part)
+
+    def init_state(self, batch: int, device: torch.device | str) -> tuple[Tensor, ...]:
+        return self.delta.init_state(batch, device)
+
+    def forward(self, inputs: Inputs, sight: Sight, left: Tensor, memory: tuple[Tensor, ...]) -> Answer:
+        *call, layout = inputs
+        past, memory = self.delta(*call, DeltaState(*memory), layout)
+        return past, (wide(self.mix(inputs.x)) - wide(self.mass) * sight.log_mass()).sigmoid(), memory
 
 
 @mixers.register("lolcats")
@@ -74,7 +153,7 @@ class Lolcats(Window):
             super().__post_init__()
             if not 0 <= self.window_dropout <= 1:
                 raise UsageError(f"mixer.window_dropout is {self.window_dropout}, expected a number from 0 to 1")
-            if self.key_width < 1 or (self.key_width > 1 and self.branch != "gated_delta"):
+            if not 1 <= self.key_width < math.inf or (self.key_width > 1 and self.branch != "gated_delta"):
                 raise UsageError(
                     f"mixer.key_width is {self.key_width}, expected 1, or with branch = 'gated_delta' more"
                 )
@@ -86,82 +165,29 @@ class Lolcats(Window):
         {"window": 1, "sinks": 1, "branch": "gated"},
         {"window": 4, "sinks": 1, "branch": "gated_delta", "key_width": 2},
     )
-    progress: float = 1.0
-    """Part of the steps of attention transfer that a run has taken, set by the training loop; 1 in other stages."""
 
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
-        self.delta = self.decay = None
-        if options.branch == "gated_delta":
-            self.delta = GatedDelta(spec, GatedDelta.Options(key_width=options.key_width))
-            self.mix = nn.Linear(spec.model_dim, spec.heads)
-            self.mass = nn.Parameter(torch.empty(spec.heads))
-            return
-        self.beyond = 1
-        kind = ReluMap if options.branch == "t2r" else HedgehogMap
-        self.phi_q, self.phi_k = (kind(heads, spec.head_dim) for heads in (spec.heads, spec.kv_heads))
-        if options.branch == "gated":
-            self.decay = nn.Linear(spec.model_dim, spec.heads)
-        self.log_f = nn.Parameter(torch.empty(spec.heads))
+        self.recurrence = (Corrected if options.branch == "gated_delta" else Attended)(spec, options)
+        self.beyond = self.recurrence.beyond
 
     def reset_parameters(self) -> None:
-        if self.delta is not None:
-            self.delta.reset_parameters()
-            nn.init.zeros_(self.mix.weight)
-            nn.init.zeros_(self.mix.bias)
-            nn.init.zeros_(self.mass)
-            return
-        for phi in (self.phi_q, self.phi_k):
-            phi.reset_parameters()
-        nn.init.constant_(self.log_f, math.log(0.1))
-        if self.decay is not None:
-            nearly_none(self.decay)
+        self.recurrence.reset_parameters()
 
-    def init_state(self, batch: int, device: torch.device | str) -> LolcatsState | GatedState:
-        window = super().init_state(batch, device)
-        if self.delta is not None:
-            return GatedState(*window, *self.delta.init_state(batch, device))
-        shape = (batch, self.spec.heads, self.phi_k.width * self.spec.head_dim, self.spec.v_dim + 1)
-        return LolcatsState(*window, torch.zeros(shape, dtype=torch.float32, device=device))
+    def init_state(self, batch: int, device: torch.device | str) -> NamedTuple:
+        return self.recurrence.State(*super().init_state(batch, device), *self.recurrence.init_state(batch, device))
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor,
-        rope: Rotate,
-        state: LolcatsState | GatedState | None,
-        layout: Layout | None,
-    ) -> tuple[Tensor, LolcatsState | GatedState]:
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: NamedTuple | None, layout: Layout | None
+    ) -> tuple[Tensor, NamedTuple]:
         state = self.init_state(len(x), x.device) if state is None else state
         parts = len(WindowState._fields)
-        seen, memory = WindowState(*state[:parts]), state[parts:]
-        rotated = rope(q)
-        sight = self.look(rotated, rope(k), v, seen, layout)
+        sight = self.look(rope(q), rope(k), v, WindowState(*state[:parts]), layout)
         left = sight.rows.position >= self.options.window + self.options.sinks
         left = sight.rows.scatter(left, x.shape[1])
-        if self.delta is not None:
-            past, memory = self.delta(q, k, v, x, rope, DeltaState(*memory), layout)
-            share = (wide(self.mix(x)) - wide(self.mass) * sight.log_mass()).sigmoid()
-        else:
-            past, share, *memory = self._under_one_denominator(rotated, x, sight, left, *memory, layout)
+        past, share, memory = self.recurrence(Inputs(q, k, v, x, rope, layout), sight, left, state[parts:])
         share = self._heard(share, left).unsqueeze(-1).to(past.dtype)
-        return torch.lerp(sight.o.to(past.dtype), past, share), type(state)(*sight.state, *memory)
-
-    def _under_one_denominator(
-        self, q: Tensor, x: Tensor, sight: Sight, left: Tensor, S: Tensor, layout: Layout | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The branch's answer [B,T,H,V], its part of the denominator [B,T,H], and S after the call."""
-        # What leaves the window with token i is token i - window, which the call and its state have at place i.
-        kept = (part[:, : -self.options.window] for part in (sight.kept_k, sight.kept_v))
-        leaving_k, leaving_v = (sight.rows.scatter(part, x.shape[1]) for part in kept)
-        keys = self.phi_k(leaving_k).masked_fill(~left[..., None, None], 0)
-        g = None if self.decay is None else nn.functional.logsigmoid(wide(self.decay(x)))
-        asked = {"denominator_min": 1e-6, "denominators": True}
-        past, S, d = linear_attention(self.phi_q(q), keys, leaving_v, g, state=S, layout=layout, **asked)
-        recurrence = wide(self.log_f).exp() * d
-        return past, recurrence / (sight.denominator() + recurrence), S
+        return torch.lerp(sight.o.to(past.dtype), past, share), self.recurrence.State(*sight.state, *memory)
 
     def _heard(self, share: Tensor, left: Tensor) -> Tensor:
         """The branch's part p [B,T,H], where one of the two is silent."""

@@ -80,7 +80,7 @@ class Window(Mixer):
         """What the window shows of rotated q and k."""
         tokens, window, sinks = q.shape[1], self.options.window, self.options.sinks
         block = min(tokens, max(window - 1, BLOCK))
-        rows = read_rows(layout, state.seen, tokens, block)
+        rows, asked = read_rows(layout, state.seen, tokens, block), q
         q, k, v = (rows.gather(heads) for heads in (q * self.spec.scale, k, v))
         kept_k, kept_v = join(state.recent_k, k), join(state.recent_v, v)
         near_k, near_v = kept_k[:, self.beyond :], kept_v[:, self.beyond :]
@@ -108,14 +108,16 @@ class Window(Mixer):
         first = take(sink_at, last)[:, 0]
         seen = torch.where(real > 0, take(rows.position, last)[:, 0] + 1, state.seen)
         kept = (take(far_k, first), take(far_v, first), take(kept_k, newest), take(kept_v, newest))
-        o = rows.scatter(by_token(o), tokens)
-        return Sight(rows, o, scores, weights, kept_k, kept_v, WindowState(*(part.float() for part in kept), seen))
+        after = WindowState(*(part.float() for part in kept), seen)
+        return Sight(rows, asked, rows.scatter(by_token(o), tokens), scores, weights, kept_k, kept_v, after)
 
 
 class Sight(NamedTuple):
     """What a call of a window showed."""
 
     rows: Rows
+    q: Tensor
+    """[B, T, H, K], rotated."""
     o: Tensor
     """[B, T, H, V]."""
     scores: Tensor

@@ -168,8 +168,7 @@ class Trainer:
         random = np.random.SeedSequence([recipe.seed, counters.step, self.world.rank])
         torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
         for _, layer in built.student.swapped_layers():
-            if hasattr(layer.mixer, "progress"):
-                layer.mixer.progress = counters.stage_step / recipe.steps(spec) if built.stage.inside else 1.0
+            layer.mixer.progress = counters.stage_step / recipe.steps(spec) if built.stage.inside else 1.0
         rate = lr_factor(counters.stage_step, recipe.steps(spec), spec)
         set_lr(built.optimizer, rate)
         outcome = take(
