@@ -108,10 +108,10 @@ class SwappedBackbone(nn.Module):
             return torch.empty((1, 1, 0, 0), device=self.device)
         tokens = layout.segment.shape[1]
         masked = partial(softmax_mask, layout, tokens, dtype=self.dtype, device=layout.segment.device)
-        kinds, window = getattr(self.config, "layer_types", None), getattr(self.config, "sliding_window", None)
+        window, kinds = self.config.windows(), getattr(self.config, "layer_types", None)
         if kinds is None:
-            return masked(window=window)
-        return {kind: masked(window=window if kind == "sliding_attention" else None) for kind in set(kinds)}
+            return masked(window=window[0])
+        return {kind: masked(window=window[kinds.index(kind)]) for kind in set(kinds)}
 
 
 def check_mask(mask: Tensor | None, batch: int, tokens: int, recurrent: list[caches.RecurrentLayer]) -> None:

@@ -69,19 +69,26 @@ class SupraConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SupraConfig:
         if cls is SupraConfig:
-            return config_class(config_dict["supra"]["base"]).from_dict(config_dict, **kwargs)
+            base = config_dict["supra"]["base"]
+            return config_class(base).from_dict(_heeded(base, config_dict), **kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def swap(self) -> Swap:
         return Swap(**self.supra)
 
+    def windows(self) -> list[int | None]:
+        """How many tokens each layer's own attention sees, None for all."""
+        arch = archs.get(self.swap.base)
+        return [arch.seen(self, layer) for layer in range(self.num_hidden_layers)]
+
     def with_mixer(self, mixer: str, options: Mapping[str, Any] | None = None, keep: str = "none") -> SupraConfig:
         """The base with `mixer` in every layer that `keep`, as `layer_kinds` reads it, does not spare; `auto` are those
         that are spared already.
         """
         ranked = [n for n, kind in enumerate(self.swap.layers) if kind == SOFTMAX] if self.swap.any else ()
-        layers = layer_kinds(self.num_hidden_layers, mixer, keep, sliding_layers(self), ranked)
+        sliding = [layer for layer, window in enumerate(self.windows()) if window]
+        layers = layer_kinds(self.num_hidden_layers, mixer, keep, sliding, ranked)
         return self.from_base(self, mixer=mixer, options=options, layers=layers)
 
     def plain(self) -> PreTrainedConfig:
@@ -106,20 +113,16 @@ class SupraConfig(PreTrainedConfig):
         return output | {"model_type": self.swap.base, "architectures": [architecture]}
 
 
-def sliding_layers(config: PreTrainedConfig) -> list[int]:
-    """The numbers of the layers whose own attention sees a window."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else ""] * config.num_hidden_layers
-    return [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
-
-
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    return {
-        k: v
-        for k, v in config.to_dict().items()
-        if k not in ("model_type", "architectures", "transformers_version", "supra")
-    }
+    base = config.swap.base if isinstance(config, SupraConfig) else config.model_type
+    apart = ("model_type", "architectures", "transformers_version", "supra")
+    return {key: value for key, value in _heeded(base, config.to_dict()).items() if key not in apart}
+
+
+def _heeded(base: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the windows that the base itself does not heed, but a cache of transformers would."""
+    stray = ("sliding_window", "layer_types", "attention_chunk_size") if archs.get(base).window is None else ()
+    return {key: value for key, value in fields.items() if key not in stray}
 
 
 @cache

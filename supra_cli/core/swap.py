@@ -68,7 +68,7 @@ def swap(model: nn.Module, arch: Arch, mixer: type[Mixer], options: Mixer.Option
             attention = getattr(block, arch.slot)
             attention.__class__ = swapped_class(type(attention))
             attention.arch = arch
-            attention.mixer = mixer(arch.spec(attention), options)
+            attention.mixer = mixer(arch.shape(attention), options)
             attention.mixer.reset_parameters()
             if not arch.hands_on:
                 block.register_forward_pre_hook(_leave_layout, with_kwargs=True)

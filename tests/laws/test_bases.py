@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from supra_cli.core.archs import archs
 from supra_cli.core.mixers.window import Window
+from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-4}
 LENGTH = 21
+LENGTHS = (8, 13)
 
 
 def two(base: str, keep: str = "none", **changes: Any) -> tuple[nn.Module, nn.Module]:
@@ -62,6 +64,17 @@ def answers(model: nn.Module, base: str) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def by_layer(found: list[Tensor]) -> list[Tensor]:
+    """The answers of each of three layers, one pass behind the other along the tokens."""
+    return [torch.cat(found[layer::3], dim=1) for layer in range(3)]
+
+
+def assert_layers_close(found: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(found) == len(wanted) == 3
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one, other, **CLOSE)
+
+
 def places(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
@@ -74,9 +87,7 @@ def test_attention_through_the_arch_is_the_base_s(base, kv_heads):
     with answers(plain, base) as wanted, answers(ours, base) as found:
         logits = plain(ids).logits
         assert_close(ours(ids).logits, logits, **CLOSE)
-    assert len(found) == len(wanted) == 3
-    for one, other in zip(found, wanted, strict=True):
-        assert_close(one, other, **CLOSE)
+    assert_layers_close(found, wanted)
     assert (logits[:, -1] - plain(ids.roll(1, 0)).logits[:, -1]).abs().max() > 1e-3
 
 
@@ -86,33 +97,67 @@ def test_padding_on_the_left_changes_nothing(base, pair):
     ids, mask = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, :5] = 0
     real = mask.bool()
-    wanted = plain(ids, attention_mask=mask, position_ids=places(mask)).logits
-    assert_close(ours(ids, attention_mask=mask).logits[real], wanted[real], **CLOSE)
+    with answers(plain, base) as taught, answers(ours, base) as found:
+        wanted = plain(ids, attention_mask=mask, position_ids=places(mask)).logits
+        assert_close(ours(ids, attention_mask=mask).logits[real], wanted[real], **CLOSE)
+    assert_layers_close([layer[real] for layer in found], [layer[real] for layer in taught])
     assert_close(ours(ids, attention_mask=mask).logits[:1, 5:], plain(ids[:1, 5:]).logits, **CLOSE)
+
+
+def in_pieces(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a pass over a few pieces with a cache."""
+    cache, pieces = None, []
+    for piece in ids.split((9, 1, 1, 10), dim=1):
+        # By whichever name the base takes it.
+        output = model(piece, use_cache=True, **({} if cache is None else {"past_key_values": cache}))
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    return torch.cat(pieces, dim=1)
 
 
 @torch.no_grad()
 def test_in_pieces_with_a_cache_it_is_the_base_s(base, pair):
     plain, ours = pair
     ids = tokens(2, LENGTH)
-    wanted, cache, pieces = plain(ids).logits, None, []
-    for piece in ids.split((9, 1, 1, 10), dim=1):
-        # By whichever name the base takes it.
-        output = ours(piece, use_cache=True, **({} if cache is None else {"past_key_values": cache}))
-        cache = output.past_key_values
-        pieces.append(output.logits)
-    assert_close(torch.cat(pieces, dim=1), wanted, **CLOSE)
+    with answers(plain, base) as taught, answers(ours, base) as found:
+        assert_close(in_pieces(ours, ids), plain(ids).logits, **CLOSE)
+    assert_layers_close(by_layer(found), taught)
+
+
+def packed(model: nn.Module, ids: Tensor) -> Tensor:
+    position = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    return model(ids, position_ids=position, use_cache=False).logits
+
+
+def apart(model: nn.Module, ids: Tensor) -> Tensor:
+    return torch.cat([model(piece).logits for piece in ids.split(LENGTHS, dim=1)], dim=1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kept", ["none", "all", "1"])
 def test_packed_documents_are_the_base_s_documents_apart(base, kept):
     plain, ours = two(base, kept)
-    ids, lengths = tokens(1, LENGTH), (8, 13)
-    position = torch.cat([torch.arange(length) for length in lengths])[None]
-    packed = ours(ids, position_ids=position, use_cache=False).logits
-    apart = torch.cat([plain(piece).logits for piece in ids.split(lengths, dim=1)], dim=1)
-    assert_close(packed, apart, **CLOSE)
+    ids = tokens(1, LENGTH)
+    with answers(plain, base) as taught, answers(ours, base) as found:
+        assert_close(packed(ours, ids), apart(plain, ids), **CLOSE)
+    assert_layers_close(found, by_layer(taught))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", ["none", "all"])
+@pytest.mark.parametrize("without", [name for name in archs if archs.get(name).window is None])
+def test_a_window_that_the_base_does_not_heed_is_none(without, kept):
+    """As of a config that was made from another family's."""
+    config = tiny_config(without)
+    config.sliding_window, config.layer_types = 7, ["sliding_attention"] * 3
+    torch.manual_seed(0)
+    config = SupraConfig.from_base(config).with_mixer("window", {"window": 64, "sinks": 0}, kept)
+    ours, plain = SupraForCausalLM._from_config(config).eval(), plain_base(without)
+    plain.load_state_dict(ours.state_dict())
+    ids = tokens(1, LENGTH)
+    assert config.windows() == [None] * 3
+    assert_close(in_pieces(ours, ids), plain(ids).logits, **CLOSE)
+    assert_close(packed(ours, ids), apart(plain, ids), **CLOSE)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def measure(config: SupraConfig, dtype: torch.dtype | None = None) -> ModelPlan:
     dtype = dtype or config.dtype or torch.float32
     arch = archs.get(config.swap.base)
     attentions = [getattr(block, arch.slot) for block in arch.layers(model)]
-    specs = [arch.spec(attention) for attention in attentions]
+    specs = [arch.shape(attention) for attention in attentions]
     kept = [spec.window for spec, kind in zip(specs, config.swap.layers, strict=True) if kind == SOFTMAX]
     swapped = [spec for spec, kind in zip(specs, config.swap.layers, strict=True) if kind != SOFTMAX]
     states = [a.mixer.init_state(1, torch.device("meta")) for a in attentions if isinstance(a, SwappedAttention)]

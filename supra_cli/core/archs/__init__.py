@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -55,6 +55,17 @@ class Arch:
     """Whether blocks hand their attention every keyword that they are called with."""
     limit: Callable[[PreTrainedConfig], int | None] = lambda config: None
     """config -> how many positions the base has learned; None where positions have no end."""
+    window: Callable[[PreTrainedConfig, int], int | None] | None = None
+    """(config, layer) -> how many tokens that layer's own attention sees, None for all; None for a base that has no
+    windows, whatever its config says."""
+
+    def shape(self, attention: nn.Module) -> HeadSpec:
+        """`spec`, with the layer's own window."""
+        return replace(self.spec(attention), window=self.seen(attention.config, attention.layer_idx))
+
+    def seen(self, config: PreTrainedConfig, layer: int) -> int | None:
+        """The window of a layer, None for all tokens."""
+        return None if self.window is None else self.window(config, layer)
 
     def stack(self, model: nn.Module) -> nn.Module:
         """The module of a model, with or without a head, whose forward runs the decoder blocks."""
@@ -74,7 +85,6 @@ def head_spec(
     *,
     head_dim: int,
     kv_heads: int | None = None,
-    window: int | None = None,
     softcap: float | None = None,
 ) -> HeadSpec:
     """The shape of an attention whose keys and values are equally wide, in the words that transformers uses in all."""
@@ -87,7 +97,6 @@ def head_spec(
         model_dim=config.hidden_size,
         layer=attention.layer_idx,
         scale=attention.scaling,
-        window=window,
         softcap=softcap,
     )
 
@@ -100,6 +109,16 @@ def rotary(attention: nn.Module, positions: Positions) -> Rotate:
 def unrotated(attention: nn.Module, positions: Positions) -> Rotate:
     """Learned positions, which are in the layer's input already."""
     return lambda x: x
+
+
+def everywhere(config: PreTrainedConfig, layer: int) -> int | None:
+    """One window for all layers."""
+    return config.sliding_window
+
+
+def by_kind(config: PreTrainedConfig, layer: int) -> int | None:
+    """A window for the layers that the config calls sliding."""
+    return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
 
 
 def plain_head(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -6,15 +6,12 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, Positions, archs, head_spec, plain_head, rotary
+from supra_cli.core.archs import Arch, Positions, archs, by_kind, everywhere, head_spec, plain_head, rotary
 from supra_cli.core.layout import HeadSpec
 
 
 def spec(attention: nn.Module) -> HeadSpec:
-    config = attention.config
-    # Qwen keeps it on the attention, as only some layers have one; Mistral in the config, for all.
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    return head_spec(attention, head_dim=attention.head_dim, kv_heads=config.num_key_value_heads, window=window)
+    return head_spec(attention, head_dim=attention.head_dim, kv_heads=attention.config.num_key_value_heads)
 
 
 def qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,5 +35,8 @@ LLAMA = Arch(
     head=plain_head,
 )
 
-archs.register("llama", "ministral", "mistral", "mixtral", "qwen2")(LLAMA)
-archs.register("qwen3", "qwen3_moe")(replace(LLAMA, qkv=normed_qkv))
+archs.register("llama")(LLAMA)
+archs.register("mistral", "mixtral")(replace(LLAMA, window=everywhere))
+archs.register("ministral", "qwen2")(replace(LLAMA, window=by_kind))
+archs.register("qwen3")(replace(LLAMA, qkv=normed_qkv, window=by_kind))
+archs.register("qwen3_moe")(replace(LLAMA, qkv=normed_qkv, window=everywhere))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, Positions, archs
+from supra_cli.core.archs import Arch, Positions, archs, everywhere
 from supra_cli.core.archs.llama import LLAMA, qkv
 
 
@@ -19,6 +19,6 @@ def scaled_qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[T
     return q * factor[..., None, None].to(q.dtype), k, v
 
 
-MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv)
+MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv, window=everywhere)
 
 archs.register("ministral3")(MINISTRAL3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Positions, archs
+from supra_cli.core.archs import Positions, archs, by_kind
 from supra_cli.core.archs.llama import LLAMA
 
 
@@ -16,4 +16,5 @@ def qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, 
     return q.view(heads), k.view(heads), attention.v_proj(x).view(heads)
 
 
-archs.register("olmo2", "olmo3")(replace(LLAMA, qkv=qkv))
+archs.register("olmo2")(replace(LLAMA, qkv=qkv))
+archs.register("olmo3")(replace(LLAMA, qkv=qkv, window=by_kind))

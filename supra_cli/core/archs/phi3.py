@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Positions, archs
+from supra_cli.core.archs import Positions, archs, everywhere
 from supra_cli.core.archs.llama import LLAMA
 
 
@@ -17,4 +17,4 @@ def qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, 
     return q, k, v
 
 
-archs.register("phi3")(replace(LLAMA, qkv=qkv))
+archs.register("phi3")(replace(LLAMA, qkv=qkv, window=everywhere))
