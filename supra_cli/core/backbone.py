@@ -14,7 +14,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from supra_cli.core import cache as caches
-from supra_cli.core.archs import archs
 from supra_cli.core.layout import Layout, derive, softmax_mask
 from supra_cli.core.recipe.keep import SOFTMAX
 from supra_cli.core.swap import base_class
@@ -44,7 +43,7 @@ class SwappedBackbone(nn.Module):
     ) -> Any:
         """As the base's, for every mask [B, past + T] and every position_ids [B, T], where 0 begins a document."""
         swap = self.config.swap
-        kinds, limit = swap.layers, archs.get(swap.base).limit(self.config)
+        kinds, limit, switch = swap.layers, self.config.limit(), self.config.switch()
         attends = SOFTMAX in kinds
         batch, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         cache = caches.handed(kwargs)
@@ -53,8 +52,13 @@ class SwappedBackbone(nn.Module):
         past = 0 if cache is None else recurrent[0].tokens if recurrent else cache.get_seq_length()
         if limit is not None and past + tokens > limit:
             raise ValueError(
-                f"the base has learned {limit} positions, got {past + tokens} columns; pass shorter rows, or choose a "
-                "base with rotary positions"
+                f"the base has {limit} positions, got {past + tokens} columns; pass shorter rows, or choose a base "
+                "whose positions have no end"
+            )
+        if switch is not None and 0 < past <= switch < past + tokens:
+            raise ValueError(
+                f"the base's positions are others in texts of more than {switch} tokens, and {past} have been read; "
+                f"pass all {past + tokens} at once, without the cache"
             )
         layout, position_ids, packed = derive(attention_mask, position_ids, batch, tokens)
         if position_ids is None:  # not every base counts them as we do, and some read the mask for it
@@ -68,6 +72,11 @@ class SwappedBackbone(nn.Module):
             packed = self.device.type != "meta" and bool((layout.segment > 0).any())
         if packed and use_cache is None and cache is None:
             use_cache = False
+        if packed and switch is not None and tokens > switch:
+            raise ValueError(
+                f"the base's positions are others in texts of more than {switch} tokens, got rows of {tokens} with "
+                "position_ids that restart; pass one document a row"
+            )
         if packed and attends and (cache is not None or use_cache is not False):
             raise ValueError(
                 "packed rows cannot be cached by softmax layers, got position_ids that restart; pass one document a row"

@@ -77,6 +77,24 @@ class SupraConfig(PreTrainedConfig):
     def swap(self) -> Swap:
         return Swap(**self.supra)
 
+    def limit(self) -> int | None:
+        """How many positions the base has: the learned ones, or those up to which its rotary tables are the same for
+        texts of every length; None where there is no end.
+        """
+        stretched = [self.max_position_embeddings for kind, _ in _tables(self) if "dynamic" in kind]
+        return min([*stretched, *filter(None, [archs.get(self.swap.base).limit(self)])], default=None)
+
+    def switch(self) -> int | None:
+        """The length beyond which the base takes other rotary tables for all of a text, its first tokens included; None
+        for most.
+
+        Phi-3's long contexts (rope_type longrope, arXiv:2402.13753) have such tables.
+        """
+        return min(
+            (table["original_max_position_embeddings"] for kind, table in _tables(self) if kind == "longrope"),
+            default=None,
+        )
+
     def windows(self) -> list[int | None]:
         """How many tokens each layer's own attention sees, None for all."""
         arch = archs.get(self.swap.base)
@@ -111,6 +129,13 @@ class SupraConfig(PreTrainedConfig):
 
         architecture = (MODEL_MAPPING_NAMES if headless else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[self.swap.base]
         return output | {"model_type": self.swap.base, "architectures": [architecture]}
+
+
+def _tables(config: PreTrainedConfig) -> list[tuple[str, Mapping[str, Any]]]:
+    """(kind, parameters) of the base's rotary tables, of which some bases have one for each kind of layer."""
+    own = getattr(config, "rope_parameters", None) or {}
+    tables = [own] if "rope_type" in own else [table for table in own.values() if isinstance(table, Mapping)]
+    return [(table.get("rope_type", "default"), table) for table in tables]
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

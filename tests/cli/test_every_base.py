@@ -61,5 +61,5 @@ def test_learned_positions_have_an_end(kind, supra, tmp_path):
     }
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe), encoding="utf-8")
     result = supra("uptrain", "-r", "recipe.toml", "-o", "run")
-    assert (result.code, "learned 24 positions; lower data.seq_len" in result.error) == (2, True)
+    assert (result.code, "the base has 24 positions; lower data.seq_len" in result.error) == (2, True)
     assert not (tmp_path / "run").exists()

@@ -13,17 +13,29 @@ import torch
 import torch._inductor.config
 from tiny import of_words, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import GPT2Tokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, LlamaForCausalLM, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from supra_cli.__main__ import main
 from supra_cli.core import generate
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.data.tokens import encode
 from supra_cli.core.errors import SupraError, UsageError
-from supra_cli.core.generate import Sampling, Stats, Writer, streaming
+from supra_cli.core.generate import Sampling, Stats, Writer, steps, streaming
 
 TEXT = ["the quick brown fox jumps over the lazy dog " * 20, "naïve café, 東京, 🦊 and über " * 20]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler on a CPU")
+STRETCHED = {
+    "sliding_window": None,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 8.0, 16.0, 32.0],
+        "original_max_position_embeddings": 16,
+    },
+}
+"""As Phi-3's for 128k tokens, with other rotary tables from 17 tokens on."""
 PROMPTS = ["the quick", "fox", "naïve café and a rather longer prompt than the others"]
 
 
@@ -115,6 +127,38 @@ def test_where_nothing_compiles_the_error_says_why(tokenizer):
         pytest.raises(SupraError, match=r"No working C\+\+ compiler.*leave out"),
     ):
         generate.complete(model, tokenizer, PROMPTS[:1], Sampling(3), compile=True)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("sampling", [Sampling(24), Sampling(24, temperature=0.8, seed=5)])
+@pytest.mark.parametrize(("mixer", "keep"), [("softmax", "none"), ("supra", "none"), ("supra", "1")])
+def test_text_that_outgrows_the_base_s_positions_is_read_again(mixer, keep, sampling, prompt, tokenizer, monkeypatch):
+    """Rotary tables for long texts hold for their first tokens too, so that no cache could have been right."""
+    monkeypatch.setattr(steps.prefill, "__kwdefaults__", {"piece": 7})
+    torch.manual_seed(0)
+    model = tiny_model("phi3", mixer, keep, **STRETCHED, **of_words(tokenizer))
+    text = generate.complete(model, tokenizer, [prompt], sampling)[0]
+    whole = tokenizer.decode(tokens_of(model, tokenizer, prompt, sampling), skip_special_tokens=True)
+    assert text == [whole.rstrip("\ufffd")]
+
+
+def test_beams_over_a_text_that_outgrows_the_base_s_positions_are_hugging_face_s(tokenizer, monkeypatch):
+    monkeypatch.setattr(streaming, "PIECE", 7)
+    torch.manual_seed(0)
+    model = tiny_model("phi3", "softmax", **STRETCHED, **of_words(tokenizer))
+    plain = Phi3ForCausalLM(model.config.plain()).eval()
+    plain.load_state_dict(model.state_dict())
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        given = {"max_new_tokens": 20, "do_sample": False, "num_beams": 3, "attention_mask": torch.ones_like(ids)}
+        text = tokenizer.decode(plain.generate(ids, **given)[0, ids.shape[1] :], skip_special_tokens=True)
+        assert generate.complete(model, tokenizer, [prompt], Sampling(20, num_beams=3))[0] == [text.rstrip("\ufffd")]
+
+
+def test_prompts_that_would_change_each_other_s_positions_are_refused(tokenizer):
+    model = tiny_model("phi3", **STRETCHED, **of_words(tokenizer))
+    with pytest.raises(UsageError, match="more than 16 tokens, so that prompts of different lengths"):
+        generate.complete(model, tokenizer, PROMPTS, Sampling(24))
 
 
 def test_one_token_needs_no_compiling(model, tokenizer):

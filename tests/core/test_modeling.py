@@ -158,3 +158,25 @@ def test_layers_must_name_a_kind_for_each(layers):
 def test_an_architecture_without_a_record_is_named():
     with pytest.raises(UsageError, match="unknown base architecture 'cohere'"):
         SupraConfig.from_base(AutoConfig.for_model("cohere"))
+
+
+def test_positions_that_stretch_with_the_length_of_a_text_end_where_they_begin_to():
+    """Tokens that were read would have to be read again at every further one."""
+    stretched = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=stretched, max_position_embeddings=16)
+    assert model(tokens(1, 16)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="the base has 16 positions, got 17"):
+        model(tokens(1, 17))
+
+
+def test_rows_that_would_change_each_other_s_positions_are_refused():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0], "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16, sliding_window=None)
+    places = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    with pytest.raises(ValueError, match="more than 16 tokens, got rows of 20 with position_ids that restart"):
+        model(tokens(1, 20), position_ids=places, use_cache=False)
+    with pytest.raises(ValueError, match="more than 16 tokens, and 12 have been read; pass all 20 at once"):
+        model(tokens(1, 8), past_key_values=model(tokens(1, 12), use_cache=True).past_key_values)
+    apart = model(tokens(1, 16), position_ids=places[:, 4:], use_cache=False)
+    assert apart.logits.isfinite().all()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from supra_cli.core import checkpoint
-from supra_cli.core.archs import archs
 from supra_cli.core.environment import versions
 from supra_cli.core.evaluate import keys
 from supra_cli.core.evaluate.measures import NEED_TEACHER, Material, measures
@@ -71,13 +70,12 @@ def material(student: Subject, base: Subject | None, settings: Settings, lengths
     recipes = [_recipe(checkpoint.read_provenance(subject.path)) for subject in (student, base) if subject]
     known = [recipe["data"]["seq_len"] for recipe in recipes if "data" in recipe]
     config = checkpoint.read_config(student.path)
-    limit = archs.get(config.swap.base).limit
     return Material(
         checkpoint.load_tokenizer(student.path),
         rows=settings.limit or Material.rows,
         train_length=known[0] if known else settings.max_length,
         lengths=lengths,
-        longest=None if limit is None else limit(config),
+        longest=config.limit(),
         batch_size=settings.batch_size,
     )
 

@@ -35,9 +35,12 @@ def prefill(
     """Logits [B,vocab] after each prompt's last token, and the cache that `decode` goes on from.
 
     input_ids [B,T] and mask [B,T] (1 on real tokens, None if all are) are padded on the left. The model reads `piece`
-    columns at a time, each from the cache that the one before left, so what a pass holds does not grow with T.
+    columns at a time, each from the cache that the one before left, so what a pass holds does not grow with T. All at
+    once where the base's positions are others in a text of that length.
     """
-    cache = None
+    cache, switch = None, model.config.switch()
+    if switch is not None and input_ids.shape[1] > switch:
+        piece = input_ids.shape[1]
     for start in range(0, input_ids.shape[1], piece):
         end = start + piece
         output = model(

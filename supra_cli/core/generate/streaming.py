@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -78,17 +79,24 @@ def stream(
     """The completions of `prompts`, piece by piece as they come, never half a character.
 
     A batch gives what each prompt alone would. `stats` is filled on the way. With `compile` the decode step is compiled
-    first, which a beam search takes none of. UsageError for a prompt without any token and for more tokens than a model
-    with learned positions has, SupraError for a token that the model does not have.
+    first, which a beam search takes none of. UsageError for a prompt without any token, for more tokens than the model
+    has positions, and for prompts whose positions would depend on each other's length; SupraError for a token that the
+    model does not have.
     """
     stats = stats if stats is not None else Stats()
     input_ids, mask = encode(tokenizer, prompts, model.device)
     check_ids([int(input_ids.max())], tokenizer, model.config)  # an embedding would read past its end, on CUDA unseen
-    limit, longest = model.arch.limit(model.config), input_ids.shape[1] + sampling.max_new_tokens
+    limit, longest = model.config.limit(), input_ids.shape[1] + sampling.max_new_tokens
     if limit is not None and longest > limit:
         raise UsageError(
             f"a prompt of {input_ids.shape[1]} tokens and {sampling.max_new_tokens} new ones are more than the {limit} "
-            "positions that the model has learned; shorten one of them"
+            "positions that the model has; shorten one of them"
+        )
+    switch = model.config.switch()
+    if switch is not None and mask is not None and longest > switch:
+        raise UsageError(
+            f"the model's positions are others in texts of more than {switch} tokens, so that prompts of different "
+            "lengths would change each other; give them one at a time"
         )
     stats.prompt_tokens = int(mask.sum()) if mask is not None else input_ids.numel()
     if input_ids.shape[1] > 8 * PIECE:
@@ -209,6 +217,7 @@ def _tokens(
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(input_ids))]
     began = time.perf_counter()
     logits, cache = prefill(model, input_ids, mask)
+    text, padding, switch = input_ids, mask, model.config.switch()
     seen = _seen(input_ids, mask, logits.shape[-1]) if sampling.repetition_penalty != 1 else None
     token = choose(logits, sampling, generators, seen)
     chosen = token.tolist()
@@ -228,7 +237,13 @@ def _tokens(
             stats.compile_seconds = time.perf_counter() - began
         began = time.perf_counter()
         mask = grown(mask)
-        logits, cache = step(model, token, position, mask, cache)
+        ahead = switch is not None and text.shape[1] <= switch
+        if ahead:
+            text, padding = torch.cat([text, token[:, None]], dim=1), grown(padding)
+        if ahead and text.shape[1] > switch:  # what was read has other positions from here on, so it is read again
+            logits, cache = prefill(model, text, padding)
+        else:
+            logits, cache = step(model, token, position, mask, cache)
         position = position + 1
         token = choose(logits, sampling, generators, seen)
         chosen = token.tolist()
@@ -254,7 +269,7 @@ def _beams(
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
         return_dict_in_generate=True,
-        prefill_chunk_size=PIECE if input_ids.shape[1] > PIECE else None,
+        prefill_chunk_size=PIECE if PIECE < input_ids.shape[1] <= (model.config.switch() or math.inf) else None,
     )
     # transformers fills what a call leaves open from the model's own settings, which no other route here follows.
     own, model.generation_config = model.generation_config, settings

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from supra_cli.core import checkpoint, hub
 from supra_cli.core import device as devices
 from supra_cli.core import recipe as recipes
-from supra_cli.core.archs import archs
 from supra_cli.core.data import rows
 from supra_cli.core.data.packing import Batch
 from supra_cli.core.data.tokenizer import check_ids
@@ -143,9 +142,14 @@ class Opening:
         recipe = self.recipe
         with self.world.first():
             check_stages(recipe.stages[counters.stage :], config, tokenizer, base, self.world)
-        longest, limit = max(map(recipe.seq_len, recipe.stages)), archs.get(config.swap.base).limit(config)
+        longest, limit, switch = max(map(recipe.seq_len, recipe.stages)), config.limit(), config.switch()
         if limit is not None and longest > limit:
-            raise UsageError(f"seq_len is {longest} and the base has learned {limit} positions; lower data.seq_len")
+            raise UsageError(f"seq_len is {longest} and the base has {limit} positions; lower data.seq_len")
+        if switch is not None and longest > switch and recipe.data.documents != "joined":
+            raise UsageError(
+                f"seq_len is {longest} and the base's positions are others in texts of more than {switch} tokens, of "
+                "which documents in one row can be on both sides; lower data.seq_len, or set data.documents = 'joined'"
+            )
         mixture = rows.training(recipe.data, tokenizer, recipe.seed, longest, self.world)
         held_out = rows.held_out(recipe.data, tokenizer) if self.world.leads else None
         held_out = self.world.shared(held_out)
