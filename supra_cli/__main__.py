@@ -10,8 +10,10 @@ import logging
 import os
 import pkgutil
 import platform
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +52,7 @@ def build() -> typer.Typer:
         name="supra",
         help="Turn a pretrained transformer into a recurrent model with a fixed-size state, and prove what that cost.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 not found or offline, 4 not authorised, "
-        "5 out of memory or unsupported hardware, 75 stopped after a clean save, 130 interrupted.",
+        "5 out of memory or unsupported hardware, 75 stopped after a clean save, 130 interrupted, 143 terminated.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -77,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     _show_log(debug=False, quiet=False)
     try:
-        code = build()(arguments, prog_name="supra", standalone_mode=False)
+        with _unwinding():
+            code = build()(arguments, prog_name="supra", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
@@ -85,10 +88,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return _tell("interrupted", 130)
+    except _Terminated as signalled:
+        return _tell(f"ended by {signalled.number.name}", 128 + signalled.number)
     except Exception as error:  # the one place: everything ends as a sentence and an exit code
         if logging.getLogger("supra_cli").isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         return _tell(*_verdict(error, arguments))
+
+
+class _Terminated(BaseException):
+    def __init__(self, number: int):
+        self.number = signal.Signals(number)
+
+
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """In here SIGTERM and SIGHUP end the process as Ctrl-C does, by way of every `finally`: nothing half-written stays.
+
+    A signal that is ignored, as under nohup, still is, and torchrun's processes are ended as it knows it.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise _Terminated(number)
+
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    alone = threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ
+    caught = [number for number in numbers if alone and signal.getsignal(number) is signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Verb(TyperCommand):

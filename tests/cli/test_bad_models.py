@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -388,6 +389,19 @@ def test_a_file_that_may_not_become_so_large_leaves_nothing(base, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: cannot write ")
     assert "make room or choose another output" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number, base, tmp_path):
+    signalled = (
+        "import os, sys; from supra_cli.__main__ import main; from supra_cli.core.checkpoint import conversion; "
+        f"conversion.write_shards = lambda *given, **named: os.kill(os.getpid(), {int(number)}); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", signalled, "convert", str(base), "-o", "new/folder/out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (128 + number, f"error: ended by {number.name}")
     assert list(tmp_path.iterdir()) == []
 
 

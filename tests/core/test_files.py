@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
+import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from supra_cli.core.checkpoint import atomic_directory
-from supra_cli.core.errors import SupraError
+from supra_cli.core.errors import SupraError, UsageError
 
 
 @pytest.fixture
@@ -64,4 +67,49 @@ def test_what_cannot_be_replaced_stays(model: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(SupraError, match="cannot write"), atomic_directory(model, overwrite=True) as directory:
         (directory / "config.json").write_text("new")
+    assert contents(model.parent) == {"model/config.json": "old"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_link_names_is_written_there(overwrite: bool, model: Path) -> None:
+    there = model.parent / "larger" / "disk"
+    link = model.parent / "link"
+    link.symlink_to(model if overwrite else there)
+    with atomic_directory(link, overwrite=overwrite) as directory:
+        (directory / "config.json").write_text("new")
+    link.unlink()
+    assert contents(model.parent) == (
+        {"model/config.json": "new"} if overwrite else {"model/config.json": "old", "larger/disk/config.json": "new"}
+    )
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_folders_that_were_made_for_an_output_go_with_it(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises((SupraError, KeyboardInterrupt)), atomic_directory(tmp_path / "a" / "b" / "model"):
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def ended() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(model: Path) -> None:
+    machine, living = platform.node(), os.getppid()
+    names = [f".model.{ended()}.{machine}.tmp", f".model.{ended()}.{machine}.old"]
+    others = [f".model.{living}.{machine}.tmp", f".model.{ended()}.elsewhere.tmp", f".model.x.{machine}.tmp"]
+    for name in (*names, *others, ".model.notes"):
+        (model.parent / name).mkdir()
+    with atomic_directory(model, overwrite=True) as directory:
+        (directory / "config.json").write_text("new")
+    assert {path.name for path in model.parent.iterdir()} == {"model", *others, ".model.notes"}
+
+
+def test_a_model_that_was_moved_out_of_the_way_by_a_killed_process_is_put_back(model: Path) -> None:
+    model.rename(model.with_name(f".model.{ended()}.{platform.node()}.old"))
+    with pytest.raises(UsageError, match="is not empty"), atomic_directory(model):
+        pass
     assert contents(model.parent) == {"model/config.json": "old"}

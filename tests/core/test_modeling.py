@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import softmax_heads, tiny_config, tiny_model
+from tiny import softmax_heads, tiny_config, tiny_model, tokens
 from torch.testing import assert_close
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -27,16 +29,18 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @contextmanager
 def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its place if the block ends well, and vanishes if it does not.
+    """A temporary directory beside `path` that takes its place if the block ends well, and vanishes if it does not,
+    with the folders that were made for it. What a killed process of this machine has left there goes first.
 
-    An occupied `path` is a UsageError, see `check_free`; a full disk, a missing permission or a file that the block
-    cannot read is a SupraError.
+    Where `path` is a link, what it names is written, there. An occupied one is a UsageError, see `check_free`; a full
+    disk, a missing permission or a file that the block cannot read is a SupraError.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(path).resolve()
+    _sweep(path)
     check_free(path, overwrite)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    made = [folder for folder in path.parents if not folder.exists()]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{platform.node()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         sync_tree(temporary)
@@ -47,6 +51,33 @@ def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
         raise SupraError(f"cannot write {path} ({first_line(error)}); make room or choose another output") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # one that is not empty is there to stay
+            for folder in made:
+                folder.rmdir()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that are no more have left beside `path`, but put back what one had moved out of the way
+    and not replaced yet. Of other machines' processes it cannot be known.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.{glob.escape(platform.node())}.*"):
+        number = left.name.removeprefix(f".{path.name}.").partition(".")[0]
+        if left.suffix not in (".tmp", ".old") or not number.isdecimal() or _lives(int(number)):
+            continue
+        if left.suffix == ".old" and not path.exists():
+            left.rename(path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def _read_failure(error: OSError, path: Path, temporary: Path) -> Path | None:
@@ -77,7 +108,7 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = path.with_name(f".{path.name}.{os.getpid()}.{platform.node()}.old")
     if path.exists():
         path.rename(old)
     try:
