@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from supra_cli.core import download
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, first_line, near_miss
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError, first_line, near_miss
 from supra_cli.core.folder import INDEX, Place, check_model, named_shards, no_weights, weight_files
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -84,8 +84,10 @@ class Source:
 def resolve(name: str) -> Source:
     """The source that `name` stands for; touches no network.
 
-    A run directory stands for its `last` model; `org/name@revision` pins a commit. NotFoundError for anything else.
+    A run directory stands for its `last` model; `org/name@revision`, or an alias with one, pins a commit. NotFoundError
+    for anything else, UsageError where HF_ENDPOINT is no address.
     """
+    _check_endpoint()
     path = Path(name).expanduser()
     if path.is_dir():
         last = path / "last"
@@ -94,11 +96,11 @@ def resolve(name: str) -> Source:
         raise NotFoundError(f"'{name}' is a file; a model is a directory with a config.json")
     if name in BUNDLED:
         return Source("alias", name, path=BUNDLED[name])
-    if name in ALIASES:
-        return Source("alias", name, repo=ALIASES[name])
+    known, _, revision = name.partition("@")
+    if known in ALIASES:
+        return Source("alias", name, repo=ALIASES[known], revision=revision or None)
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
-        repo, _, revision = name.partition("@")
-        return Source("hub", name, repo=repo, revision=revision or None)
+        return Source("hub", name, repo=known, revision=revision or None)
     if "/" in name or "\\" in name:
         raise NotFoundError(f"there is no directory '{name}'")
     hint = near_miss(name, [*BUNDLED, *ALIASES])
@@ -348,6 +350,17 @@ def _why_offline() -> str:
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _check_endpoint() -> None:
+    """Before anything of huggingface_hub is imported, which takes an address apart as it comes."""
+    try:
+        address = urllib.parse.urlsplit(_endpoint())
+        fits = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UsageError(f"HF_ENDPOINT is '{_endpoint()}', expected an address such as https://huggingface.co; mend it")
 
 
 def _offline_by_choice() -> bool:

@@ -339,3 +339,8 @@ def test_weights_have_the_dtype_that_is_asked_for(supra, student, tmp_path):
     assert checkpoint.load(tmp_path / "out").dtype == torch.bfloat16
     wanted = checkpoint.load_tokenizer(student)(TEXT)["input_ids"]
     assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)(TEXT)["input_ids"] == wanted
+
+
+def test_an_export_that_is_exported_again_keeps_its_card(exported, tmp_path):
+    again = export(exported, tmp_path / "again", dtype=torch.bfloat16)
+    assert (again / "README.md").read_text() == (exported / "README.md").read_text()

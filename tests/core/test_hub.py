@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from supra_cli.core import hub
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError
+from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError
 
 
 @pytest.fixture
@@ -52,6 +52,23 @@ def test_a_revision_pins_a_hub_model():
 def test_what_is_none_of_them_is_not_found(here, name):
     with pytest.raises(NotFoundError):
         hub.fetch(hub.resolve(name))
+
+
+def test_a_revision_pins_an_alias():
+    source = hub.resolve("llama-7b@0123abc")
+    assert (source.repo, source.revision) == (hub.ALIASES["llama-7b"], "0123abc")
+    assert not hub.is_bundled(source)
+    with pytest.raises(NotFoundError):
+        hub.resolve("tiny@0123abc")
+
+
+@pytest.mark.parametrize(
+    "address", ["http://localhost:abc", "huggingface.co", "http://", "https://[", "ftp://a.b", "http://a:99999"]
+)
+def test_an_address_of_the_hub_that_is_none_is_a_sentence(address, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(UsageError, match=r"HF_ENDPOINT is .* expected an address"):
+        hub.resolve("org/name")
 
 
 def test_a_misspelt_alias_gets_a_hint():

@@ -20,8 +20,12 @@ from supra_cli.core.recipe.keep import SOFTMAX
 
 
 def card(path: Path, config: SupraConfig, name: str) -> str:
-    """What the model is, what it was made of, what was measured, how to load it."""
+    """What the model is, what it was made of, what was measured, how to load it. An export's own card goes on with it,
+    since nothing else knows what it was made of.
+    """
     record, swap = checkpoint.read_provenance(path), config.swap
+    if not record and "supra" in (_head(path / "README.md").get("tags") or ()):
+        return (path / "README.md").read_text(encoding="utf-8", errors="replace")
     base = hub.repo_of(record.get("base") or "")  # nothing of this machine's folders
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["supra"]}
     if base is not None:
@@ -62,13 +66,19 @@ where that is installed, and PyTorch's operations, which are several times slowe
 def _licence(path: Path, base: str | None) -> dict[str, str]:
     """What the base's own card says of its licence, where it lies on this machine."""
     folders = [path, base and hub.cached(base)]
-    for file in (folder / "README.md" for folder in folders if folder):
-        if file.is_file() and (found := re.match(r"---\n(.*?)\n---", file.read_text("utf-8", "replace"), re.DOTALL)):
-            said: Any = None
-            with suppress(yaml.YAMLError):
-                said = yaml.safe_load(found[1])
-            if isinstance(said, dict) and "license" in said:
-                return {key: said[key] for key in ("license", "license_name", "license_link") if key in said}
+    for said in (_head(folder / "README.md") for folder in folders if folder):
+        if "license" in said:
+            return {key: said[key] for key in ("license", "license_name", "license_link") if key in said}
+    return {}
+
+
+def _head(card: Path) -> dict[str, Any]:
+    """What a card says of its model for machines; nothing where there is none or it makes no sense."""
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    with suppress(yaml.YAMLError):
+        if found := re.match(r"---\n(.*?)\n---", text, re.DOTALL):
+            said = yaml.safe_load(found[1])
+            return said if isinstance(said, dict) else {}
     return {}
 
 
@@ -103,4 +113,5 @@ def _named(value: Any, key: str = "") -> Any:
         return {name: _named(part, name) for name, part in value.items() if part is not None}
     if isinstance(value, list):
         return [_named(part, key) for part in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    private = isinstance(value, str) and (value.startswith(("/", "~", "..")) or "://" in value)
+    return Path(value).name if private else value
