@@ -1,7 +1,7 @@
 """Every law runs over what is registered: `mixer` and `base` range over the registries, so a new file there is under
 the law; `recurrent` leaves out the mixer without a state. Where a law ranges over both, every mixer is tried on one
-base and every base with one mixer, with and without a kept layer, and of the other pairs some are drawn. Variants of a
-mixer are under it too, on one base and without kept layers.
+base and every base with one mixer, with and without a kept layer, and each other pair is one law's (`pairs`). Variants
+of a mixer are under it too, on one base and without kept layers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from functools import partial
 from itertools import product
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import pairs
 import pytest
 import torch
-from tiny import EXPERTS, tiny_model
+from pairs import BASE, NARROW
+from tiny import tiny_model
 
 from supra_cli.core.archs import archs
 from supra_cli.core.mixers import mixers
@@ -27,10 +29,6 @@ torch.set_num_threads(1)
 
 # One kept layer among the swapped ones, so that state and keys live in one cache.
 KEEPS = ("none", "1")
-# Not in float64: Gemma 2 takes the softmax in fp32, where a mask of float64's minimum is -inf, and experts are grouped
-# in narrower formats alone. test_bases.py has them in fp32.
-NARROW = ("gemma2", *EXPERTS)
-BASE, MIXER, DRAWN = "llama", "supra", 12
 
 
 def variants(mixer: str) -> Iterator[dict[str, Any]]:
@@ -56,9 +54,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = [mixer for mixer in mixers if name == "mixer" or mixer != SOFTMAX]
         cases = [(*case, mixer, {}) for mixer in chosen for case in cases]
         if "base" in names:
-            usual = [case for case in cases if case[0] == BASE or case[-2] in (MIXER, SOFTMAX)]
-            others = [case for case in cases if case not in usual]
-            cases = usual + random.Random(metafunc.function.__name__).sample(others, min(DRAWN, len(others)))
+            law, some = metafunc.function.__name__, random.Random(metafunc.function.__name__)
+            others = [[case for case in cases if (case[0], case[-2]) == pair] for pair in pairs.dealt()[law]]
+            cases = [case for case in cases if pairs.usual(case[0], case[-2])] + list(map(some.choice, others))
         cases += [(*narrow, mixer, options) for mixer in chosen for options in variants(mixer)]
         names += [name, "options"]
     if names:
