@@ -74,7 +74,7 @@ def show(
             "dtype": plan.dtype,
             "tokens": sum(stage["tokens"] for stage in stages),
             "steps": sum(stage["steps"] for stage in stages),
-            "flops": plan.flops(),
+            "flops": plan.flops(gpus or 1),
             "memory_bytes": plan.memory_bytes(gpus or 1),
             "stages": stages,
             "utilisation": accounting.UTILISATION,
@@ -134,15 +134,18 @@ def _show_settings(plan: Plan, nearest: dict[str, Setting | None], counts: Seque
 
 def _stage_document(stage: StagePlan, gpus: int) -> dict[str, Any]:
     recipe, spec, memory = stage.recipe, stage.spec, stage.memory(gpus)
+    own = -(-recipe.rows(spec) // gpus)  # of each GPU
+    micro_rows = min(own, recipe.micro_rows(spec))
     return {
         "kind": spec.kind,
         "tokens": recipe.steps(spec) * recipe.rows(spec) * recipe.seq_len(spec),
         "steps": recipe.steps(spec),
         "rows": recipe.rows(spec),
-        "micro_rows": recipe.micro_rows(spec),
+        "micro_rows": micro_rows,
+        "passes": -(-own // micro_rows),
         "seq_len": recipe.seq_len(spec),
         "trainable": stage.trained.total,
-        "flops": stage.flops(),
+        "flops": stage.flops(gpus),
         "memory": {**asdict(memory), "total": memory.total},
     }
 
@@ -152,7 +155,7 @@ def _show_stages(plan: Plan, stages: Sequence[dict[str, Any]], gpus: int) -> Non
     parts = [part for part in parts if part != "gathered" or gpus > 1]
     rows = []
     for stage in stages:
-        passes = -(-stage["rows"] // stage["micro_rows"])
+        passes = stage["passes"]
         batch = f"{stage['rows']}×{stage['seq_len']}" + (f" in {passes}" if passes > 1 else "")
         numbers = console.number(stage["tokens"]), batch, console.number(stage["trainable"])
         rows.append((stage["kind"], f"{stage['steps']:,}", *numbers, f"{stage['flops']:.2e}"))

@@ -102,11 +102,13 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
     When one rank has ended, torchrun sends the others SIGTERM: these are ending too, and are to say why undisturbed.
     """
-    stop = threading.Event()
+    stop, interrupted = threading.Event(), threading.Event()
 
     def ask(number: int, frame: object) -> None:
-        if number == signal.SIGINT and stop.is_set():
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            interrupted.set()
         stop.set()
         if os.environ.get("RANK", "0") == "0":  # torchrun hands its own signals on to every rank
             console.note(f"{signal.Signals(number).name}: finishing the step and saving")

@@ -14,30 +14,42 @@ class SupraError(Exception):
     """Failed at run time: a damaged file, a full disk, a non-finite loss."""
 
     exit_code = 1
+    lasting = False
+    """Whether a process that is started again, with nothing mended, would end in the same way."""
 
 
 class UsageError(SupraError):
     """The command line or the recipe asks for something that cannot be."""
 
     exit_code = 2
+    lasting = True
 
 
 class NotFoundError(SupraError):
     """A model, a data source or a task that is not there, or not reachable offline."""
 
     exit_code = 3
+    lasting = True
 
 
 class NotAuthorisedError(SupraError):
     """A gated or private repository without the right token."""
 
     exit_code = 4
+    lasting = True
 
 
 class ResourceError(SupraError):
     """Out of memory, or hardware that cannot do this."""
 
     exit_code = 5
+    lasting = True
+
+
+class NonFiniteError(SupraError):
+    """A step's loss or gradient is not a number, and the run is not to go on without it."""
+
+    lasting = True
 
 
 class Stopped(SupraError):

@@ -39,6 +39,13 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def replace_json(path: Path, value: Any) -> None:
+    """As `write_json`, the file there being the old one or the new one at any moment."""
+    beside = path.with_name(f".{path.name}.new")
+    write_json(beside, value)
+    beside.replace(path)
+
+
 def check_whole(path: Path) -> None:
     """Raise a SupraError for a file without its content: missing, a dead link, empty, a git-lfs pointer."""
     if not path.exists():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,9 +30,13 @@ LEAST_TORCH = (2, 13)
 _PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that downloads, converts, tokenises or writes; within a step torch's own timeout holds.
 One that dies breaks its connections at once."""
+_MEETING = timedelta(minutes=10)
+"""How long the first of them waits for the last to start."""
 _REFUSED, _LAUNCH = "supra.refused", "supra.launch"
 """Keys in torchrun's store, which outlives the ranks: who refused to start, and by which name the launch is known."""
 
+_NAMED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each rank besides WORLD_SIZE."""
 _LAST_WORDS = 2.0
 """Seconds in which the rank that has something to tell does so: when one ends, torchrun ends the others."""
 
@@ -112,13 +116,17 @@ def joined(device: str) -> Iterator[World]:
 
     An error is told by the rank that has it first; on the others it becomes `Elsewhere`, which says nothing. A rank
     whose connections break although none has told an error raises a SupraError: another one was killed. Ranks that
-    torchrun starts again after a UsageError or a ResourceError end at once: they would repeat it, or go on with what
-    was refused.
+    torchrun starts again after a lasting error end at once: they would repeat it, or go on with what was refused.
     """
     size, count = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if size == 1 and count is None:
         yield World(device=own_device(device))
         return
+    if lacking := [name for name in _NAMED if name not in os.environ]:
+        raise UsageError(
+            f"WORLD_SIZE is {size} and {', '.join(lacking)} {'are' if lacking[1:] else 'is'} not set: start several "
+            "ranks by torchrun, or unset WORLD_SIZE"
+        )
     store, rank, size = next(dist.rendezvous("env://"))
     with _refused_once(store, rank):
         own = own_device(device)
@@ -167,12 +175,14 @@ def _check(device: str, size: int) -> None:
 
 @contextmanager
 def _refused_once(store: dist.Store, rank: int) -> Iterator[None]:
-    """Of ranks that all refuse to start one says why; those that torchrun starts again end at once."""
+    """Of ranks that all end by a lasting error one says why; those that torchrun starts again end at once."""
     if store.check([_REFUSED]):
         raise Elsewhere(int(store.get(_REFUSED).split()[1]))
     try:
         yield
-    except (UsageError, ResourceError) as error:
+    except SupraError as error:
+        if not error.lasting:
+            raise
         own = f"{rank} {error.exit_code}".encode()
         if store.compare_set(_REFUSED, "", own.decode()) != own:
             raise Elsewhere(error.exit_code) from error
@@ -182,10 +192,11 @@ def _refused_once(store: dist.Store, rank: int) -> Iterator[None]:
 @contextmanager
 def _connected(launched: dist.Store, rank: int, size: int, device: str) -> Iterator[dist.ProcessGroup]:
     """The process groups of the ranks; the one for what is not a tensor of the model."""
-    store, kind = _fresh(launched, rank, size), torch.device(device).type
+    store, kind = launched, torch.device(device).type
     if kind == "cuda":
         torch.cuda.set_device(torch.device(device))
     try:
+        store = _fresh(launched, rank, size)
         groups = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(groups, store=store, rank=rank, world_size=size)
         yield dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -194,6 +205,12 @@ def _connected(launched: dist.Store, rank: int, size: int, device: str) -> Itera
             raise
         time.sleep(_LAST_WORDS)
         raise Elsewhere(stopped.exit_code) from None
+    except Elsewhere:
+        raise
+    except KeyboardInterrupt:
+        if rank == 0:
+            raise
+        raise Elsewhere(130) from None
     except Exception as error:
         if not _is_first_to_fail(store, rank):
             time.sleep(_LAST_WORDS)
@@ -215,17 +232,35 @@ def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
 
     torchrun keeps one store for all of its attempts (pytorch#135712), in which ranks that it starts again would find
     the addresses of their dead predecessors. So each says under which new name it has come, and rank 0 answers there.
+    Raises Elsewhere where a rank has refused to start meanwhile, SupraError where one does not come in time.
     """
     token = name = uuid.uuid4().hex
+    until = time.monotonic() + _MEETING.total_seconds()
+
+    def waited_for(key: str, *, asking: Callable[[], None] = lambda: None) -> None:
+        while not store.check([key]):
+            if store.check([_REFUSED]):
+                time.sleep(_LAST_WORDS)
+                raise Elsewhere(int(store.get(_REFUSED).split()[1]))
+            if time.monotonic() > until:
+                raise SupraError(
+                    f"the {size} ranks of this run did not all start within {_MEETING.total_seconds():.0f} seconds; "
+                    "look at what the others say, and launch it again"
+                )
+            asking()
+            time.sleep(0.05)
+
     if rank > 0:
         store.set(f"supra.came.{rank}", name)
+        waited_for(name)
         token = store.get(name).decode()
         store.set(f"{token}.{rank}", "")
         return dist.PrefixStore(token, store)
     for other in range(1, size):
-        while not store.check([f"{token}.{other}"]):
-            store.set(store.get(f"supra.came.{other}").decode(), token)  # a predecessor's name is nobody's
-            time.sleep(0.05)
+        came = f"supra.came.{other}"
+        waited_for(came)
+        # A predecessor's name is nobody's.
+        waited_for(f"{token}.{other}", asking=lambda came=came: store.set(store.get(came).decode(), token))
     return dist.PrefixStore(token, store)
 
 
@@ -240,7 +275,8 @@ def _is_broken_connection(error: Exception) -> bool:
     """By its words: gloo's have the source file of its transport in front, NCCL's the name of the error."""
     said = str(error).lower()
     words = ("/gloo/", "connection closed", "connection reset", "broken pipe", "ncclremote", "ncclsystem", "aborted")
-    return isinstance(error, RuntimeError) and any(word in said for word in words)
+    lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))  # the store, which one of the machines holds
+    return lost or (isinstance(error, RuntimeError) and any(word in said for word in words))
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def test_what_torchrun_starts_again_overwrites_the_run_that_was_to_be_overwritte
 
 def test_all_refuse_a_step_that_is_not_finite_on_one(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    ended = soak.launch(recipe, output, 2, Fault("nan", 8, rank=1))
+    ended = soak.launch(recipe, output, 2, Fault("nan", 8, rank=1), options=("--max-restarts", "2"))
     assert ended.returncode == 1
     (error,) = errors(ended)
     assert "loss nan and gradient norm nan in stage 2 (finetune), step 8; nothing was updated" in error

@@ -91,6 +91,10 @@ def run_in_worlds(root: Path) -> None:
     again = [{"kind": "finetune", "tokens": tokens, "activation_checkpointing": True}]
     single["bfloat16"] = {"recipe": recipe(root, "bfloat16", "tied", again), "dtype": "bfloat16"}
     more = {"kind": "finetune", "tokens": 5 * 7 * 32, "activation_checkpointing": True, "untie": True}
+    single["bfloat16 offload"] = {
+        "recipe": recipe(root, "bfloat16-offload", "tied", [{**again[0], "optimizer": "adamw-offload"}]),
+        "dtype": "bfloat16",
+    }
     single["untying"] = {"recipe": recipe(root, "untying", "tied", [{**more, "tokens": tokens}])}
     single["experts"] = {"recipe": recipe(root, "experts", "experts", [{"kind": "distill", "tokens": 5 * 7 * 32}])}
     data = {"seq_len": 32, "sources": [{"path": "someone/dataset"}]}
@@ -186,11 +190,12 @@ def test_what_was_fitted_is_offloaded_as_it_was_fitted(folder: Path) -> None:
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_step_in_bfloat16_is_autocast_s_on_one_rank(size: int, folder: Path) -> None:
+@pytest.mark.parametrize("run", ["bfloat16", "bfloat16 offload"])
+@pytest.mark.parametrize("size", [1, *SIZES])
+def test_a_step_in_bfloat16_is_autocast_s_on_one_rank(size: int, run: str, folder: Path) -> None:
     """The weights that travel in bf16 are those that autocast rounds, so the loss is the same. Gradients of weights are
     rounded in every pass, to 2^-9 of themselves, and passes hold other rows in another world."""
-    ours, theirs = folder / str(size) / "bfloat16", folder / "1" / "bfloat16"
+    ours, theirs = folder / str(size) / run, folder / "1" / "bfloat16"
     assert metrics(ours)[1]["loss"] == pytest.approx(metrics(theirs)[1]["loss"], rel=1e-6)
     assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-7
 

@@ -11,12 +11,17 @@ import pytest
 import torch
 from running import assert_same, run
 from safetensors.torch import load_file
+from tiny import tiny_model, tokens
 from torch import nn
 
 from supra_cli.core import recipe as recipes
+from supra_cli.core.archs import archs
 from supra_cli.core.errors import UsageError
+from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import lowbit, optimizer, state
 from supra_cli.core.train.events import Finished
+from supra_cli.core.train.offload import OffloadedAdamW
+from supra_cli.core.train.sharding import rounded
 
 Write = Callable[..., Path]
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed (extra 'lowbit')")
@@ -73,20 +78,38 @@ def test_offloaded_adamw_is_adamw_bit_for_bit_in_float32() -> None:
 
 
 def test_offloaded_weights_below_float32_are_rounded_masters(device: str) -> None:
-    model, made, _ = fitted("adamw-offload", 20, torch.bfloat16, device)
+    model = tiny_model("qwen3", "gated_delta").to(device)
+    made = optimizer.adamw(model, model.named_parameters(), settings("adamw-offload"), torch.bfloat16)
+    optimizer.set_lr(made, 1.0)
+    for _ in range(3):
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(tokens(2, 9).to(device)).logits.logsumexp(-1).mean()
+        loss.backward()
+        made.step()
+        made.zero_grad()
     masters, on_device = optimizer.masters(made), dict(model.named_parameters())
     assert masters.keys() == on_device.keys()
     for name, master in masters.items():
-        assert (on_device[name].dtype, on_device[name].device.type) == (torch.bfloat16, device)
+        dtype = torch.bfloat16 if "_proj" in name else torch.float32
+        assert (on_device[name].dtype, on_device[name].device.type) == (dtype, device), name
         assert on_device[name].grad is None
-        assert on_device[name].cpu().equal(master.bfloat16())
+        assert on_device[name].cpu().equal(master.to(dtype))
     assert not all(master.equal(master.bfloat16().float()) for master in masters.values())
+
+
+@pytest.mark.parametrize("base", list(archs))
+def test_norms_embeddings_and_mixers_are_held_in_float32(base: str) -> None:
+    model = tiny_model(base)
+    held = {name for name, parameter in model.named_parameters() if parameter in rounded(model)}
+    assert held
+    assert not held & mixer_names(model)
+    assert not any("norm" in name or "embed" in name or "lm_head" in name for name in held)
 
 
 def test_offloaded_gradients_are_added_up_in_float32(device: str) -> None:
     """256 + 256 × 0.5 is 384; in bfloat16, 256 + 0.5 is 256 however often."""
     weight = nn.Parameter(torch.zeros(1, device=device))
-    made = optimizer.adamw(nn.Module(), [("weight", weight)], settings("adamw-offload"), torch.bfloat16)
+    made = OffloadedAdamW([{"params": [weight]}], {weight}, torch.bfloat16)
     (weight * 256).sum().backward()
     for _ in range(256):
         (weight * 0.5).sum().backward()
@@ -125,7 +148,10 @@ def test_8_bit_moments_take_the_bytes_that_are_planned() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_optimizer_goes_on_from_its_saved_state_to_the_same_bits(kind: str, device: str, tmp_path: Path) -> None:
+def test_an_optimizer_goes_on_from_its_saved_state_to_the_same_bits(
+    kind: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "rounded", lambda model: set(model.parameters()))
     model, made, _ = fitted(kind, 5, torch.bfloat16, device)
     state.save(tmp_path / "training", state.Counters(), made, {}, {}, {}, {})
     weights = {name: value.clone() for name, value in (model.state_dict() | optimizer.masters(made)).items()}

@@ -18,6 +18,7 @@ from supra_cli.core.recipe.keep import automatic
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.optimizer import moment_bytes
+from supra_cli.core.train.sharding import rounded
 
 if TYPE_CHECKING:
     from supra_cli.core import recipe as recipes
@@ -43,7 +44,8 @@ class Memory:
     """Bytes by part at the fullest moment of a training step, on each GPU but for `host`."""
 
     weights: int
-    """In fp32; with the optimizer's state offloaded from one GPU, those that move in the computing dtype."""
+    """In fp32; with the optimizer's state offloaded from one GPU, linear maps of the base that move in the computing
+    dtype."""
     copies: int
     """The fp32 weights' copies in the computing dtype that autocast makes."""
     gradients: int
@@ -95,6 +97,8 @@ class StagePlan:
     """Of what moves."""
     parameters: tuple[int, ...]
     """Numbers in each parameter that moves."""
+    rounded: int
+    """Numbers that move and that an offloading optimizer leaves on one device in the computing dtype."""
     teacher: Numbers | None
     figures: Figures
 
@@ -124,8 +128,9 @@ class StagePlan:
         copies = one.other_copies + (0 if sharded else one.copies)
         if spec.optimizer == "adamw-offload":
             host = gradients + moments + (weights if sharded else 4 * trained.total)
-            weights = 0 if sharded else weights - (4 - item) * trained.total
-            copies, gradients, moments = copies if sharded else 0, 0, 0
+            weights = 0 if sharded else weights - (4 - item) * self.rounded
+            copies -= 0 if sharded or not self.rounded else one.copies  # what is rounded already
+            gradients = moments = 0
         gathered = unreduced = 0
         if sharded:
             gathered = 2 * (item * student.rest + 4 * student.mixer) + 4 * student.root
@@ -195,13 +200,15 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16, device: Li
     size, student, stages = measure(config, getattr(torch, recipe.checkpoint.dtype)), checkpoint.skeleton(config), []
     for spec in recipe.stages:
         stage, configs = stage_of(spec), [student.config]
-        moving = tuple(parameter.numel() for _, parameter in prepare(student, stage, spec))
+        moving = [parameter for _, parameter in prepare(student, stage, spec)]
+        held_rounded = sum(parameter.numel() for parameter in rounded(student).intersection(moving))
+        sizes = tuple(parameter.numel() for parameter in moving)
         if stage.teacher == "separate" and (name := spec.teacher or recipe.base) is not None:
             configs.append(checkpoint.outline(hub.resolve(name)))
         teacher = Numbers.of(checkpoint.skeleton(configs[1])) if configs[1:] else None
         found = extrapolated(partial(figures, recipe, spec, dtype, device), configs)
         whole, trained = Numbers.of(student), Numbers.of(student, moving=True)
-        stages.append(StagePlan(recipe, spec, dtype, whole, trained, moving, teacher, Figures(*found)))
+        stages.append(StagePlan(recipe, spec, dtype, whole, trained, sizes, held_rounded, teacher, Figures(*found)))
     return Plan(size, device, str(dtype).removeprefix("torch."), tuple(stages))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from supra_cli.core.checkpoint.files import write_tensors
 from supra_cli.core.data.packing import Batch
-from supra_cli.core.errors import SupraError
+from supra_cli.core.errors import NonFiniteError
 from supra_cli.core.files import write_json
 from supra_cli.core.parallel import World
 from supra_cli.core.train.state import Counters
@@ -32,7 +32,7 @@ def leave_out(
 ) -> str:
     """Keep the rows of the next step, those of all ranks, below `folder`; the sentence about it.
 
-    SupraError when that is no fault of the batch, or when the run is to stop at it.
+    NonFiniteError when that is no fault of the batch, or when the run is to stop at it.
     """
     counters.skipped_steps += 1
     number = counters.step + 1
@@ -49,11 +49,13 @@ def leave_out(
     found = world.gathered([name for name, parameter in own if not parameter.isfinite().all()])
     spoilt = sorted(itertools.chain(*found))
     if spoilt:
-        raise SupraError(f"{told}; the weight {spoilt[0]} is not finite: start over, with a lower learning rate")
+        raise NonFiniteError(f"{told}; the weight {spoilt[0]} is not finite: start over, with a lower learning rate")
     if policy == "stop":
-        raise SupraError(f"{told}; go on without it with --resume --set non_finite=skip, or lower the learning rate")
+        raise NonFiniteError(
+            f"{told}; go on without it with --resume --set non_finite=skip, or lower the learning rate"
+        )
     if counters.skipped_steps > MOST_SKIPPED:
-        raise SupraError(f"{told}; more than {MOST_SKIPPED} such steps are not the batch's fault: start over")
+        raise NonFiniteError(f"{told}; more than {MOST_SKIPPED} such steps are not the batch's fault: start over")
     return told
 
 

@@ -1,8 +1,8 @@
-"""AdamW with fp32 weights, gradients and moments in CPU memory; the device has the weights in the computing dtype."""
+"""AdamW with fp32 weights, gradients and moments in CPU memory; the device has copies to compute with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """w ← AdamW(w, Σ g) in fp32 on the CPU, then weight on the device ← w, rounded to its dtype.
+    """w ← AdamW(w, Σ g) in fp32 on the CPU, then weight on the device ← w, rounded where it is held rounded there.
 
     What it optimises, `param_groups[...]["params"]`, are the fp32 masters in CPU memory; everything that reads an
     optimizer (clipping, saving, restoring) finds plain tensors there. Each gradient leaves the device as soon as it is
@@ -18,8 +18,10 @@ class OffloadedAdamW(torch.optim.AdamW):
     AdamW bit for bit.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **settings: Any):
-        """`groups` hold the model's fp32 parameters; from now on these are in `dtype`."""
+    def __init__(
+        self, groups: list[dict[str, Any]], rounded: Container[nn.Parameter], dtype: torch.dtype, **settings: Any
+    ):
+        """`groups` hold the model's fp32 parameters; from now on those of them that are `rounded` are in `dtype`."""
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         for group in groups:
             masters = [_master(parameter) for parameter in group["params"]]
@@ -27,7 +29,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             group["params"] = masters
         super().__init__(groups, fused=True, **settings)
         for parameter, master in self._pairs:
-            parameter.data = parameter.data.to(dtype, copy=True)
+            parameter.data = parameter.data.to(dtype if parameter in rounded else torch.float32, copy=True)
             parameter.register_post_accumulate_grad_hook(_hand_over(master))
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from supra_cli.core import recipe
 from supra_cli.core.swap import mixer_names, swapped_layers
 from supra_cli.core.train import lowbit
 from supra_cli.core.train.offload import OffloadedAdamW
+from supra_cli.core.train.sharding import rounded
 
 _OF_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -47,9 +48,9 @@ def adamw(
     """AdamW on (name, parameter) pairs of `model`: base and mixer parameters at their own peak rates, decay on
     `matrices` only.
 
-    With `adamw-offload` on one rank, which is `alone`, the parameters are in `dtype` from here on, and what the
-    optimizer holds are their fp32 masters; on several, FSDP2 keeps the parameters themselves in CPU memory. Raises
-    UsageError for `adamw8bit` without torchao.
+    With `adamw-offload` on one rank, which is `alone`, those parameters that FSDP2 would round on several are in
+    `dtype` from here on, and what the optimizer holds are the fp32 masters of all; on several, FSDP2 keeps the
+    parameters themselves in CPU memory. Raises UsageError for `adamw8bit` without torchao.
     """
     mixer_lr = stage.lr if stage.mixer_lr is None else stage.mixer_lr
     of_mixers, decaying = mixer_names(model), matrices(model)
@@ -72,7 +73,8 @@ def adamw(
         case "adamw8bit":
             return lowbit.adamw8bit(list(groups.values()), **settings)
         case "adamw-offload" if alone:
-            return OffloadedAdamW(list(groups.values()), dtype, **settings)
+            held = set() if dtype == torch.float32 else rounded(model)
+            return OffloadedAdamW(list(groups.values()), held, dtype, **settings)
     return torch.optim.AdamW(list(groups.values()), fused=True, **settings)
 
 

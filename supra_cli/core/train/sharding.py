@@ -72,6 +72,15 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
             part.set_force_sum_reduction_for_comms(True)
 
 
+def rounded(model: SupraForCausalLM) -> set[nn.Parameter]:
+    """The parameters that passes in less than fp32 may hold rounded, since autocast would round them: in blocks, of
+    linear maps, routers and experts, but no mixer's.
+    """
+    of_mixers = {part for _, layer in model.swapped_layers() for part in layer.mixer.modules()}
+    parts = {part for block in model.arch.layers(model) for part in block.modules()} - of_mixers
+    return {parameter for part in parts if _is_rounded(part) for parameter in part.parameters(recurse=False)}
+
+
 def _is_rounded(part: nn.Module) -> bool:
     """Whether autocast rounds all parameters that a module of a base has itself: linear maps, routers, experts."""
     own = [parameter for parameter in part._parameters.values() if parameter is not None]

@@ -99,7 +99,9 @@ def take(
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     if world.size > 1:
         norm = norm.full_tensor()  # what each rank has is its own part of it
-    digest = zlib.crc32(rows.input_ids.numpy().tobytes()) if world.size > 1 else 0
+    digest = 0
+    for part in rows if world.size > 1 else ():
+        digest = zlib.crc32(part.numpy().tobytes(), digest)
     own = [*(float(value) for value in sums.values()), digest, stop is not None and stop.is_set()]
     *totals, digests, stops = world.total(torch.tensor(own, dtype=torch.float64)).tolist()
     if digests != world.size * digest:
