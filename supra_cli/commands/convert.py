@@ -166,21 +166,12 @@ def _keep_most_needed(
 ) -> None:
     """Rank the layers and, but for a dry run, write the student in which the neediest are softmax again."""
     from supra_cli.core import checkpoint, hub, need
-    from supra_cli.core import device as devices
-    from supra_cli.core.data import rows
-    from supra_cli.core.recipe import Data
 
     need.check(config, keep)
     checkpoint.check_free(output, overwrite)
     folder = hub.fetch(source)
-    tokens = min(need.ROW, config.max_position_embeddings)
-    mixture = rows.training(Data(seq_len=tokens, sources=[{"path": text}]), checkpoint.load_tokenizer(folder), seed=0)
-    batches = [mixture.batch(need.ROWS, tokens) for _ in range(need.BATCHES)]
-    device = devices.resolve(device)
-    student = checkpoint.load(folder, device=device, dtype=devices.dtype("auto", device))
-    losses = need.divergences(student, batches)
+    losses = need.rank(folder, text, device)
     kept = need.most_needed(losses, keep)
-    del student  # a GPU ranks in bf16, which is not to round what is written
     if not dry_run:
         need.restore(folder, output, checkpoint.load(folder), kept, overwrite=overwrite)
     if json:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from supra_cli.core import checkpoint
+from supra_cli.core import device as devices
+from supra_cli.core.data import rows
 from supra_cli.core.data.packing import Batch
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import Layout
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+from supra_cli.core.recipe import Data
 from supra_cli.core.recipe.keep import SOFTMAX, automatic
 from supra_cli.core.stages import chunked
 from supra_cli.core.stages.chunked import Head
@@ -22,6 +25,15 @@ from supra_cli.core.swap import SwappedAttention
 
 ROW, ROWS, BATCHES = 512, 4, 8
 """Tokens in a row, rows in a pass, passes: the text by which layers are ranked."""
+
+
+def rank(path: Path, text: str, device: str) -> dict[int, float]:
+    """`divergences` of the student in a directory, on rows of a source of text; a GPU computes them in bf16."""
+    device = devices.resolve(device)
+    student = checkpoint.load(path, device=device, dtype=devices.dtype("auto", device))
+    tokens = min(ROW, student.config.max_position_embeddings)
+    mixture = rows.training(Data(seq_len=tokens, sources=[{"path": text}]), checkpoint.load_tokenizer(path), seed=0)
+    return divergences(student, [mixture.batch(ROWS, tokens) for _ in range(BATCHES)])
 
 
 @torch.no_grad()

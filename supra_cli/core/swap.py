@@ -82,7 +82,7 @@ def _leave_layout(block: nn.Module, args: tuple[Any, ...], call: dict[str, Any])
 
 
 def _take_layout(layer: SwappedAttention, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[Any, Any]:
-    return args, {**call, "layout": layer.left}
+    return args, {**call, "layout": vars(layer).pop("left")}
 
 
 def swapped_layers(model: nn.Module) -> Iterator[tuple[str, SwappedAttention]]:
