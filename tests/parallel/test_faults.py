@@ -127,9 +127,10 @@ def test_saves_that_were_killed_met_a_full_disk_or_were_damaged_are_not_taken_fo
     assert soak.bits(output) == wanted
 
 
-def test_one_of_four_that_is_asked_to_stop_stops_all_and_stays_stopped(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["term", "usr1"])
+def test_one_of_four_that_is_asked_to_stop_stops_all_and_stays_stopped(kind: str, recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    ended = soak.launch(recipe, output, 4, Fault("term", 8, rank=3), options=("--max-restarts", "1"))
+    ended = soak.launch(recipe, output, 4, Fault(kind, 8, rank=3), options=("--max-restarts", "1"))
     assert ended.returncode == 1  # torchrun's own, whatever its processes'
     assert errors(ended) == [
         "error: stopped after step 8 with everything saved; go on with --resume",
