@@ -128,12 +128,14 @@ def needle(path: Path) -> dict[str, Any]:
     """What `supra eval` says of NIAH."""
     lengths, limit = NIAH["lengths"], NIAH["limit"] * len(NIAH["lengths"])
     asked = ["--lengths", ",".join(map(str, lengths)), "--limit", str(limit), "--teacher", "none", "--json"]
-    return json.loads(supra("eval", str(path), "--tasks", NIAH["task"], *asked, "--device", "cpu"))
+    found = json.loads(supra("eval", str(path), "--tasks", NIAH["task"], *asked, "--device", "cpu"))
+    return {key: found[key] for key in ("results", "tasks", "settings", "seconds")}
 
 
 def decoding(path: Path) -> dict[str, Any]:
     """ms and cache bytes of a token behind POSITIONS, of a student and of its base, in the same run."""
-    return bench.decode("cpu", str(path), POSITIONS, batch=1, layers=None, compile=False, rounds=20)
+    found = bench.decode("cpu", str(path), POSITIONS, batch=1, layers=None, compile=False, rounds=20)
+    return {key: value for key, value in found.items() if key != "model"}
 
 
 def main() -> int:
@@ -194,14 +196,16 @@ def write(given: argparse.Namespace, names: list[str]) -> None:
         }
         for name, kinds in files.items()
     }
+    conditions = environment("cpu")
+    del conditions["command"]
     document = {
         "benchmark": "smollm2",
-        "command": " ".join(["python -m benchmarks.smollm2", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.smollm2 --seconds {given.seconds} --jobs {given.jobs}",
         "model": f"SmolLM2-135M-Instruct.Q4_1.gguf of {PACKAGE}",
         "seconds": given.seconds,
         "jobs": given.jobs,
         "models": known,
-        "environment": environment("cpu"),
+        "environment": conditions,
     }
     save(document, given.output)
 

@@ -356,9 +356,9 @@ def smollm2() -> str:
         "SmolLM2-135M",
         "tokens",
         "nats above the teacher",
-        f"repeats: {', '.join(gaps)}",
-        f"niah_single_1 at {', '.join(lengths)}",
-        f"ms per token behind {' and '.join(f'{tokens:,}' for tokens in at)}",
+        f"repeats: {' / '.join(gap.replace(', gap', '') for gap in gaps)}",
+        f"niah_single_1 at {' / '.join(lengths)}",
+        f"ms per token behind {' / '.join(f'{tokens:,}' for tokens in at)}",
         "MiB of cache there",
     ]
     return _markdown(header, [line(name) for name in ("teacher", *names)])

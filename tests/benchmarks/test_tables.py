@@ -16,4 +16,4 @@ def test_a_page_says_what_the_results_say(page) -> None:
 
 def test_the_readme_has_its_tables() -> None:
     names = [name for _, name, _ in tables._BLOCK.findall(tables.README.read_text(encoding="utf-8"))]
-    assert names == ["demo", "ablation-short", "operator", "bases"]
+    assert names == ["demo", "ablation-short", "smollm2", "operator", "bases"]
