@@ -395,7 +395,9 @@ def test_a_file_that_may_not_become_so_large_leaves_nothing(base, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_in_the_middle_of_a_file_leaves_nothing(number, base, tmp_path):
     signalled = (
-        "import os, sys; from supra_cli.__main__ import main; from supra_cli.core.checkpoint import conversion; "
+        "import os, signal, sys; from supra_cli.__main__ import main; "
+        "from supra_cli.core.checkpoint import conversion; "
+        f"signal.signal({int(number)}, signal.SIG_DFL); "  # which nohup leaves ignored
         f"conversion.write_shards = lambda *given, **named: os.kill(os.getpid(), {int(number)}); "
         "sys.exit(main(sys.argv[1:]))"
     )

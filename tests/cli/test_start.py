@@ -77,7 +77,7 @@ FAULTS = {
     "a missing file": (source(path="missing.txt"), 3, "missing.txt"),
     "too little text": (source(path="short.txt"), 1, "fewer than one row"),
     "another field": (source(path="records.jsonl"), 1, "did you mean 'txt'"),
-    "a hub source that repeats": (source(path="org/set", repeat="text"), 2, "data.sources.0.repeat"),
+    "a dataset that is not reached": (source(path="org/set", repeat="text"), 3, "org/set"),
     "missing validation text": ({"data": {"validation": [{"path": "missing.txt"}]}}, 3, "missing.txt"),
     "too little validation text": ({"data": {"validation": [{"path": "short.txt"}]}}, 1, "at least one is needed"),
     "layers that are not there": ({"keep": "first:9"}, 2, "keep is 'first:9'"),

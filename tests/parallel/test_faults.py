@@ -90,13 +90,18 @@ def test_what_torchrun_starts_again_overwrites_the_run_that_was_to_be_overwritte
 
 def test_all_refuse_a_step_that_is_not_finite_on_one(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    ended = soak.launch(recipe, output, 2, Fault("nan", 8, rank=1), options=("--max-restarts", "2"))
+    ended = soak.launch(recipe, output, 2, Fault("nan", 8, rank=1))
     assert ended.returncode == 1
     (error,) = errors(ended)
     assert "loss nan and gradient norm nan in stage 2 (finetune), step 8; nothing was updated" in error
     assert steps(output) == list(range(1, 8))
     assert (output / "non-finite" / "step-000008" / "batch.safetensors").exists()
     assert set(exit_codes(ended)) == {"1"}
+
+    again = tmp_path / "again"
+    ended = soak.launch(recipe, again, 2, Fault("nan", 8, rank=1), options=("--max-restarts", "2"))
+    assert (ended.returncode, len(errors(ended))) == (1, 1)  # ranks that start again come to the same
+    assert steps(again) == list(range(1, 8))
 
 
 def test_saves_that_were_killed_met_a_full_disk_or_were_damaged_are_not_taken_for_any(
