@@ -111,9 +111,9 @@ def _unwinding() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         raise _Terminated(number)
 
-    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
     alone = threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ
-    caught = [number for number in numbers if alone and signal.getsignal(number) is signal.SIG_DFL]
+    numbers = (signal.SIGTERM, signal.SIGHUP) if alone else ()
+    caught = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in caught:
         signal.signal(number, end)
     try:

@@ -134,8 +134,7 @@ def _show_settings(plan: Plan, nearest: dict[str, Setting | None], counts: Seque
 
 def _stage_document(stage: StagePlan, gpus: int) -> dict[str, Any]:
     recipe, spec, memory = stage.recipe, stage.spec, stage.memory(gpus)
-    own = -(-recipe.rows(spec) // gpus)  # of each GPU
-    micro_rows = min(own, recipe.micro_rows(spec))
+    own, micro_rows = stage.own_rows(gpus)
     return {
         "kind": spec.kind,
         "tokens": recipe.steps(spec) * recipe.rows(spec) * recipe.seq_len(spec),

@@ -173,11 +173,17 @@ def _check(device: str, size: int) -> None:
         raise UsageError(f"--device is {device}, but each of {size} ranks takes its own GPU; say --device cuda")
 
 
+def _heed_refusal(store: dist.Store, after: float = 0) -> None:
+    """Raise Elsewhere, so many seconds later, if a rank of this launch has ended by a lasting error."""
+    if store.check([_REFUSED]):
+        time.sleep(after)
+        raise Elsewhere(int(store.get(_REFUSED).split()[1]))
+
+
 @contextmanager
 def _refused_once(store: dist.Store, rank: int) -> Iterator[None]:
     """Of ranks that all end by a lasting error one says why; those that torchrun starts again end at once."""
-    if store.check([_REFUSED]):
-        raise Elsewhere(int(store.get(_REFUSED).split()[1]))
+    _heed_refusal(store)
     try:
         yield
     except SupraError as error:
@@ -239,9 +245,7 @@ def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
 
     def waited_for(key: str, *, asking: Callable[[], None] = lambda: None) -> None:
         while not store.check([key]):
-            if store.check([_REFUSED]):
-                time.sleep(_LAST_WORDS)
-                raise Elsewhere(int(store.get(_REFUSED).split()[1]))
+            _heed_refusal(store, _LAST_WORDS)
             if time.monotonic() > until:
                 raise SupraError(
                     f"the {size} ranks of this run did not all start within {_MEETING.total_seconds():.0f} seconds; "

@@ -108,6 +108,12 @@ class StagePlan:
         rows = self.recipe.steps(self.spec) * gpus * -(-self.recipe.rows(self.spec) // gpus)
         return one * rows // self.recipe.micro_rows(self.spec)
 
+    def own_rows(self, gpus: int, spec: recipes.Stage | None = None) -> tuple[int, int]:
+        """Rows of each of `gpus` in a step, and in one of its passes."""
+        spec = spec or self.spec
+        rows = -(-self.recipe.rows(spec) // gpus)
+        return rows, min(rows, self.recipe.micro_rows(spec))
+
     def memory(self, gpus: int = 1, spec: recipes.Stage | None = None) -> Memory:
         """On each of `gpus`, by the settings of `spec` (the recipe's where None).
 
@@ -119,8 +125,8 @@ class StagePlan:
         mixer in fp32), the pass through what is outside of blocks, and where it ends their gradients, not yet reduced.
         """
         spec, one, item, sharded = spec or self.spec, self.figures, self.dtype.itemsize, gpus > 1
-        rows, student, trained, teacher = -(-self.recipe.rows(spec) // gpus), self.student, self.trained, self.teacher
-        micro_rows = min(rows, self.recipe.micro_rows(spec))
+        student, trained, teacher = self.student, self.trained, self.teacher
+        rows, micro_rows = self.own_rows(gpus, spec)
         share = micro_rows / self.recipe.micro_rows(self.spec)
 
         moments = sum(moment_bytes(spec.optimizer, numbers) for numbers in self.parameters) // gpus
