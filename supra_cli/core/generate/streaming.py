@@ -217,7 +217,7 @@ def _tokens(
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(input_ids))]
     began = time.perf_counter()
     logits, cache = prefill(model, input_ids, mask)
-    text, padding, switch = input_ids, mask, model.config.switch()
+    text, switch = input_ids, model.config.switch()
     seen = _seen(input_ids, mask, logits.shape[-1]) if sampling.repetition_penalty != 1 else None
     token = choose(logits, sampling, generators, seen)
     chosen = token.tolist()
@@ -239,9 +239,10 @@ def _tokens(
         mask = grown(mask)
         ahead = switch is not None and text.shape[1] <= switch
         if ahead:
-            text, padding = torch.cat([text, token[:, None]], dim=1), grown(padding)
-        if ahead and text.shape[1] > switch:  # what was read has other positions from here on, so it is read again
-            logits, cache = prefill(model, text, padding)
+            text = torch.cat([text, token[:, None]], dim=1)
+        if ahead and text.shape[1] > switch:
+            # What was read has other positions from here on, so it is read again; no row is padded, see `stream`.
+            logits, cache = prefill(model, text, None)
         else:
             logits, cache = step(model, token, position, mask, cache)
         position = position + 1
