@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from supra_cli.core.archs import archs
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.layout import Layout
 from supra_cli.core.mixers.softmax import Softmax
@@ -35,52 +36,17 @@ _SHAPE = {
     "initializer_range": 0.2,
 }
 
-EXPERTS = ("mixtral", "qwen3_moe")
+EXPERTS = tuple(base for base in archs if "num_experts_per_tok" in archs.get(base).oddities)
 """Bases that are mixtures of experts."""
-
-_SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-_EXPERTS = {"num_experts_per_tok": 2, "router_jitter_noise": 0.0}
-
-ODDITIES: dict[str, dict[str, Any]] = {
-    "gemma2": {**_SLIDING, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
-    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 20, "final_logit_softcapping": 2.0},
-    "granite": {
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 4.0,
-        "residual_multiplier": 0.7,
-    },
-    "ministral": _SLIDING,
-    "ministral3": {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "original_max_position_embeddings": 4,
-            "llama_4_scaling_beta": 0.3,
-        }
-    },
-    "mistral": {"sliding_window": 7},
-    "mixtral": {**_EXPERTS, "num_local_experts": 4},
-    "olmo3": _SLIDING,
-    "phi3": {
-        "sliding_window": 7,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    },
-    "qwen2": {**_SLIDING, "use_sliding_window": True},
-    "qwen3_moe": {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16},
-    "smollm3": {**_SLIDING, "use_sliding_window": True, "no_rope_layers": [1, 0, 1]},
-    "stablelm": {"qk_layernorm": True, "use_qkv_bias": True},
-}
-"""What is peculiar to a base and off, or too rare to be seen, in three small layers by default."""
 
 
 def tiny_config(base: str, **changes: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[base]
     known = {field.name for field in fields(kind)}
-    shape = _SHAPE | ODDITIES.get(base, {}) | changes
-    for name in ("layer_types", "no_rope_layers"):
-        if shape.get(name) and name not in changes:
-            shape[name] = (shape[name] * shape["num_hidden_layers"])[: shape["num_hidden_layers"]]
+    layers = changes.get("num_hidden_layers", _SHAPE["num_hidden_layers"])
+    odd = archs.get(base).oddities if base in archs else {}
+    odd = {name: (value * layers)[:layers] if isinstance(value, list) else value for name, value in odd.items()}
+    shape = _SHAPE | odd | changes
     return kind(**{name: value for name, value in shape.items() if kind.attribute_map.get(name, name) in known})
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -58,6 +58,9 @@ class Arch:
     window: Callable[[PreTrainedConfig, int], int | None] | None = None
     """(config, layer) -> how many tokens that layer's own attention sees, None for all; None for a base that has no
     windows, whatever its config says."""
+    oddities: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of a config that switch on, in a model of three small layers, what is peculiar to the base and off by
+    default: the laws are held on such a model. A list has an entry a layer."""
 
     def shape(self, attention: nn.Module) -> HeadSpec:
         """`spec`, with the layer's own window."""
@@ -119,6 +122,10 @@ def everywhere(config: PreTrainedConfig, layer: int) -> int | None:
 def by_kind(config: PreTrainedConfig, layer: int) -> int | None:
     """A window for the layers that the config calls sliding."""
     return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+
+
+SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+"""Oddities of a base with a window in some layers, shorter than the laws' rows."""
 
 
 def plain_head(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import archs, by_kind
+from supra_cli.core.archs import SLIDING, archs, by_kind
 from supra_cli.core.archs.llama import LLAMA, normed_qkv, spec
 from supra_cli.core.layout import HeadSpec
 
@@ -23,6 +23,15 @@ def capped_head(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 archs.register("gemma")(LLAMA)
-archs.register("gemma2")(replace(LLAMA, spec=capped_spec, head=capped_head, window=by_kind))
+ODD = SLIDING | {"query_pre_attn_scalar": 20, "final_logit_softcapping": 2.0}
+archs.register("gemma2")(
+    replace(
+        LLAMA,
+        spec=capped_spec,
+        head=capped_head,
+        window=by_kind,
+        oddities=ODD | {"attn_logit_softcapping": 1.5},
+    )
+)
 # The third generation's attention has the key of a cap too, and does not use it.
-archs.register("gemma3_text")(replace(LLAMA, qkv=normed_qkv, head=capped_head, window=by_kind))
+archs.register("gemma3_text")(replace(LLAMA, qkv=normed_qkv, head=capped_head, window=by_kind, oddities=ODD))

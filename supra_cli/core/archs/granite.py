@@ -14,4 +14,10 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
     return model.lm_head(hidden) / model.config.logits_scaling
 
 
-archs.register("granite")(replace(LLAMA, head=head))
+MULTIPLIERS = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.7,
+}
+archs.register("granite")(replace(LLAMA, head=head, oddities=MULTIPLIERS))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Arch, Positions, archs, by_kind, everywhere, head_spec, plain_head, rotary
+from supra_cli.core.archs import SLIDING, Arch, Positions, archs, by_kind, everywhere, head_spec, plain_head, rotary
 from supra_cli.core.layout import HeadSpec
 
 
@@ -36,7 +36,19 @@ LLAMA = Arch(
 )
 
 archs.register("llama")(LLAMA)
-archs.register("mistral", "mixtral")(replace(LLAMA, window=everywhere))
-archs.register("ministral", "qwen2")(replace(LLAMA, window=by_kind))
+archs.register("mistral")(replace(LLAMA, window=everywhere, oddities={"sliding_window": 7}))
+archs.register("ministral")(replace(LLAMA, window=by_kind, oddities=SLIDING))
+archs.register("qwen2")(replace(LLAMA, window=by_kind, oddities=SLIDING | {"use_sliding_window": True}))
 archs.register("qwen3")(replace(LLAMA, qkv=normed_qkv, window=by_kind))
-archs.register("qwen3_moe")(replace(LLAMA, qkv=normed_qkv, window=everywhere))
+
+EXPERTS = {"num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+
+archs.register("mixtral")(replace(LLAMA, window=everywhere, oddities=EXPERTS | {"num_local_experts": 4}))
+archs.register("qwen3_moe")(
+    replace(
+        LLAMA,
+        qkv=normed_qkv,
+        window=everywhere,
+        oddities=EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16},
+    )
+)

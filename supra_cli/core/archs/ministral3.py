@@ -19,6 +19,13 @@ def scaled_qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[T
     return q * factor[..., None, None].to(q.dtype), k, v
 
 
-MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv, window=everywhere)
+SOON = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.3,
+}
+"""Queries that grow from the fourth position on."""
+MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv, window=everywhere, oddities={"rope_parameters": SOON})
 
 archs.register("ministral3")(MINISTRAL3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from supra_cli.core.archs import Positions, archs, by_kind
+from supra_cli.core.archs import SLIDING, Positions, archs, by_kind
 from supra_cli.core.archs.llama import LLAMA
 
 
@@ -17,4 +17,4 @@ def qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, 
 
 
 archs.register("olmo2")(replace(LLAMA, qkv=qkv))
-archs.register("olmo3")(replace(LLAMA, qkv=qkv, window=by_kind))
+archs.register("olmo3")(replace(LLAMA, qkv=qkv, window=by_kind, oddities=SLIDING))
