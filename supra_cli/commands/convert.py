@@ -16,32 +16,38 @@ if TYPE_CHECKING:
     from supra_cli.core.modeling import SupraConfig
 
 
-def _list(wanted: bool) -> None:
-    """The aliases, before anything else is asked of the command line."""
-    if not wanted:
-        return
+def _list(json: bool) -> None:
+    """The aliases."""
     from supra_cli.core import accounting, checkpoint, hub
 
-    rows = []
+    found = []
     for alias in [*hub.BUNDLED, *hub.ALIASES]:
         source = hub.resolve(alias)
         bundled = hub.is_bundled(source)
         size = accounting.measure(checkpoint.outline(source)) if bundled else None
-        rows.append(
-            (
-                alias,
-                source.repo or "in the package, weights too",
-                "" if size is None else console.number(size.parameters),
-                "" if size is None else console.size(size.weight_bytes),
-                "yes" if bundled else "no",
-            )
+        sizes = {} if size is None else {"parameters": size.parameters, "weight_bytes": size.weight_bytes}
+        found.append({"alias": alias, "repo": source.repo, "config_bundled": bundled, **sizes})
+    if json:
+        console.document({"aliases": found})
+        return
+    rows = [
+        (
+            one["alias"],
+            one["repo"] or "in the package, weights too",
+            console.number(one["parameters"]) if one["config_bundled"] else "",
+            console.size(one["weight_bytes"]) if one["config_bundled"] else "",
+            "yes" if one["config_bundled"] else "no",
         )
+        for one in found
+    ]
     console.table(rows, header=("alias", "on the hub", "parameters", "weights", "config bundled"))
-    raise typer.Exit()
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Directory, alias (tiny, llama-7b, mistral-7b, ...) or hub id.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory, alias (tiny, llama-7b, mistral-7b, ...) or hub id.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -81,9 +87,7 @@ def run(
         int | None,
         typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the new parameters.", show_default="0"),
     ] = None,
-    list_: Annotated[
-        bool, typer.Option("--list", help="List the aliases and leave.", is_eager=True, callback=_list)
-    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the aliases and leave.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -96,6 +100,11 @@ def run(
     from supra_cli.core.errors import UsageError
     from supra_cli.core.recipe.keep import automatic
 
+    if list_:
+        _list(json)
+        return
+    if model is None:
+        raise UsageError("supra convert takes a MODEL: a directory, an alias (supra convert --list) or a hub id")
     options = _options(overrides or ())
     source = hub.resolve(model)
     console.note(f"model: {source}")

@@ -176,7 +176,10 @@ def _forced(device: torch.device) -> str | None:
 def _tell_once(
     path: str, device: str, dtype: torch.dtype, slower: bool = False, operator: str = "linear attention"
 ) -> None:
-    _log.info("%s: %s on %s in %s", operator, path, device, str(dtype).removeprefix("torch."))
+    # Where an exported model runs nobody has asked for INFO, and which it is decides how fast a GPU is.
+    exported = not __name__.startswith("supra_cli.")
+    level = logging.WARNING if exported and device == "cuda" else logging.INFO
+    _log.log(level, "%s: %s on %s in %s", operator, path, device, str(dtype).removeprefix("torch."))
     if slower:
         _log.warning(
             "linear attention runs in PyTorch's operations, several times slower than the Triton kernels, which need "

@@ -78,6 +78,17 @@ def test_the_aliases_are_listed_with_what_they_stand_for(supra):
     assert len(lines) == 1 + len(hub.BUNDLED) + len(hub.ALIASES)
     llama = next(line for line in lines if line.startswith("llama-7b "))
     assert llama.split() == ["llama-7b", "meta-llama/Llama-2-7b-hf", "6.738B", "12.6", "GiB", "yes"]
+    listed = json.loads(supra("convert", "--list", "--json").out)["aliases"]
+    assert [one["alias"] for one in listed] == [line.split()[0] for line in lines[1:]]
+    assert {one["repo"] for one in listed if one["alias"] == "llama-7b"} == {"meta-llama/Llama-2-7b-hf"}
+    assert next(one for one in listed if one["alias"] == "tiny")["parameters"] == 1_804_320
+
+
+def test_convert_asks_which_model(supra):
+    result = supra("convert")
+    assert result.code == 2
+    assert "takes a MODEL" in result.error
+    assert "--list" in result.error
 
 
 def test_command_offline_is_exit_3_and_one_sentence(supra, monkeypatch, tmp_path):

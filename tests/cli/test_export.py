@@ -144,6 +144,23 @@ def test_it_is_refused_without_trust(exported, tmp_path):
     assert "trust_remote_code" in done.stderr.splitlines()[-1]
 
 
+def test_an_exported_model_says_once_what_computes_on_a_gpu(exported, tmp_path):
+    done = alone(
+        """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ops = sys.modules[type(model).__module__.rpartition(".")[0] + ".supra_ops"]
+for _ in range(2):
+    ops._tell_once("triton", "cuda", torch.bfloat16)
+    ops._tell_once("torch", "cpu", torch.float32)
+""",
+        tmp_path,
+        exported,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("linear attention: triton on cuda in bfloat16") == 1
+    assert "on cpu" not in done.stderr
+
+
 def test_this_package_reads_an_export_as_a_model_of_its_own(exported, student):
     ids = torch.arange(3, 40)[None]
     assert torch.equal(checkpoint.load(exported)(ids).logits, checkpoint.load(student)(ids).logits)

@@ -208,6 +208,16 @@ def test_tied_embeddings_stay_tied(tmp_path, tied, device):
     assert torch.equal(again(IDS.to(device)).logits, model(IDS.to(device)).logits)
 
 
+@pytest.mark.parametrize("output", [".", "..", "../inside"])
+def test_an_output_that_is_or_holds_the_working_directory_is_refused(base, tmp_path, monkeypatch, output):
+    (inside := tmp_path / "outside" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    with pytest.raises(UsageError, match="the working directory"):
+        checkpoint.convert(base, output, **MIXER)
+    assert [*(tmp_path / "outside").rglob("*")] == [inside]
+    checkpoint.convert(base, "converted", **MIXER)
+
+
 def test_an_output_that_is_not_empty_is_refused_and_kept(base, tmp_path):
     output = tmp_path / "out"
     output.mkdir()

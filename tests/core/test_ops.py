@@ -89,7 +89,7 @@ def test_a_failing_kernel_is_an_error_and_no_other_path(monkeypatch):
 
 def test_which_path_ran_is_logged_once_for_a_device_and_dtype(monkeypatch):
     told = []
-    monkeypatch.setattr(ops._log, "info", lambda message, *values: told.append(message % values))
+    monkeypatch.setattr(ops._log, "log", lambda level, message, *values: told.append(message % values))
     ops._tell_once.cache_clear()
     for length in (9, 1, 9):
         ops.linear_attention(*inputs(length))

@@ -19,4 +19,6 @@ def qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, 
     return q, k, v
 
 
-archs.register("stablelm")(replace(LLAMA, qkv=qkv, hands_on=False, oddities={"qk_layernorm": True, "use_qkv_bias": True}))
+archs.register("stablelm")(
+    replace(LLAMA, qkv=qkv, hands_on=False, oddities={"qk_layernorm": True, "use_qkv_bias": True})
+)

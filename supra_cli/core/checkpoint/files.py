@@ -99,12 +99,23 @@ def check_free(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, expected a directory to write; choose another --output")
+    if path.is_dir() and (here := _working_directory()) is not None and here.is_relative_to(path.resolve()):
+        raise UsageError(
+            f"{path} is, or holds, the working directory, which would be replaced; choose another --output"
+        )
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"{path} is not empty; choose another --output, or replace it with --overwrite")
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} holds files but no model, so it is not overwritten; choose another --output")
+
+
+def _working_directory() -> Path | None:
+    try:
+        return Path.cwd()
+    except OSError:  # removed since
+        return None
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ def read_provenance(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     record = _record(path)
     if difference := _difference(path, record):
-        log.warning(
-            "%s is of another model than the one beside it and is not heeded: %s", path / PROVENANCE, difference
-        )
+        _tell_once(path / PROVENANCE, difference)
         return {}
     return record
+
+
+@cache
+def _tell_once(file: Path, difference: str) -> None:
+    log.warning("%s is of another model than the one beside it and is not heeded: %s", file, difference)
 
 
 def verify(path: Path | str) -> list[str]:
