@@ -123,12 +123,13 @@ def run(
         given = (text or "python-stdlib", device or "auto")
         _keep_most_needed(source, output, base, keep, *given, dry_run=dry_run, overwrite=overwrite, json=json)
         return
+    config = _unconverted(base, model)
     if mixer is None:
         mixer = "supra"
         console.note("mixer supra, the paper's; --mixer gated_delta, as in the recipe small-budget, recalls more")
     seed = seed or 0
     output = output or Path("runs") / f"{_short(source)}-{mixer}"
-    config = _unconverted(base, model).with_mixer(mixer, options, keep)
+    config = config.with_mixer(mixer, options, keep)
     size = accounting.measure(config)
     document = {
         "source": asdict(source),

@@ -351,6 +351,17 @@ def test_ruler_without_its_packages_names_the_extra(monkeypatch, capsys):
     assert "supra[ruler]" in told(err)
 
 
+def test_a_ruler_task_is_scored_at_the_length_that_is_asked(capsys):
+    """Where the packages of supra[ruler] are, and without a network."""
+    pytest.importorskip("wonderwords")
+    asked = ["-t", "niah_single_1", "--lengths", "512", "--limit", "2", "--teacher", "none", "--json"]
+    code, out, err = supra(capsys, "eval", "tiny", *asked)
+    assert code == 0, err
+    document = json.loads(out)
+    assert list(document["results"]["niah_single_1"]) == ["512"]
+    assert document["tasks"]["niah_single_1"]["samples"] == 2
+
+
 def test_the_share_of_each_letter_is_told_beside_how_often_it_is_right(tmp_path, capsys):
     rows = [{"q": f"question {n}", "answer": n % 4} for n in range(8)]
     (tmp_path / "letters.jsonl").write_text("\n".join(map(json.dumps, rows)))

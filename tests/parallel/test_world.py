@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from supra_cli.core import corpus
+from supra_cli.core.mixers import mixers
 from supra_cli.core.parallel import ALONE
+from supra_cli.core.recipe.keep import SOFTMAX
 from tests.parallel import worlds
 from tests.parallel.launching import finish, made_once, start
 from tests.tiny import save_base
@@ -26,6 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first to come 
 SIZES = [2, 3, 4]
 KINDS = ("transfer", "distill", "finetune")
 TIED = {"tied": True, "untied": False}
+MIXERS = [mixer for mixer in mixers if mixer not in ("supra", SOFTMAX)]
+STOPPED = {"7": ("long", 7), "12": ("long", 12), "offload": ("long offload", 12)}
+"""Runs that end on two ranks, in the midst of the second stage or of the third, and go on in every world."""
 TEXT = "".join(document.text for document in corpus.documents("validation"))[:60_000]
 
 
@@ -103,6 +108,15 @@ def run_in_worlds(root: Path) -> None:
     rounded = {"every_steps": 50, "keep_last": 2, "dtype": "bfloat16"}
     long = {"recipe": recipe(root, "long", "tied", stages, checkpoint=rounded)}
     single["long"] = long
+    offloaded = [{**stage, "optimizer": "adamw-offload"} for stage in stages]
+    single["long offload"] = {"recipe": recipe(root, "long-offload", "untied", offloaded)}
+    on_two = {}
+    for mixer in MIXERS:
+        # Two have nothing that transfer could train. A window is shorter than the rows.
+        kinds = ["finetune"] if mixer in ("retention", "window") else ["transfer", "finetune"]
+        two = [{"kind": kind, "tokens": 2 * 7 * 32} for kind in kinds]
+        described = {"name": mixer} | ({"window": 8} if mixer in ("lolcats", "window") else {})
+        on_two[mixer] = {"recipe": recipe(root, mixer, "tied", two, mixer=described)}
     refused = {
         "rows apart": {"recipe": long["recipe"], "trick": "rows apart"},
         **{
@@ -116,11 +130,13 @@ def run_in_worlds(root: Path) -> None:
     for size in [*SIZES, 1]:
         tasks = dict(single)
         if size == 2:
-            for step in (7, 12):  # in the midst of the second stage and of the third
-                tasks[f"stopped-{step}"] = {**long, "stop_after": step}
+            for name, (run, step) in STOPPED.items():
+                tasks[f"stopped-{name}"] = {**single[run], "stop_after": step}
             tasks |= refused
-        for step in (7, 12):
-            tasks[f"resumed-{step}"] = {**long, "after": root / "2" / f"stopped-{step}"}
+        if size <= 2:
+            tasks |= on_two
+        for name, (run, _) in STOPPED.items():
+            tasks[f"resumed-{name}"] = {**single[run], "after": root / "2" / f"stopped-{name}"}
         make(root, size, tasks)
 
 
@@ -200,10 +216,20 @@ def test_a_step_in_bfloat16_is_autocast_s_on_one_rank(size: int, run: str, folde
     assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-7
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_is_the_same_on_two_ranks(mixer: str, folder: Path) -> None:
+    ours, theirs = folder / "2" / mixer, folder / "1" / mixer
+    gradients = load_file(theirs / "gradients.safetensors")
+    assert any(gradient.any() for gradient in gradients.values())
+    assert far(load_file(ours / "gradients.safetensors"), gradients) < 1e-5
+    for one, other in zip(metrics(ours), metrics(theirs), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("size", [1, *SIZES])
-@pytest.mark.parametrize("step", [7, 12])
-def test_a_run_that_was_saved_on_two_ranks_goes_on_at_the_exact_next_row(step: int, size: int, folder: Path) -> None:
-    resumed, whole = folder / str(size) / f"resumed-{step}", folder / "2" / "long"
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_run_that_was_saved_on_two_ranks_goes_on_at_the_exact_next_row(name: str, size: int, folder: Path) -> None:
+    resumed, whole = folder / str(size) / f"resumed-{name}", folder / "2" / STOPPED[name][0]
     steps = [line for line in metrics(resumed) if line["event"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, 16))
     wanted = [line for line in metrics(whole) if line["event"] == "step"]
@@ -213,11 +239,13 @@ def test_a_run_that_was_saved_on_two_ranks_goes_on_at_the_exact_next_row(step: i
     assert far(weights(resumed), weights(whole)) < 1e-4
 
 
-@pytest.mark.parametrize("step", [7, 12])
-def test_a_run_that_goes_on_in_the_same_world_ends_with_the_same_bits(step: int, folder: Path) -> None:
-    resumed, whole = folder / "2" / f"resumed-{step}" / "last", folder / "2" / "long" / "last"
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_run_that_goes_on_in_the_same_world_ends_with_the_same_bits(name: str, folder: Path) -> None:
+    resumed, whole = folder / "2" / f"resumed-{name}" / "last", folder / "2" / STOPPED[name][0] / "last"
     files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
-    assert {path.name for path in files} >= {"optimizer.safetensors", "masters.safetensors"}
+    # A model saved in fp32 is its own masters.
+    kept = {"optimizer.safetensors"} | ({"masters.safetensors"} if STOPPED[name][0] == "long" else set())
+    assert {path.name for path in files} >= kept
     for path in files:
         assert (resumed / path).read_bytes() == (whole / path).read_bytes(), path
 
