@@ -34,6 +34,7 @@ _SHAPE = {
     "pad_token_id": 0,
     # Large enough for the logits to depend on the whole past, not just on the last token.
     "initializer_range": 0.2,
+    "init_std": 0.2,
 }
 
 EXPERTS = tuple(base for base in archs if "num_experts_per_tok" in archs.get(base).oddities)

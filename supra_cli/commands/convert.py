@@ -22,7 +22,7 @@ def _list(json: bool) -> None:
 
     found = []
     for alias in [*hub.BUNDLED, *hub.ALIASES]:
-        source = hub.resolve(alias)
+        source = hub.alias(alias)
         bundled = hub.is_bundled(source)
         size = accounting.measure(checkpoint.outline(source)) if bundled else None
         sizes = {} if size is None else {"parameters": size.parameters, "weight_bytes": size.weight_bytes}

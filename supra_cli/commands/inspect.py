@@ -48,7 +48,7 @@ def run(
         rows.append(("mixer", swap.mixer + (f" ({options})" if options else "")))
     rows += plan.model_rows(size)
     rows += [(name, _short(provenance[name])) for name in ("base", "step", "tokens", "seconds") if provenance.get(name)]
-    rows += [(f"written with {name}", version) for name, version in provenance.get("versions", {}).items()]
+    rows += [(f"written with {name}", version) for name, version in (provenance.get("versions") or {}).items()]
     if verify:
         rows.append(("verified", _verified(unread)))
     console.table(rows)

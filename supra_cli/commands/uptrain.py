@@ -111,7 +111,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             interrupted.set()
         stop.set()
         if os.environ.get("RANK", "0") == "0":  # torchrun hands its own signals on to every rank
-            console.note(f"{signal.Signals(number).name}: finishing the step and saving")
+            console.note(f"{signal.Signals(number).name}: saving after this step, or the first, and stopping")
 
     asked = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, ask) for number in asked}

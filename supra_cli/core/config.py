@@ -12,7 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 from supra_cli.core.archs import archs
-from supra_cli.core.mixers import parse_options
+from supra_cli.core.errors import UsageError
+from supra_cli.core.mixers import options_by_layer, parse_options
 from supra_cli.core.recipe.keep import SOFTMAX, layer_kinds
 
 
@@ -60,7 +61,14 @@ class SupraConfig(PreTrainedConfig):
         if isinstance(base, SupraConfig):
             base = base.plain()
         kinds = [mixer] * base.num_hidden_layers if layers is None else list(layers)
-        record = Swap(base.model_type, mixer, asdict(parse_options(mixer, options or {})), kinds)
+        chosen = parse_options(mixer, options or {})
+        for name, values in options_by_layer(chosen).items():
+            if len(values) != base.num_hidden_layers:
+                raise UsageError(
+                    f"mixer.{name} has {len(values)} values, expected one, or one for each of the model's "
+                    f"{base.num_hidden_layers} layers"
+                )
+        record = Swap(base.model_type, mixer, asdict(chosen), kinds)
         record.check(base.num_hidden_layers)
         config = config_class(record.base)(**_fields(base), supra=record._asdict())
         config._attn_implementation = base._attn_implementation

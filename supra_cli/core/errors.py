@@ -47,7 +47,7 @@ class ResourceError(SupraError):
 
 
 class NonFiniteError(SupraError):
-    """A step's loss or gradient is not a number, and the run is not to go on without it."""
+    """A loss or gradient is not a number, and a run is not to go on without it."""
 
     lasting = True
 

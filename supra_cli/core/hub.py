@@ -94,17 +94,23 @@ def resolve(name: str) -> Source:
         return Source("directory", name, path=last if _is_model(last) and not _is_model(path) else path)
     if path.exists():
         raise NotFoundError(f"'{name}' is a file; a model is a directory with a config.json")
-    if name in BUNDLED:
-        return Source("alias", name, path=BUNDLED[name])
+    if (found := alias(name)) is not None:
+        return found
     known, _, revision = name.partition("@")
-    if known in ALIASES:
-        return Source("alias", name, repo=ALIASES[known], revision=revision or None)
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return Source("hub", name, repo=known, revision=revision or None)
     if "/" in name or "\\" in name:
         raise NotFoundError(f"there is no directory '{name}'")
     hint = near_miss(name, [*BUNDLED, *ALIASES])
     raise NotFoundError(f"no model '{name}': it is no directory, no alias and not of the hub's form org/name{hint}")
+
+
+def alias(name: str) -> Source | None:
+    """What `name`, an alias or one with @revision, stands for where no directory is called so; None for any other."""
+    if name in BUNDLED:
+        return Source("alias", name, path=BUNDLED[name])
+    known, _, revision = name.partition("@")
+    return Source("alias", name, repo=ALIASES[known], revision=revision or None) if known in ALIASES else None
 
 
 def chosen(name: str | None) -> Source:

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from supra_cli.core import cache as caches
 from supra_cli.core.archs import Arch, Positions, archs
 from supra_cli.core.layout import Layout, Rotate
-from supra_cli.core.mixers import Mixer
+from supra_cli.core.mixers import Mixer, options_of_layer
 from supra_cli.core.recipe.keep import SOFTMAX
 
 
@@ -68,7 +68,7 @@ def swap(model: nn.Module, arch: Arch, mixer: type[Mixer], options: Mixer.Option
             attention = getattr(block, arch.slot)
             attention.__class__ = swapped_class(type(attention))
             attention.arch = arch
-            attention.mixer = mixer(arch.shape(attention), options)
+            attention.mixer = mixer(arch.shape(attention), options_of_layer(options, attention.layer_idx))
             attention.mixer.reset_parameters()
             if not arch.hands_on:
                 block.register_forward_pre_hook(_leave_layout, with_kwargs=True)

@@ -58,7 +58,9 @@ def alone(code: str, folder: Path, *arguments: object) -> subprocess.CompletedPr
 
 def converted(folder: Path, base: str = "llama", mixer: str = "supra", keep: str = "1") -> Path:
     plain = save_base(folder / "base", [TEXT], base)
-    settings = {"mixer": mixer, "options": {}, "keep": keep, "seed": 0}
+    # As a list, in a config's words, of which the one for a kept layer is not used.
+    options = {"key_width": [2, 1, 1.5]} if mixer == "gated_delta" else {}
+    settings = {"mixer": mixer, "options": options, "keep": keep, "seed": 0}
     return checkpoint.convert(plain, folder / "student", base="org/base@0123abc", **settings)
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from supra_cli.core import checkpoint
 from supra_cli.core.errors import SupraError
+from supra_cli.core.export.card import card
 from supra_cli.core.modeling import SupraForCausalLM
 
 ROUNDS, EACH = 20, 100
@@ -64,9 +65,11 @@ def test_a_damaged_model_is_one_sentence_or_what_its_files_describe(files, tmp_p
 
 
 def load(folder: Path, what: str) -> SupraForCausalLM | None:
-    """The model in a directory; None where one sentence refuses it."""
+    """The model in a directory, of which a card can be written; None where one sentence refuses it."""
     try:
-        return checkpoint.load(folder)
+        model = checkpoint.load(folder)
+        assert card(folder, model.config, "model")
+        return model
     except SupraError as error:
         sentence = str(error)
     except Exception as error:

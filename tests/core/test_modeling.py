@@ -8,6 +8,7 @@ from tiny import softmax_heads, tiny_config, tiny_model, tokens
 from torch.testing import assert_close
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from supra_cli.core import checkpoint
 from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import mixers
 from supra_cli.core.modeling import SupraConfig
@@ -153,6 +154,25 @@ def test_a_model_can_be_built_on_the_meta_device():
 def test_layers_must_name_a_kind_for_each(layers):
     with pytest.raises(ValueError, match="expected 2 layers"):
         SupraConfig.from_base(tiny_config("llama", num_hidden_layers=2), mixer="supra", layers=layers)
+
+
+@pytest.mark.parametrize("mixer", ["gated_delta", "kda", "lolcats"])
+@torch.no_grad()
+def test_an_option_may_have_an_entry_for_each_layer(mixer, tmp_path):
+    branch = {"branch": "gated_delta", "window": 4, "sinks": 1} if mixer == "lolcats" else {}
+    model = tiny_model("llama", mixer, options={"key_width": (1, 2.5, 3)} | branch)
+    rows = [memory.state.S.shape[2] for memory in model(tokens(1, 9), use_cache=True).past_key_values.layers]
+    assert rows == [8, 20, 24]
+    checkpoint.save(model, tmp_path / "saved", source=None, provenance={})
+    assert torch.equal(checkpoint.load(tmp_path / "saved")(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+
+
+def test_an_option_for_each_layer_has_as_many_entries_as_there_are_layers():
+    for widths in ((1, 2), (1, 2, 3, 4)):
+        with pytest.raises(UsageError, match=f"key_width has {len(widths)} values, expected one, or .* 3 layers"):
+            tiny_model("llama", "gated_delta", options={"key_width": widths})
+    with pytest.raises(UsageError, match=r"mixer.key_width: input should be a valid number, got 'wide'"):
+        tiny_model("llama", "gated_delta", options={"key_width": "wide"})
 
 
 def test_an_architecture_without_a_record_is_named():

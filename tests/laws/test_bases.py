@@ -88,7 +88,28 @@ def test_attention_through_the_arch_is_the_base_s(base, kv_heads):
         logits = plain(ids).logits
         assert_close(ours(ids).logits, logits, **CLOSE)
     assert_layers_close(found, wanted)
-    assert (logits[:, -1] - plain(ids.roll(1, 0)).logits[:, -1]).abs().max() > 1e-3
+    other = ids.clone()
+    other[:, -4] = ids[:, -4] % 50 + 4  # one that the last token sees, whatever the window
+    assert (logits[:, -1] - plain(other).logits[:, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("windowed", [name for name in archs if archs.get(name).window is not None])
+def test_windows_are_on_and_shorter_than_the_rows(windowed):
+    assert 7 in tiny_model(windowed, "window").config.windows()
+
+
+@torch.no_grad()
+def test_what_is_dropped_in_training_is_what_the_base_drops(base):
+    """Behind the attention; weights of attention are dropped by softmax alone."""
+    none = dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "embedding_dropout"), 0.0)
+    plain, ours = two(base, **none)
+    ids, dropping = tokens(2, LENGTH), {"resid_pdrop", "residual_dropout"} & archs.get(base).oddities.keys()
+    logits = []
+    for model in (plain, ours):
+        torch.manual_seed(0)
+        logits.append(model.train()(ids).logits)
+    assert_close(logits[1], logits[0], **CLOSE)
+    assert ((logits[0] - plain.eval()(ids).logits).abs().max() > 0.1) or not dropping
 
 
 @torch.no_grad()
@@ -168,4 +189,5 @@ def test_a_window_longer_than_the_row_is_the_base(base):
     plain.load_state_dict(ours.state_dict())
     ids, given = tokens(2, LENGTH), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert_close(ours(ids).logits, plain(ids).logits, **CLOSE)
+    assert_close(in_pieces(ours, ids), plain(ids).logits, **CLOSE)
     assert torch.equal(ours.generate(ids, **given), plain.generate(ids, **given))

@@ -29,8 +29,8 @@ SIZES = [2, 3, 4]
 KINDS = ("transfer", "distill", "finetune")
 TIED = {"tied": True, "untied": False}
 MIXERS = [mixer for mixer in mixers if mixer not in ("supra", SOFTMAX)]
-STOPPED = {"7": ("long", 7), "12": ("long", 12), "offload": ("long offload", 12)}
-"""Runs that end on two ranks, in the midst of the second stage or of the third, and go on in every world."""
+STOPPED = {"3": ("long", 3), "7": ("long", 7), "12": ("long", 12), "offload": ("long offload", 12)}
+"""Runs that end on two ranks, in the midst of one of their three stages, and go on in every world."""
 TEXT = "".join(document.text for document in corpus.documents("validation"))[:60_000]
 
 
@@ -117,6 +117,15 @@ def run_in_worlds(root: Path) -> None:
         two = [{"kind": kind, "tokens": 2 * 7 * 32} for kind in kinds]
         described = {"name": mixer} | ({"window": 8} if mixer in ("lolcats", "window") else {})
         on_two[mixer] = {"recipe": recipe(root, mixer, "tied", two, mixer=described)}
+        on_two[f"{mixer}, bfloat16"] = {**on_two[mixer], "dtype": "bfloat16"}
+    one = {"kind": "finetune", "tokens": 7 * 32}
+    on_two["experts, bfloat16"] = {"recipe": recipe(root, "rounded", "experts", [one]), "dtype": "bfloat16"}
+    for kind in ("transfer", "distill"):
+        on_two[f"{kind}, bfloat16"] = {
+            "recipe": recipe(root, f"{kind}-rounded", "tied", [{**one, "kind": kind}]),
+            "dtype": "bfloat16",
+        }
+    on_two["clipped"] = {"recipe": recipe(root, "clipped", "tied", [{**one, "tokens": 3 * 7 * 32, "clip_norm": 0.1}])}
     refused = {
         "rows apart": {"recipe": long["recipe"], "trick": "rows apart"},
         **{
@@ -216,14 +225,21 @@ def test_a_step_in_bfloat16_is_autocast_s_on_one_rank(size: int, run: str, folde
     assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-7
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_is_the_same_on_two_ranks(mixer: str, folder: Path) -> None:
-    ours, theirs = folder / "2" / mixer, folder / "1" / mixer
+@pytest.mark.parametrize("run", [*MIXERS, "clipped"])
+def test_every_mixer_is_the_same_on_two_ranks(run: str, folder: Path) -> None:
+    ours, theirs = folder / "2" / run, folder / "1" / run
     gradients = load_file(theirs / "gradients.safetensors")
     assert any(gradient.any() for gradient in gradients.values())
     assert far(load_file(ours / "gradients.safetensors"), gradients) < 1e-5
     for one, other in zip(metrics(ours), metrics(theirs), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("run", [*MIXERS, "experts", "transfer", "distill"])
+def test_a_step_in_bfloat16_is_the_same_on_two_ranks(run: str, folder: Path) -> None:
+    ours, theirs = (folder / size / f"{run}, bfloat16" for size in ("2", "1"))
+    assert metrics(ours)[1]["loss"] == pytest.approx(metrics(theirs)[1]["loss"], rel=1e-6)
+    assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-7
 
 
 @pytest.mark.parametrize("size", [1, *SIZES])

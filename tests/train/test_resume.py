@@ -107,6 +107,23 @@ def test_bfloat16_checkpoints_keep_their_masters(
     assert any(not value.equal(value.bfloat16().float()) for value in masters.values())
 
 
+def test_a_base_that_cannot_be_linked_is_kept_in_float32_too(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Others save base and mixers in one file: what attention transfer does not move is then written, and rounded."""
+    run(recipe_file(), tmp_path / "first", stop_after=1)
+    model = tmp_path / "model"
+    shutil.copytree(tmp_path / "first" / "converted", model)
+    base = checkpoint.read_provenance(model)["base"]
+    for file in (*model.glob("*.safetensors"), model / "model.safetensors.index.json"):
+        file.unlink()
+    checkpoint.load(tmp_path / "first" / "converted").save_pretrained(model)
+    (model / "supra.json").write_text(json.dumps({"base": base}))
+    recipe = recipe_file(checkpoint={"every_steps": 3, "keep_last": 2, "dtype": "bfloat16"})
+    run(recipe, tmp_path / "whole", model=model)
+    run(recipe, tmp_path / "stopped", model=model, stop_after=2)
+    run(recipe, tmp_path / "stopped", model=model, resume=True)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     "file", ["model-mixers.safetensors", "training/optimizer.safetensors", "training/state.json", "config.json"]
 )
@@ -359,8 +376,9 @@ def test_what_a_run_stands_on_is_known_by_its_content(change: str, moved: bool, 
     assert {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()} == before
 
 
-def test_models_that_no_later_stage_learns_from_may_be_gone(project: Path) -> None:
-    run(project / "recipe.toml", project / "run", stop_after=7)
+@pytest.mark.parametrize("step", [6, 7], ids=["where the stage ended", "in the next stage"])
+def test_models_that_no_later_stage_learns_from_may_be_gone(step: int, project: Path) -> None:
+    run(project / "recipe.toml", project / "run", stop_after=step)
     project = move(project)
     shutil.rmtree(project / "models")
     assert isinstance(run(project / "recipe.toml", project / "run", resume=True)[-1], Finished)
@@ -395,6 +413,30 @@ def test_going_on_under_other_versions_is_told(recipe_file: Callable[..., Path],
     (told,) = [note for note in notes if "other conditions" in note]
     assert f"torch 2.10.0 → {record['torch']}, threads 8 → 1" in told
     assert "command" not in told
+
+
+def test_a_checkpoint_whose_removal_was_cut_off_goes_with_the_next_save(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run(recipe_file(), output, stop_after=5)
+    shutil.copytree(output / "step-000005", output / "step-000001")
+    (output / "step-000001" / MARKER).unlink()
+    run(recipe_file(), output, resume=True)
+    assert not (output / "step-000001").exists()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("supra_cli.core.train.run.fcntl.flock", refuse)
+    with (
+        pytest.raises(SupraError, match=r"cannot lock .* \(Function not implemented\)"),
+        RunDirectory(tmp_path / "run").locked(),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_changed_text_is_refused(recipe_file: Callable[..., Path], raw_recipe: dict, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from supra_cli.core.accounting.model import ModelPlan, measure
 from supra_cli.core.accounting.step import Figures, figures
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import automatic
-from supra_cli.core.swap import mixer_names
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.optimizer import moment_bytes
 from supra_cli.core.train.sharding import rounded
@@ -68,23 +67,23 @@ class Memory:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Of a model's parameters: all, those outside of blocks, and of the largest block the mixer's and the rest."""
+    """Of a model's parameters: all, those outside of blocks, and of the largest block what stays fp32 and the rest."""
 
     total: int
     root: int
-    mixer: int
+    wide: int
+    """The mixer's, norms and experts."""
     rest: int
 
     @classmethod
     def of(cls, model: nn.Module, moving: bool = False) -> Numbers:
         """`moving`: of those alone that move."""
-        of_mixers = mixer_names(model)
-        counted = {p: name in of_mixers for name, p in model.named_parameters() if p.requires_grad or not moving}
+        counted = {p for p in model.parameters() if p.requires_grad or not moving}
         blocks = [[p for p in block.parameters() if p in counted] for block in model.arch.layers(model)]
         sizes = [sum(p.numel() for p in block) for block in blocks]
         total, largest = sum(p.numel() for p in counted), sizes.index(max(sizes))
-        mixer = sum(p.numel() for p in blocks[largest] if counted[p])
-        return cls(total, total - sum(sizes), mixer, sizes[largest] - mixer)
+        wide = sum(p.numel() for p in set(blocks[largest]) - rounded(model))
+        return cls(total, total - sum(sizes), wide, sizes[largest] - wide)
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,9 @@ class StagePlan:
         between them it changes by as much with every block. Logits are in fp32, they and both their gradients, and a
         teacher's with their product.
 
-        On several GPUs weights, gradients and moments are shared out; whole are two blocks (in the computing dtype, the
-        mixer in fp32), the pass through what is outside of blocks, and where it ends their gradients, not yet reduced.
+        On several GPUs weights, gradients and moments are shared out; whole are two blocks (in the computing dtype, but
+        for what stays in fp32), the pass through what is outside of blocks, and where it ends their gradients, not yet
+        reduced.
         """
         spec, one, item, sharded = spec or self.spec, self.figures, self.dtype.itemsize, gpus > 1
         student, trained, teacher = self.student, self.trained, self.teacher
@@ -132,22 +132,23 @@ class StagePlan:
         moments = sum(moment_bytes(spec.optimizer, numbers) for numbers in self.parameters) // gpus
         weights, gradients, host = 4 * student.total // gpus, 4 * trained.total // gpus, 0
         copies = one.other_copies + (0 if sharded else one.copies)
-        if spec.optimizer == "adamw-offload":
+        # Of a stage whose losses fall inside the model only one GPU's is offloaded (train/build.py).
+        if spec.optimizer == "adamw-offload" and not (sharded and stage_of(spec).inside):
             host = gradients + moments + (weights if sharded else 4 * trained.total)
             weights = 0 if sharded else weights - (4 - item) * self.rounded
             copies -= 0 if sharded or not self.rounded else one.copies  # what is rounded already
             gradients = moments = 0
         gathered = unreduced = 0
         if sharded:
-            gathered = 2 * (item * student.rest + 4 * student.mixer) + 4 * student.root
-            gathered += item * (2 * (teacher.rest + teacher.mixer) + teacher.root) if teacher else 0
-            unreduced = 2 * 4 * (trained.rest + trained.mixer) + 4 * trained.root
+            gathered = 2 * (item * student.rest + 4 * student.wide) + 4 * student.root
+            gathered += item * (2 * (teacher.rest + teacher.wide) + teacher.root) if teacher else 0
+            unreduced = 2 * 4 * (trained.rest + trained.wide) + 4 * trained.root
 
         passing = share * one.passing
         logits = 4 * (5 if teacher else 3) * min(one.piece, one.logits * share)
         begun = share * (one.outside + (one.inputs if spec.activation_checkpointing else one.blocks))
         begun += max(passing, logits) + copies + (gradients if rows > micro_rows else 0)
-        last_copies = min(copies, item * (student.rest + student.mixer))
+        last_copies = min(copies, item * (student.rest + student.wide))
         ended = share * one.block + passing + last_copies + gradients
         if begun < ended + unreduced:
             begun, copies, gathered = ended, last_copies, gathered + unreduced

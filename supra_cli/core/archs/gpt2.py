@@ -22,6 +22,7 @@ GPT2 = Arch(
     out=lambda attention, o: attention.resid_dropout(attention.c_proj(o.contiguous())),
     head=plain_head,
     limit=lambda config: config.max_position_embeddings,
+    oddities={"resid_pdrop": 0.5},
 )
 
 archs.register("gpt2")(GPT2)

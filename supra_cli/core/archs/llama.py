@@ -35,13 +35,12 @@ LLAMA = Arch(
     head=plain_head,
 )
 
-archs.register("llama")(LLAMA)
 archs.register("mistral")(replace(LLAMA, window=everywhere, oddities={"sliding_window": 7}))
 archs.register("ministral")(replace(LLAMA, window=by_kind, oddities=SLIDING))
 archs.register("qwen2")(replace(LLAMA, window=by_kind, oddities=SLIDING | {"use_sliding_window": True}))
-archs.register("qwen3")(replace(LLAMA, qkv=normed_qkv, window=by_kind))
+archs.register("qwen3")(replace(LLAMA, qkv=normed_qkv, window=by_kind, oddities=SLIDING | {"use_sliding_window": True}))
 
-EXPERTS = {"num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+EXPERTS = {"sliding_window": 7, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
 
 archs.register("mixtral")(replace(LLAMA, window=everywhere, oddities=EXPERTS | {"num_local_experts": 4}))
 archs.register("qwen3_moe")(
@@ -49,6 +48,9 @@ archs.register("qwen3_moe")(
         LLAMA,
         qkv=normed_qkv,
         window=everywhere,
-        oddities=EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16},
+        oddities=EXPERTS | {"use_sliding_window": True, "num_experts": 4, "moe_intermediate_size": 16},
     )
 )
+
+# Bases that are Llama's layout and nothing else.
+archs.register("llama")(LLAMA)

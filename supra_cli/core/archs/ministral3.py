@@ -26,6 +26,7 @@ SOON = {
     "llama_4_scaling_beta": 0.3,
 }
 """Queries that grow from the fourth position on."""
-MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv, window=everywhere, oddities={"rope_parameters": SOON})
+ODD = {"sliding_window": 7, "rope_parameters": SOON}
+MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv, window=everywhere, oddities=ODD)
 
 archs.register("ministral3")(MINISTRAL3)

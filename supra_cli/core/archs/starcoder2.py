@@ -14,4 +14,5 @@ def out(attention: nn.Module, o: Tensor) -> Tensor:
     return nn.functional.dropout(attention.o_proj(o), attention.residual_dropout, attention.training)
 
 
-archs.register("starcoder2")(replace(LLAMA, out=out, window=everywhere, oddities={"sliding_window": 7}))
+ODD = {"sliding_window": 7, "residual_dropout": 0.5}
+archs.register("starcoder2")(replace(LLAMA, out=out, window=everywhere, oddities=ODD))

@@ -14,7 +14,7 @@ from supra_cli.core.checkpoint.reading import (
     tensors,
 )
 from supra_cli.core.checkpoint.record import identity, read_provenance, verify
-from supra_cli.core.checkpoint.writing import describe, save, write
+from supra_cli.core.checkpoint.writing import describe, keeps_mixers_apart, save, write
 
 __all__ = [
     "atomic_directory",
@@ -28,6 +28,7 @@ __all__ = [
     "examine",
     "holds",
     "identity",
+    "keeps_mixers_apart",
     "load",
     "load_tokenizer",
     "materialise",

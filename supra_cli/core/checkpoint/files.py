@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import json
 import os
 import platform
 import re
@@ -24,6 +25,8 @@ _LARGE = 64 * 2**20
 """Bytes of a file that takes a while to hash."""
 _HEADER = 100_000_000
 """Bytes of a safetensors header, at most: what says more is damaged."""
+_FOLDERS = {"training", "eval", ".cache"}
+"""Of a model's directory: what a run, an evaluation and a download have put there."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -95,7 +98,7 @@ def _read_failure(error: OSError, path: Path, temporary: Path) -> Path | None:
 def check_free(path: Path, overwrite: bool) -> None:
     """Raise a UsageError unless a directory can be written to `path`: nothing is there, or with `overwrite` a model.
 
-    Whatever else lies there is not ours to delete.
+    Whatever else lies there is not ours to delete: a model is known by its config.json, and has no folders but these.
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, expected a directory to write; choose another --output")
@@ -107,8 +110,18 @@ def check_free(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{path} is not empty; choose another --output, or replace it with --overwrite")
-    if not (path / "config.json").is_file():
+    if not _is_described(path / "config.json"):
         raise UsageError(f"{path} holds files but no model, so it is not overwritten; choose another --output")
+    if strange := sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in _FOLDERS):
+        raise UsageError(
+            f"{path} holds {strange[0]}, which is no part of a model, so it is not overwritten; choose another --output"
+        )
+
+
+def _is_described(config: Path) -> bool:
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return isinstance(json.loads(config.read_text("utf-8-sig"))["model_type"], str)
+    return False
 
 
 def _working_directory() -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,10 @@ Hashes = dict[str, dict[str, Any]]
 of the file, is there where supra saved a model or knew it without reading, not of what converting drew; records of
 older versions have no other.
 """
+
+_KINDS = {"files": dict, "format": int, "base": str, "parent": str, "config": str, "versions": dict}
+_KINDS |= {"recipe": (str, dict), "tokens": int, "seed": int, "step": int, "seconds": (int, float)}
+"""Of what the record says."""
 
 # Keys of a config that do not change what its weights compute.
 _WORDS = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "_name_or_path", "name_or_path")
@@ -165,22 +170,27 @@ def _record(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     record = read_json(file)
-    files, newer = (
-        (record.get("files") or {}, record.get("format", FORMAT)) if isinstance(record, dict) else (None, None)
-    )
-    if (
-        not isinstance(files, dict)
-        or not all(isinstance(known, dict) and known.keys() & {"sha256", "header"} for known in files.values())
-        or not isinstance(newer, int)
-        or newer < FORMAT
-    ):
+    if not isinstance(record, dict) or not _makes_sense(record):
         raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
-    if newer > FORMAT:
+    if (newer := record.get("format", FORMAT)) > FORMAT:
         raise SupraError(
             f"{file} says that a newer supra wrote the model (format {newer}, here is {FORMAT}); install that supra, "
             "or write the model again with this one"
         )
     return record
+
+
+def _makes_sense(record: Mapping[str, Any]) -> bool:
+    """Whether each key that is read is of its kind; any may be missing."""
+    if any(not isinstance(record[key], kind) for key, kind in _KINDS.items() if record.get(key) is not None):
+        return False
+    files, recipe = record.get("files") or {}, record.get("recipe")
+    try:
+        tomllib.loads(recipe if isinstance(recipe, str) else "")
+    except tomllib.TOMLDecodeError:
+        return False
+    known = all(isinstance(entry, dict) and entry.keys() & {"sha256", "header"} for entry in files.values())
+    return known and (record.get("format", FORMAT) or 0) >= FORMAT
 
 
 def _difference(path: Path, record: Mapping[str, Any], unread: list[str] | None = None) -> str | None:

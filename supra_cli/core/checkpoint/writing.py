@@ -106,6 +106,11 @@ def write(
         finish(directory, config, placed, known, source=source, provenance=provenance)
 
 
+def keeps_mixers_apart(path: Path | str) -> bool:
+    """Whether the shards of a model are of mixers or of its base, none of both: those of the base can be linked."""
+    return bool(_without_mixers(Path(path)))
+
+
 def _without_mixers(path: Path) -> dict[str, str]:
     """Tensor → file of a model's shards that hold no mixer; nothing where one holds both."""
     mixers = mixer_names(skeleton(read_config(path)))  # its own: the model to be written may have fewer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from supra_cli.core.data.packing import IGNORED
-from supra_cli.core.errors import SupraError
+from supra_cli.core.errors import NonFiniteError
 
 Head = Callable[[Tensor], Tensor]
 
@@ -63,7 +63,7 @@ def token_nats(
             if not torch.isfinite(nats[labels[rows].cpu() != IGNORED]).all():
                 row = start + int((~torch.isfinite(nats) & (labels[rows].cpu() != IGNORED)).any(dim=1).nonzero()[0, 0])
                 row = row if numbers is None else numbers[row]
-                raise SupraError(f"the model's loss on row {row} is not finite; check its weights and its dtype")
+                raise NonFiniteError(f"the model's loss on row {row} is not finite; check its weights and its dtype")
             result.append(nats)
     return torch.cat(result)
 

@@ -39,7 +39,7 @@ def card(path: Path, config: SupraConfig, name: str) -> str:
         f"This is {what}, by [SUPRA](https://arxiv.org/abs/2405.06640)'s toolkit `supra` {__version__}.\n",
         f"- mixer: {swap.mixer}{options}\n- layers: {len(swap.layers)}, "
         + (f"{len(kept)} of them softmax attention still ({', '.join(kept)})" if kept else "all recurrent")
-        + (f"\n- uptraining: {record['tokens']:,} tokens\n" if "tokens" in record else "\n"),
+        + (f"\n- uptraining: {tokens:,} tokens\n" if (tokens := record.get("tokens")) is not None else "\n"),
         _USAGE,
         *_scores(path),
         *_recipe(record.get("recipe")),
@@ -75,7 +75,7 @@ def _licence(path: Path, base: str | None) -> dict[str, str]:
 def _head(card: Path) -> dict[str, Any]:
     """What a card says of its model for machines; nothing where there is none or it makes no sense."""
     text = card.read_text("utf-8", "replace") if card.is_file() else ""
-    with suppress(yaml.YAMLError):
+    with suppress(yaml.YAMLError, ValueError):  # a date that there is not
         if found := re.match(r"---\n(.*?)\n---", text, re.DOTALL):
             said = yaml.safe_load(found[1])
             return said if isinstance(said, dict) else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,7 +24,9 @@ class Mixer(nn.Module):
 
     @dataclass(frozen=True)
     class Options:
-        """The keys of `[mixer]` in a recipe besides `name`."""
+        """The keys of `[mixer]` in a recipe besides `name`. A tuple has an entry for each layer of the model; the mixer
+        of a layer is made with that one in its place.
+        """
 
     branches: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that its answer is a sum of, where each can be asked alone."""
@@ -78,6 +80,16 @@ class Mixer(nn.Module):
 
 
 mixers: Registry[type[Mixer]] = Registry("mixer", package=__name__, group="supra.mixers")
+
+
+def options_by_layer(options: Mixer.Options) -> dict[str, Sequence[Any]]:
+    """Those that have an entry for each layer; a list where they come from a config."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in values.items() if isinstance(value, list | tuple)}
+
+
+def options_of_layer(options: Mixer.Options, layer: int) -> Mixer.Options:
+    return replace(options, **{name: values[layer] for name, values in options_by_layer(options).items()})
 
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Mixer.Options:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -28,6 +28,13 @@ class DeltaState(NamedTuple):
     v: Tensor
 
 
+def check_width(given: float | Sequence[float]) -> None:
+    """UsageError for an option key_width that is less than 1, or none."""
+    for width in given if isinstance(given, list | tuple) else [given]:
+        if not 1 <= width < math.inf:
+            raise UsageError(f"mixer.key_width is {width}, expected a number of 1 or more")
+
+
 @mixers.register("gated_delta")
 class GatedDelta(MatrixMixer):
     """S ← e^{g_t} S,   S ← S + β_t k'_t (v_t - Sᵀ k'_t)ᵀ,   o_t = s_h · Sᵀ q'_t
@@ -50,8 +57,9 @@ class GatedDelta(MatrixMixer):
 
     @dataclass(frozen=True)
     class Options:
-        key_width: float = 1
-        """Rows of the state, in multiples of the base's head width: they bound how many keys can be told apart."""
+        key_width: float | tuple[float, ...] = 1
+        """Rows of the state, in multiples of the base's head width, in all layers alike or for each: they bound how
+        many keys can be told apart."""
         activation: Literal["silu", "none"] = "silu"
         """Of the mapped q and k, before they are brought to length 1."""
         rotary: bool = False
@@ -70,8 +78,7 @@ class GatedDelta(MatrixMixer):
         """Multiply the heads by 2 σ(U x), which starts at 1."""
 
         def __post_init__(self) -> None:
-            if not 1 <= self.key_width < math.inf:
-                raise UsageError(f"mixer.key_width is {self.key_width}, expected a number of 1 or more")
+            check_width(self.key_width)
             if self.short_conv < 0 or self.short_conv == 1:
                 raise UsageError(f"mixer.short_conv is {self.short_conv}, expected 0 for none, or 2 tokens or more")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.gated_delta import DeltaState, GatedDelta
+from supra_cli.core.mixers.gated_delta import DeltaState, GatedDelta, check_width
 from supra_cli.core.mixers.parts import HedgehogMap, ReluMap, nearly_none, wide
 from supra_cli.core.mixers.window import Sight, Window, WindowState
 from supra_cli.core.ops import linear_attention
@@ -142,8 +142,9 @@ class Lolcats(Window):
     class Options(Window.Options):
         branch: Literal["hedgehog", "t2r", "gated", "gated_delta"] = "hedgehog"
         """The recurrent branch: its feature map, and what it forgets."""
-        key_width: float = 1
-        """Of branch gated_delta: rows of its state, in multiples of the base's head width."""
+        key_width: float | tuple[float, ...] = 1
+        """Of branch gated_delta: rows of its state, in multiples of the base's head width, alike in all layers or for
+        each."""
         window_dropout: float = 0.0
         """Part of the rows of attention transfer whose window is silent at tokens that it does not see all before: so
         many where the stage begins, falling evenly to none where it ends. In later stages, where a silent window would
@@ -153,10 +154,9 @@ class Lolcats(Window):
             super().__post_init__()
             if not 0 <= self.window_dropout <= 1:
                 raise UsageError(f"mixer.window_dropout is {self.window_dropout}, expected a number from 0 to 1")
-            if not 1 <= self.key_width < math.inf or (self.key_width > 1 and self.branch != "gated_delta"):
-                raise UsageError(
-                    f"mixer.key_width is {self.key_width}, expected 1, or with branch = 'gated_delta' more"
-                )
+            check_width(self.key_width)
+            if self.key_width != 1 and self.branch != "gated_delta":
+                raise UsageError(f"mixer.key_width is of branch 'gated_delta', and mixer.branch is '{self.branch}'")
 
     branches = ("window", "recurrence")
     variants = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -34,7 +35,11 @@ def read(
     except UsageError as error:  # what the dataclass itself found
         problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
     except ValidationError as error:
-        problems += [".".join(map(str, (where, *item["loc"]))) + f": {message(item)}" for item in error.errors()]
+        for key, items in groupby(error.errors(), lambda item: item["loc"][:1]):
+            first, *more = items
+            # Where a value may be of several kinds there is an error for each, with the kind in its path.
+            path = key if more else first["loc"]
+            problems.append(".".join(map(str, (where, *path))) + f": {message(first)}")
     return (None if problems else options), problems
 
 

@@ -55,7 +55,7 @@ def build(
     trained = prepare(student, stage, spec)
     moving = sum(parameter.numel() for _, parameter in trained)
     total = sum(parameter.numel() for parameter in student.parameters())
-    # A stage that trains mixers alone computes with them while it is begun, and they are small.
+    # A stage whose losses fall inside the model computes with mixers while it is begun, and they are small.
     offload = spec.optimizer == "adamw-offload" and not stage.inside
     shard(student, world, dtype, inside=stage.inside, offload=offload)
     checkpoint.materialise(student, saved, "cpu" if offload else device)

@@ -109,9 +109,8 @@ class Trainer:
     def train(self) -> Iterator[Event]:
         counters = self.counters
         for spec in self.recipe.stages[counters.stage :]:
-            if counters.stage_step < self.recipe.steps(spec):
-                yield from self._stage(spec)
-                gc.collect()  # FSDP2's modules hold each other, with what they shared out
+            yield from self._stage(spec)
+            gc.collect()  # FSDP2's modules hold each other, with what they shared out
             counters.stage, counters.stage_step = counters.stage + 1, 0
         yield Finished(
             self.run.path / "last", self._last_loss, counters.teacher_loss, counters.tokens, counters.seconds
@@ -260,11 +259,14 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _unchanged(self, student: nn.Module) -> Path | None:
-        """The converted model, as long as it is there as it was and only mixers have moved since."""
+        """The converted model, whose base is linked as long as it is there as it was and only mixers have moved since.
+        Not one that others have saved in one file: its base would be written, and rounded.
+        """
         converted, stages = self.run.path / "converted", self.recipe.stages[: self.counters.stage + 1]
         if self.origin.parent is None or any(moves_base(student, spec) for spec in stages):
             return None
-        return converted if checkpoint.holds(converted, self.origin.parent) else None
+        whole = checkpoint.holds(converted, self.origin.parent) and checkpoint.keeps_mixers_apart(converted)
+        return converted if whole else None
 
     def _provenance(self) -> dict[str, Any]:
         return {

@@ -119,6 +119,8 @@ class Opening:
         path, counters, data, same = save
         if counters.finished:
             return None
+        if counters.stage_step == self.recipe.steps(self.recipe.stages[counters.stage]):
+            counters.stage, counters.stage_step = counters.stage + 1, 0  # nothing of a stage that is over is needed
         leads, world = self.world.leads, self.world
         dtype = dtype or getattr(torch, same["dtype"])
         config, known = checkpoint.read_config(path), checkpoint.read_provenance(path)

@@ -50,7 +50,8 @@ def adamw(
 
     With `adamw-offload` on one rank, which is `alone`, those parameters that FSDP2 would round on several are in
     `dtype` from here on, and what the optimizer holds are the fp32 masters of all; on several, FSDP2 keeps the
-    parameters themselves in CPU memory. Raises UsageError for `adamw8bit` without torchao.
+    parameters themselves in CPU memory, and where losses fall inside the model it is plain AdamW. Raises UsageError for
+    `adamw8bit` without torchao.
     """
     mixer_lr = stage.lr if stage.mixer_lr is None else stage.mixer_lr
     of_mixers, decaying = mixer_names(model), matrices(model)

@@ -68,17 +68,20 @@ class RunDirectory:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = os.path.samestat(os.fstat(handle.fileno()), lock.stat())  # not one that its run just took away
-            except OSError:
+            except (BlockingIOError, FileNotFoundError):
                 held = False
+            except OSError as error:
+                _unlock(lock, made)
+                raise SupraError(
+                    f"cannot lock {self.path} against a second run ({error.strerror}): its file system takes no locks; "
+                    "mount it so that it does (Lustre and NFS: with flock), or choose another --output"
+                ) from error
             if not held:
                 raise UsageError(f"another run is writing to {self.path}; wait for it or choose another --output")
             try:
                 yield
             finally:
-                lock.unlink(missing_ok=True)
-                with suppress(OSError):  # one that is not empty is there to stay
-                    for folder in made:
-                        folder.rmdir()
+                _unlock(lock, made)
 
     @property
     def tokenizer(self) -> Path:
@@ -179,11 +182,14 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what a killed start or save left behind."""
+        """Remove what a killed start, save or removal of a checkpoint has left."""
         for pattern in (_STARTING, ".writing-*", ".*.[0-9]*.tmp", ".*.[0-9]*.old"):
             for left in self.path.glob(pattern):
                 if left.is_dir():
                     shutil.rmtree(left)
+        for left in self._checkpoints():
+            if not (left / MARKER).exists():
+                _remove(left)
 
     def link(self, name: str, target: Path) -> None:
         """Point `name` at a checkpoint, atomically."""
@@ -219,6 +225,13 @@ class RunDirectory:
     def log(self, record: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(dumps(record) + "\n")
+
+
+def _unlock(lock: Path, made: list[Path]) -> None:
+    lock.unlink(missing_ok=True)
+    with suppress(OSError):  # one that is not empty is there to stay
+        for folder in made:
+            folder.rmdir()
 
 
 def _remove(checkpoint: Path) -> None:

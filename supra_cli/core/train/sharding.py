@@ -28,11 +28,11 @@ from supra_cli.core.parallel import World
 def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: bool, offload: bool) -> None:
     """Share out the parameters of `model`, which may still be on meta; nothing in a world of one.
 
-    Units that are whole while they compute: each mixer and the norms of each block in fp32, the rest of each block in
-    `dtype`, and the root in fp32: embeddings, last norm and head, which may be tied, and which the chunked losses call
-    again in the backward pass. Where `dtype` is fp32 too, a block is one unit, for half as many messages. With
-    `inside`, where the loss goes backward in mid-forward, mixers are no units of FSDP2's but whole during their own
-    calls. With `offload`, shards lie in CPU memory between their uses.
+    Units that are whole while they compute: each mixer, and the norms and experts of each block, in fp32, the rest of
+    each block in `dtype`, and the root in fp32: embeddings, last norm and head, which may be tied, and which the
+    chunked losses call again in the backward pass. Where `dtype` is fp32 too, a block is one unit, for half as many
+    messages. With `inside`, where the loss goes backward in mid-forward, mixers are no units of FSDP2's but whole
+    during their own calls. With `offload`, shards lie in CPU memory between their uses.
     """
     if world.size == 1:
         return
@@ -56,11 +56,11 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
             unit(mixer)
     of_mixers = {part for mixer in mixers for part in mixer.modules()}
     for block in model.arch.layers(model):
-        norms = [
+        wide = [
             part for part in block.modules() if part is not block and part not in of_mixers and not _is_rounded(part)
         ]
-        if norms and dtype != torch.float32:
-            unit(norms)
+        if wide and dtype != torch.float32:
+            unit(wide)
         unit(block, mp_policy=rounding, ignored_params=apart)
     # Whole from the forward pass to the end of the backward pass, in which pieces of the logits are computed again.
     unit(model, ignored_params=apart, reshard_after_forward=False)
@@ -74,7 +74,7 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
 
 def rounded(model: SupraForCausalLM) -> set[nn.Parameter]:
     """The parameters that passes in less than fp32 may hold rounded, since autocast would round them: in blocks, of
-    linear maps, routers and experts, but no mixer's.
+    linear maps and routers, but no mixer's.
     """
     of_mixers = {part for _, layer in model.swapped_layers() for part in layer.mixer.modules()}
     parts = {part for block in model.arch.layers(model) for part in block.modules()} - of_mixers
@@ -82,9 +82,11 @@ def rounded(model: SupraForCausalLM) -> set[nn.Parameter]:
 
 
 def _is_rounded(part: nn.Module) -> bool:
-    """Whether autocast rounds all parameters that a module of a base has itself: linear maps, routers, experts."""
+    """Whether autocast rounds all parameters that a module of a base has itself: linear maps and routers. Not experts,
+    stacks of maps, whose grouped products autocast does not know (pytorch#174763).
+    """
     own = [parameter for parameter in part._parameters.values() if parameter is not None]
-    return isinstance(part, (nn.Linear, Conv1D)) or all(parameter.dim() > 1 for parameter in own)
+    return isinstance(part, (nn.Linear, Conv1D)) or all(parameter.dim() == 2 for parameter in own)
 
 
 def _whole_during_calls(mixer: nn.Module, mesh: DeviceMesh) -> None:
