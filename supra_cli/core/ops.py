@@ -178,7 +178,7 @@ def _tell_once(
 ) -> None:
     # Where an exported model runs nobody has asked for INFO, and which it is decides how fast a GPU is.
     exported = not __name__.startswith("supra_cli.")
-    level = logging.WARNING if exported and device == "cuda" else logging.INFO
+    level = logging.WARNING if exported and device == "cuda" and not slower else logging.INFO
     _log.log(level, "%s: %s on %s in %s", operator, path, device, str(dtype).removeprefix("torch."))
     if slower:
         _log.warning(

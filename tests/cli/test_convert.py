@@ -84,6 +84,14 @@ def test_the_aliases_are_listed_with_what_they_stand_for(supra):
     assert next(one for one in listed if one["alias"] == "tiny")["parameters"] == 1_804_320
 
 
+def test_the_aliases_are_listed_beside_folders_of_their_names(supra, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = supra("convert", "--list").out
+    (tmp_path / "llama-7b").mkdir()
+    assert supra("convert", "tiny", "-o", "tiny").code == 0
+    assert supra("convert", "--list").out == wanted
+
+
 def test_convert_asks_which_model(supra):
     result = supra("convert")
     assert result.code == 2

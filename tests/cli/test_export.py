@@ -151,15 +151,29 @@ def test_an_exported_model_says_once_what_computes_on_a_gpu(exported, tmp_path):
         """
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 ops = sys.modules[type(model).__module__.rpartition(".")[0] + ".supra_ops"]
-for _ in range(2):
-    ops._tell_once("triton", "cuda", torch.bfloat16)
-    ops._tell_once("torch", "cpu", torch.float32)
+
+
+class OnAGPU(torch.Tensor):
+    device = torch.device("cuda:0")
+
+
+def computed(q, *given, form, **named):
+    return form, q.device.type
+
+
+ops.supra_kernels.linear_attention, ops.supra_kernels.default_form = computed, lambda q, segment: form
+ops.supra_kernels.operand_dtype = lambda q, form: q.dtype
+q = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+for form in ("triton", "triton", "chunk", "chunk"):
+    assert ops.linear_attention(q.as_subclass(OnAGPU), q, q) == (form, "cuda")
+    ops.linear_attention(q.float(), q, q)
 """,
         tmp_path,
         exported,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("linear attention: triton on cuda in bfloat16") == 1
+    assert done.stderr.count("linear attention runs in PyTorch's operations, several times slower") == 1
     assert "on cpu" not in done.stderr
 
 

@@ -121,6 +121,15 @@ def test_a_chat_goes_by_the_template_streamed_or_not(client, folder, complete):
     assert sum(map(bool, pieces)) > 1
 
 
+def test_a_response_is_given_whole_or_streamed(client, folder, complete):
+    call = {"model": str(folder), "input": CHAT[-1]["content"], "max_output_tokens": LENGTH, "temperature": 0}
+    text = client.responses.create(**call, stream=False).output_text
+    assert whole(text) == whole(complete("def read\n", add_special_tokens=False)) != ""
+    events = list(client.responses.create(**call, stream=True))
+    pieces = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert whole("".join(pieces)) == whole(text)
+
+
 def test_requests_at_the_same_time_do_not_meet(client, folder, complete):
     prompts = ["def read", "return self", "buffer[:size", "    "]
 

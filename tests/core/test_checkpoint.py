@@ -228,6 +228,44 @@ def test_an_output_that_is_not_empty_is_refused_and_kept(base, tmp_path):
     assert contents(output) == {"precious": b"kept"}
 
 
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({"config.json": "{}", "src/work.py": ""}, "no model"),
+        ({"config.json": '{"model_type": 3}'}, "no model"),
+        ({"config.json": "[1]"}, "no model"),
+        ({"config.json": '{"model_type": "llama"}', "src/work.py": ""}, "holds src, which is no part of a model"),
+        ({"config.json": '{"model_type": "llama"}', ".git/HEAD": ""}, r"holds \.git, which is no part of a model"),
+    ],
+)
+def test_what_is_not_a_model_alone_is_not_overwritten(base, tmp_path, held, told):
+    for name, text in held.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(UsageError, match=told):
+        checkpoint.convert(base, tmp_path / "out", overwrite=True, **MIXER)
+    assert {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file()} == {*held}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", "abc"),
+        ("base", 7),
+        ("recipe", "= ="),
+        ("recipe", [1]),
+        ("versions", 3),
+        ("format", "1"),
+        ("files", []),
+    ],
+)
+def test_a_record_of_another_kind_is_one_sentence_that_names_it(converted, key, value):
+    record = json.loads((converted / "supra.json").read_text())
+    (converted / "supra.json").write_text(json.dumps(record | {key: value}))
+    with pytest.raises(SupraError, match=r"supra\.json is not what supra writes"):
+        checkpoint.read_provenance(converted)
+
+
 def test_a_model_can_be_overwritten_by_another_but_not_by_what_is_made_from_it(base, converted, tmp_path):
     before = contents(base)
     for output in (base, base / ".."):
@@ -300,9 +338,9 @@ def test_provenance_names_versions_parent_and_hashes(converted, base, tmp_path):
     assert recorded["base"] == str(base)
     assert set(recorded["files"]) == {"model-base.safetensors", "model-mixers.safetensors"}
     model = checkpoint.load(converted)
-    checkpoint.save(model, tmp_path / "child", source=converted, provenance={"tokens": 5, "recipe": "..."})
+    checkpoint.save(model, tmp_path / "child", source=converted, provenance={"tokens": 5, "recipe": "seed = 1"})
     child = checkpoint.read_provenance(tmp_path / "child")
-    assert (child["tokens"], child["recipe"]) == (5, "...")
+    assert (child["tokens"], child["recipe"]) == (5, "seed = 1")
     assert child["parent"] == checkpoint.identity(converted)
     assert {"supra", "torch", "transformers"} <= set(child["versions"])
     assert checkpoint.read_provenance(base) == {}
