@@ -54,10 +54,14 @@ from supra_cli.core.recipe import Data  # noqa: E402
 TOKENS, REDUCED = 900_000, 90_000
 """5 % of the 18M that the teacher was trained on, and what a trial of the script takes."""
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
-BEST = {"name": "gated_delta", "key_width": 3.75}
+ALIKE = {"name": "gated_delta", "key_width": 3.75}
 """With what its convolutions keep, a state just below four times SUPRA's."""
-BOTH = WINDOW | {"name": "lolcats", "branch": "gated_delta", "key_width": 1.6875}
-"""The same, of a window and a recurrent branch."""
+BEST = ALIKE | {"key_width": [1, 3, 1, 12, 4.5, 1]}
+"""As many, where layers need them: after 225,280 tokens of attention transfer with rows alike, one layer alone costs
+0.005, 0.045, 0.013, 0.132, 0.060 and 0.011 nats (`supra convert STUDENT --keep auto:1 --dry-run`)."""
+BOTH_ALIKE = WINDOW | {"name": "lolcats", "branch": "gated_delta", "key_width": 1.6875}
+"""The same state, of a window and a recurrent branch."""
+BOTH = BOTH_ALIKE | {"key_width": [1, 1, 1, 5.125, 1, 1]}
 GAPS = {256: (96, 160), 512: (200, 400)}
 """Tokens of a row in training -> what lies between the two meetings of a passage."""
 FIGURE, RESULTS = ROOT / "docs" / "ablation.svg", HERE / "results" / "ablation.json"
@@ -98,18 +102,19 @@ LARGER = {"first": {"batch_tokens": 2048}, "stage": {"batch_tokens": 1024, "lr":
 
 ROWS = {
     "gated_delta": Row(BEST, seeds=3),
-    "gated_delta, keys as wide as heads": Row(BEST | {"key_width": 1}, seeds=3),
-    "gated_delta, no convolution": Row(BEST | {"short_conv": 0}),
-    "gated_delta, calibrated": Row(BEST | {"calibrate": True}),
-    "gated_delta, fitted and not trained": Row(BEST, fitted=True),
-    "gated_delta, calibrated and not trained": Row(BEST | {"calibrate": True}, fitted=True),
-    "gated_delta, with positions": Row(BEST | {"rotary": True}),
-    "gated_delta, no rows that repeat": Row(BEST, weights=(1, 0, 0)),
-    "gated_delta, half the rows repeat random tokens": Row(BEST, weights=(1, 1, 2)),
-    "gated_delta, no transfer": Row(BEST, transfer=0.0),
-    "gated_delta, rates twice as high": Row(BEST, stage=FASTER),
-    "gated_delta, larger steps": Row(BEST | {"key_width": 4}, **LARGER),
-    "kda": Row(BEST | {"name": "kda"}),
+    "gated_delta, layers alike": Row(ALIKE, seeds=3),
+    "gated_delta, keys as wide as heads": Row(ALIKE | {"key_width": 1}, seeds=3),
+    "gated_delta, no convolution": Row(ALIKE | {"short_conv": 0}),
+    "gated_delta, calibrated": Row(ALIKE | {"calibrate": True}),
+    "gated_delta, fitted and not trained": Row(ALIKE, fitted=True),
+    "gated_delta, calibrated and not trained": Row(ALIKE | {"calibrate": True}, fitted=True),
+    "gated_delta, with positions": Row(ALIKE | {"rotary": True}),
+    "gated_delta, no rows that repeat": Row(ALIKE, weights=(1, 0, 0)),
+    "gated_delta, half the rows repeat random tokens": Row(ALIKE, weights=(1, 1, 2)),
+    "gated_delta, no transfer": Row(ALIKE, transfer=0.0),
+    "gated_delta, rates twice as high": Row(ALIKE, stage=FASTER),
+    "gated_delta, larger steps": Row(ALIKE | {"key_width": 4}, **LARGER),
+    "kda": Row(ALIKE | {"name": "kda"}),
     "supra, the paper's recipe": Row({"name": "supra"}, transfer=0.0, stage=FINETUNE, weights=(1, 0, 0), seeds=3),
     "supra, transfer and distillation": Row({"name": "supra", "gain": "head"}, seeds=3),
     "t2r": Row({"name": "t2r", "feature_size": 32}),
@@ -128,6 +133,9 @@ ROWS = {
         WINDOW | {"name": "lolcats", "window_dropout": 0.9}, seq_len=512, stage=BESIDE_A_WINDOW
     ),
     "window and delta rule": Row(BOTH, seq_len=512, stage=BESIDE_A_WINDOW),
+    "window and delta rule, window dropout, layers alike": Row(
+        BOTH_ALIKE | {"window_dropout": 0.9}, seq_len=512, stage=BESIDE_A_WINDOW
+    ),
     "window and delta rule, window dropout": Row(
         BOTH | {"window_dropout": 0.9}, seq_len=512, stage=BESIDE_A_WINDOW, seeds=3
     ),
@@ -135,7 +143,7 @@ ROWS = {
         BOTH | {"window_dropout": 0.9}, keep="auto:1", seq_len=512, stage=BESIDE_A_WINDOW, seeds=3
     ),
     "one softmax layer in six": Row(BOTH | {"window_dropout": 0.9}, keep="every:6", seq_len=512, stage=BESIDE_A_WINDOW),
-    "gated_delta, one softmax layer by need": Row(BEST, keep="auto:1", seq_len=512),
+    "gated_delta, one softmax layer by need": Row(ALIKE, keep="auto:1", seq_len=512),
     "window, one softmax layer": Row(WINDOW, keep="3", seq_len=512, trained=False),
 }
 

@@ -167,6 +167,13 @@ def test_an_option_may_have_an_entry_for_each_layer(mixer, tmp_path):
     assert torch.equal(checkpoint.load(tmp_path / "saved")(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
 
 
+@torch.no_grad()
+def test_layers_may_have_windows_of_their_own():
+    model = tiny_model("llama", "window", options={"window": [2, 5, 3], "sinks": 0})
+    kept = [memory.state.recent_k.shape[1] for memory in model(tokens(1, 9), use_cache=True).past_key_values.layers]
+    assert kept == [1, 4, 2]
+
+
 def test_an_option_for_each_layer_has_as_many_entries_as_there_are_layers():
     for widths in ((1, 2), (1, 2, 3, 4)):
         with pytest.raises(UsageError, match=f"key_width has {len(widths)} values, expected one, or .* 3 layers"):

@@ -82,6 +82,11 @@ class Mixer(nn.Module):
 mixers: Registry[type[Mixer]] = Registry("mixer", package=__name__, group="supra.mixers")
 
 
+def entries(value: Any) -> Sequence[Any]:
+    """Those of an option that has one for each layer, or its one value."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 def options_by_layer(options: Mixer.Options) -> dict[str, Sequence[Any]]:
     """Those that have an entry for each layer; a list where they come from a config."""
     values = {field.name: getattr(options, field.name) for field in fields(options)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
-from supra_cli.core.mixers import mixers
+from supra_cli.core.mixers import entries, mixers
 from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState, ShortConv, fit_gain, gain_moments, wide
 from supra_cli.core.ops import delta_rule
 
@@ -30,7 +30,7 @@ class DeltaState(NamedTuple):
 
 def check_width(given: float | Sequence[float]) -> None:
     """UsageError for an option key_width that is less than 1, or none."""
-    for width in given if isinstance(given, list | tuple) else [given]:
+    for width in entries(given):
         if not 1 <= width < math.inf:
             raise UsageError(f"mixer.key_width is {width}, expected a number of 1 or more")
 

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import Layout, Rotate
-from supra_cli.core.mixers import Mixer, mixers
+from supra_cli.core.mixers import Mixer, entries, mixers
 from supra_cli.core.mixers.parts import capped, wide
 
 BLOCK = 16
@@ -44,14 +44,15 @@ class Window(Mixer):
 
     @dataclass(frozen=True)
     class Options:
-        window: int = 64
-        """Tokens that a query sees, itself included."""
+        window: int | tuple[int, ...] = 64
+        """Tokens that a query sees, itself included, in all layers alike or for each."""
         sinks: int = 4
         """First tokens of the document, which every query sees."""
 
         def __post_init__(self) -> None:
-            if not 1 <= self.window <= _MOST:
-                raise UsageError(f"mixer.window is {self.window}, expected a number from 1 to {_MOST}")
+            for window in entries(self.window):
+                if not 1 <= window <= _MOST:
+                    raise UsageError(f"mixer.window is {window}, expected a number from 1 to {_MOST}")
             if not 0 <= self.sinks <= _MOST:
                 raise UsageError(f"mixer.sinks is {self.sinks}, expected a number from 0 to {_MOST}")
 
