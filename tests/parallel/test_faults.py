@@ -73,6 +73,13 @@ def test_torchrun_starts_a_run_again_of_which_a_rank_was_killed(recipe: Path, wa
     assert steps(tmp_path / "run") == list(range(1, STEPS + 1))
 
 
+def test_where_a_rank_is_killed_for_good_the_other_ends_with_a_sentence(recipe: Path, tmp_path: Path) -> None:
+    ended = soak.launch(recipe, tmp_path / "run", 2, Fault("kill", 8, rank=1))
+    assert ended.returncode == 1
+    assert errors(ended) == [MISSED]
+    assert saves(tmp_path / "run") == ["step-000005", "step-000006"]
+
+
 def test_what_torchrun_starts_again_overwrites_the_run_that_was_to_be_overwritten(
     recipe: Path, shared: Path, tmp_path: Path
 ) -> None:
@@ -114,13 +121,14 @@ def test_saves_that_were_killed_met_a_full_disk_or_were_damaged_are_not_taken_fo
     assert list(output.glob(".writing-*"))
     assert saves(output) == ["step-000005", "step-000006"]
 
-    ended = soak.launch(recipe, output, 2, Fault("full disk", 10, rank=1), "--resume")
-    assert ended.returncode == 1
-    (error,) = errors(ended)
-    assert "cannot write" in error
-    assert "No space left on device" in error
-    assert saves(output) == ["step-000005", "step-000006"]
-    assert not list(output.glob(".writing-*"))
+    for rank in (0, 1):
+        ended = soak.launch(recipe, output, 2, Fault("full disk", 10, rank=rank), "--resume")
+        assert ended.returncode == 1
+        (error,) = errors(ended)
+        assert "cannot write" in error
+        assert "No space left on device" in error
+        assert saves(output) == ["step-000005", "step-000006"]
+        assert not list(output.glob(".writing-*"))
 
     weights = next((output / "step-000006").glob("model*.safetensors"))
     with weights.open("r+b") as file:
