@@ -95,7 +95,7 @@ def recipe(*stages, seq_len=64, mixer="supra", **keys):
             "model": SHAPE,
             "tokenizer": {"vocab_size": 512},
             "init": "scratch",
-            "mixer": {"name": mixer},
+            "mixer": mixer if isinstance(mixer, dict) else {"name": mixer},
             "data": {"seq_len": seq_len, "sources": [{"path": "python-stdlib"}]},
             "stages": list(stages) or [FINETUNE],
             **keys,
@@ -364,6 +364,17 @@ def test_a_deep_model_takes_what_its_first_layers_say(mixer, keep, seq_len, stag
     few = first(given, dtype=torch.bfloat16, **more).figures
     monkeypatch.setattr(layers, "FEW", 8)
     assert few == first(given, dtype=torch.bfloat16, **more).figures
+
+
+def test_layers_with_options_of_their_own_are_planned_as_they_are(monkeypatch):
+    shape = {**SHAPE, "num_hidden_layers": 8, "tie_word_embeddings": True}
+    mixer = {"name": "gated_delta", "key_width": [1, 1, 1, 3, 1, 2, 1, 1]}
+    given = {"kind": "finetune", "tokens": 4096, "batch_tokens": 512}
+    few = first(given, model=shape, mixer=mixer)
+    monkeypatch.setattr(layers, "FEW", 8)
+    whole = first(given, model=shape, mixer=mixer)
+    assert few.figures == whole.figures
+    assert few.figures != first(given, model=shape, mixer={"name": "gated_delta"}).figures
 
 
 def test_a_shortened_model_has_so_many_layers_of_each_kind_and_keeps_the_last():
