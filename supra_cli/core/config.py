@@ -68,7 +68,9 @@ class SupraConfig(PreTrainedConfig):
                     f"mixer.{name} has {len(values)} values, expected one, or one for each of the model's "
                     f"{base.num_hidden_layers} layers"
                 )
-        record = Swap(base.model_type, mixer, asdict(chosen), kinds)
+        # In JSON's words, so that it is the same when it has been saved.
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(chosen).items()}
+        record = Swap(base.model_type, mixer, plain, kinds)
         record.check(base.num_hidden_layers)
         config = config_class(record.base)(**_fields(base), supra=record._asdict())
         config._attn_implementation = base._attn_implementation

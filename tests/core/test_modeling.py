@@ -165,6 +165,7 @@ def test_an_option_may_have_an_entry_for_each_layer(mixer, tmp_path):
     assert rows == [8, 20, 24]
     checkpoint.save(model, tmp_path / "saved", source=None, provenance={})
     assert torch.equal(checkpoint.load(tmp_path / "saved")(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+    assert checkpoint.read_config(tmp_path / "saved").swap == model.config.swap
 
 
 @torch.no_grad()
