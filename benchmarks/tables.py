@@ -24,6 +24,7 @@ SHORT = (
     "supra, the paper's recipe",
     "supra, transfer and distillation",
     "hedgehog",
+    "gated_delta, layers alike",
     "gated_delta",
     "window and delta rule, window dropout",
     "one softmax layer by need",

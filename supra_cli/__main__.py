@@ -109,7 +109,7 @@ def _unwinding() -> Iterator[None]:
     """
 
     def end(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a library may swallow the first; the second ends it at once
+        signal.signal(number, signal.SIG_DFL)  # a library may swallow the exception; a second ends the process
         raise _Terminated(number)
 
     alone = threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ

@@ -37,7 +37,9 @@ _SHAPE = {
     "init_std": 0.2,
 }
 
-EXPERTS = tuple(base for base in archs if "num_experts_per_tok" in archs.get(base).oddities)
+EXPERTS = tuple(
+    base for base in archs if "num_experts_per_tok" in {field.name for field in fields(CONFIG_MAPPING[base])}
+)
 """Bases that are mixtures of experts."""
 
 

@@ -34,8 +34,8 @@ def _list(json: bool) -> None:
         (
             one["alias"],
             one["repo"] or "in the package, weights too",
-            console.number(one["parameters"]) if one["config_bundled"] else "",
-            console.size(one["weight_bytes"]) if one["config_bundled"] else "",
+            console.number(one["parameters"]) if "parameters" in one else "",
+            console.size(one["weight_bytes"]) if "weight_bytes" in one else "",
             "yes" if one["config_bundled"] else "no",
         )
         for one in found

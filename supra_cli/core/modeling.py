@@ -179,6 +179,8 @@ def model_class(base: str, kind: type[SupraPreTrainedModel] = SupraForCausalLM) 
     plain = kind.auto._model_mapping[CONFIG_MAPPING[base]]
     causal = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[base]]
     members = {"config_class": config, "__module__": __name__}
+    # transformers guesses by the source of the class's module whether experts may be computed in groups.
+    members["_can_set_experts_implementation"] = classmethod(lambda cls: plain._can_set_experts_implementation())
     parent = plain
     if kind is SupraModel:
         if archs.get(base).decoder is None:  # the model is its own stack

@@ -176,7 +176,7 @@ def _forced(device: torch.device) -> str | None:
 def _tell_once(
     path: str, device: str, dtype: torch.dtype, slower: bool = False, operator: str = "linear attention"
 ) -> None:
-    # Where an exported model runs nobody has asked for INFO, and which it is decides how fast a GPU is.
+    # Where an exported model runs nobody has asked for INFO, and the path decides how fast it runs.
     exported = not __name__.startswith("supra_cli.")
     level = logging.WARNING if exported and device == "cuda" and not slower else logging.INFO
     _log.log(level, "%s: %s on %s in %s", operator, path, device, str(dtype).removeprefix("torch."))

@@ -238,7 +238,7 @@ def test_an_output_that_is_not_empty_is_refused_and_kept(base, tmp_path):
         ({"config.json": '{"model_type": "llama"}', ".git/HEAD": ""}, r"holds \.git, which is no part of a model"),
     ],
 )
-def test_what_is_not_a_model_alone_is_not_overwritten(base, tmp_path, held, told):
+def test_a_folder_with_folders_that_no_model_has_is_not_overwritten(base, tmp_path, held, told):
     for name, text in held.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text(text)

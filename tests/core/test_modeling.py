@@ -181,6 +181,8 @@ def test_an_option_for_each_layer_has_as_many_entries_as_there_are_layers():
             tiny_model("llama", "gated_delta", options={"key_width": widths})
     with pytest.raises(UsageError, match=r"mixer.key_width: input should be a valid number, got 'wide'"):
         tiny_model("llama", "gated_delta", options={"key_width": "wide"})
+    with pytest.raises(UsageError, match=r"mixer.key_width.1: input should be a valid number, got 'x'"):
+        tiny_model("llama", "gated_delta", options={"key_width": [1, "x", 3]})
 
 
 def test_an_architecture_without_a_record_is_named():

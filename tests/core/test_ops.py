@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,7 +91,7 @@ def test_a_failing_kernel_is_an_error_and_no_other_path(monkeypatch):
 
 def test_which_path_ran_is_logged_once_for_a_device_and_dtype(monkeypatch):
     told = []
-    monkeypatch.setattr(ops._log, "log", lambda level, message, *values: told.append(message % values))
+    monkeypatch.setattr(ops._log, "log", lambda level, message, *values: told.append((level, message % values)))
     ops._tell_once.cache_clear()
     for length in (9, 1, 9):
         ops.linear_attention(*inputs(length))
@@ -97,9 +99,9 @@ def test_which_path_ran_is_logged_once_for_a_device_and_dtype(monkeypatch):
     monkeypatch.setenv("SUPRA_KERNEL", "naive")
     ops.linear_attention(*inputs())
     assert told == [
-        "linear attention: torch on cpu in float64",
-        "linear attention: torch on cpu in float32",
-        "linear attention: naive on cpu in float64",
+        (logging.INFO, "linear attention: torch on cpu in float64"),
+        (logging.INFO, "linear attention: torch on cpu in float32"),
+        (logging.INFO, "linear attention: naive on cpu in float64"),
     ]
 
 

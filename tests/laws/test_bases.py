@@ -103,7 +103,7 @@ def test_what_is_dropped_in_training_is_what_the_base_drops(base):
     """Behind the attention; weights of attention are dropped by softmax alone."""
     none = dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "embedding_dropout"), 0.0)
     plain, ours = two(base, **none)
-    ids, dropping = tokens(2, LENGTH), {"resid_pdrop", "residual_dropout"} & archs.get(base).oddities.keys()
+    ids, dropping = tokens(2, LENGTH), {"resid_pdrop", "residual_dropout"} & plain.config.to_dict().keys()
     logits = []
     for model in (plain, ours):
         torch.manual_seed(0)

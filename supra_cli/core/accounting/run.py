@@ -72,7 +72,7 @@ class Numbers:
     total: int
     root: int
     wide: int
-    """The mixer's, norms and experts."""
+    """What stays fp32 of it: mixer, norms, experts."""
     rest: int
 
     @classmethod

@@ -92,13 +92,15 @@ def figures(
 
 
 def _experts(self: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """As much work as a mixture of experts has, whichever a token is sent to: all go to the first.
+    """As much work as a mixture of experts has, whichever a token is sent to: all go to the first. In the weights' own
+    format: autocast does not know grouped products.
 
     hidden [N,D], chosen [N,k] and weights [N,k] -> [N,D].
     """
-    sent = hidden.repeat_interleave(chosen.shape[1], dim=0)
-    inner = self._apply_gate(linear(sent, self.gate_up_proj[0]))
-    answers = linear(inner, self.down_proj[0]) * weights.reshape(-1, 1)
+    sent, (up, down) = hidden.repeat_interleave(chosen.shape[1], dim=0), (self.gate_up_proj[0], self.down_proj[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        inner = self._apply_gate(linear(sent.to(up.dtype), up))
+        answers = linear(inner.to(down.dtype), down) * weights.reshape(-1, 1)
     return answers.view(*chosen.shape, -1).sum(1).to(hidden.dtype)
 
 

@@ -40,15 +40,14 @@ archs.register("ministral")(replace(LLAMA, window=by_kind, oddities=SLIDING))
 archs.register("qwen2")(replace(LLAMA, window=by_kind, oddities=SLIDING | {"use_sliding_window": True}))
 archs.register("qwen3")(replace(LLAMA, qkv=normed_qkv, window=by_kind, oddities=SLIDING | {"use_sliding_window": True}))
 
-EXPERTS = {"sliding_window": 7, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
-
-archs.register("mixtral")(replace(LLAMA, window=everywhere, oddities=EXPERTS | {"num_local_experts": 4}))
+archs.register("mixtral")(replace(LLAMA, window=everywhere, oddities={"sliding_window": 7, "num_local_experts": 4}))
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 archs.register("qwen3_moe")(
     replace(
         LLAMA,
         qkv=normed_qkv,
         window=everywhere,
-        oddities=EXPERTS | {"use_sliding_window": True, "num_experts": 4, "moe_intermediate_size": 16},
+        oddities=FEW_EXPERTS | {"sliding_window": 7, "use_sliding_window": True},
     )
 )
 

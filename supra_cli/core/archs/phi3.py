@@ -20,5 +20,7 @@ def qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, 
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 """Half of a head rotated, as in Phi-4-mini."""
 archs.register("phi3")(
-    replace(LLAMA, qkv=qkv, window=everywhere, oddities={"sliding_window": 7, "rope_parameters": HALF})
+    replace(
+        LLAMA, qkv=qkv, window=everywhere, oddities={"sliding_window": 7, "resid_pdrop": 0.5, "rope_parameters": HALF}
+    )
 )

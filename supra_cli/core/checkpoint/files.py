@@ -25,8 +25,8 @@ _LARGE = 64 * 2**20
 """Bytes of a file that takes a while to hash."""
 _HEADER = 100_000_000
 """Bytes of a safetensors header, at most: what says more is damaged."""
-_FOLDERS = {"training", "eval", ".cache"}
-"""Of a model's directory: what a run, an evaluation and a download have put there."""
+_FOLDERS = {"training", "eval", ".cache", "__pycache__"}
+"""Of a model's directory: what a run, an evaluation, a download and the code of an export have put there."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -31,7 +31,7 @@ older versions have no other.
 
 _KINDS = {"files": dict, "format": int, "base": str, "parent": str, "config": str, "versions": dict}
 _KINDS |= {"recipe": (str, dict), "tokens": int, "seed": int, "step": int, "seconds": (int, float)}
-"""Of what the record says."""
+"""The kind of each key that is read; None stands for a missing one."""
 
 # Keys of a config that do not change what its weights compute.
 _WORDS = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "_name_or_path", "name_or_path")
@@ -170,13 +170,14 @@ def _record(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     record = read_json(file)
-    if not isinstance(record, dict) or not _makes_sense(record):
-        raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
-    if (newer := record.get("format", FORMAT)) > FORMAT:
+    written = record.get("format") if isinstance(record, dict) else None
+    if isinstance(written, int) and written > FORMAT:
         raise SupraError(
-            f"{file} says that a newer supra wrote the model (format {newer}, here is {FORMAT}); install that supra, "
+            f"{file} says that a newer supra wrote the model (format {written}, here is {FORMAT}); install that supra, "
             "or write the model again with this one"
         )
+    if not isinstance(record, dict) or not _makes_sense(record):
+        raise SupraError(f"{file} is not what supra writes; restore the file, or delete it to do without what it says")
     return record
 
 

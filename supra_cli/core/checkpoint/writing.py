@@ -107,7 +107,7 @@ def write(
 
 
 def keeps_mixers_apart(path: Path | str) -> bool:
-    """Whether the shards of a model are of mixers or of its base, none of both: those of the base can be linked."""
+    """Whether each shard of a model holds mixers alone or the base alone, so that the base's can be linked."""
     return bool(_without_mixers(Path(path)))
 
 

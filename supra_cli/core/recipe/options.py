@@ -37,9 +37,11 @@ def read(
     except ValidationError as error:
         for key, items in groupby(error.errors(), lambda item: item["loc"][:1]):
             first, *more = items
-            # Where a value may be of several kinds there is an error for each, with the kind in its path.
-            path = key if more else first["loc"]
-            problems.append(".".join(map(str, (where, *path))) + f": {message(first)}")
+            # Where a value may be of several kinds there is an error for each, with the kind in its path: that which
+            # went furthest into the value is of the kind that was meant.
+            meant = max((first, *more), key=lambda item: len(item["loc"]))
+            path = (*key, *meant["loc"][2:]) if more else first["loc"]
+            problems.append(".".join(map(str, (where, *path))) + f": {message(meant)}")
     return (None if problems else options), problems
 
 

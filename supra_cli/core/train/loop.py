@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -259,14 +260,17 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _unchanged(self, student: nn.Module) -> Path | None:
-        """The converted model, whose base is linked as long as it is there as it was and only mixers have moved since.
-        Not one that others have saved in one file: its base would be written, and rounded.
+        """The converted model, to link its base, while it is there as it was and only mixers have moved since; None
+        where shards hold both, as others save them: the base is then written and rounded, and its masters kept.
         """
         converted, stages = self.run.path / "converted", self.recipe.stages[: self.counters.stage + 1]
         if self.origin.parent is None or any(moves_base(student, spec) for spec in stages):
             return None
-        whole = checkpoint.holds(converted, self.origin.parent) and checkpoint.keeps_mixers_apart(converted)
-        return converted if whole else None
+        return converted if checkpoint.holds(converted, self.origin.parent) and self._linkable else None
+
+    @cached_property
+    def _linkable(self) -> bool:
+        return checkpoint.keeps_mixers_apart(self.run.path / "converted")
 
     def _provenance(self) -> dict[str, Any]:
         return {

@@ -68,10 +68,11 @@ class RunDirectory:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = os.path.samestat(os.fstat(handle.fileno()), lock.stat())  # not one that its run just took away
-            except (BlockingIOError, FileNotFoundError):
+            except (BlockingIOError, PermissionError, FileNotFoundError):  # some NFS refuse what another holds
                 held = False
             except OSError as error:
-                _unlock(lock, made)
+                if made:  # and so nobody else's
+                    _unlock(lock, made)
                 raise SupraError(
                     f"cannot lock {self.path} against a second run ({error.strerror}): its file system takes no locks; "
                     "mount it so that it does (Lustre and NFS: with flock), or choose another --output"
