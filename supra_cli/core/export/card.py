@@ -59,7 +59,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=True)
 ```
 
 The code beside the weights needs torch and transformers. On a GPU it takes the Triton kernels of the package `supra`
-where that is installed and there is one for the mixer, and PyTorch's operations, which are several times slower, elsewhere.
+where that is installed and has one for the mixer, and elsewhere PyTorch's operations, which are several times slower.
 """
 
 
