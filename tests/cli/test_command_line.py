@@ -89,7 +89,7 @@ def test_no_arguments_show_the_help(supra):
     ("arguments", "words"),
     [
         (["convret"], "Did you mean 'convert'"),
-        (["convert"], "Missing"),
+        (["convert"], "takes a MODEL"),
         (["convert", "tiny", "--mixr", "supra"], "--mixr"),
         (["convert", "tiny", "--seed", "many"], "--seed"),
         (["convert", "tiny", "--seed", "-1"], "--seed"),

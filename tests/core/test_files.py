@@ -14,13 +14,16 @@ import pytest
 from supra_cli.core.checkpoint import atomic_directory
 from supra_cli.core.errors import SupraError, UsageError
 
+OLD = '{"model_type": "llama"}'
+"""As much as tells a model."""
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Something that may be overwritten."""
     path = tmp_path / "model"
     path.mkdir()
-    (path / "config.json").write_text("old")
+    (path / "config.json").write_text(OLD)
     return path
 
 
@@ -41,7 +44,7 @@ def test_a_file_that_cannot_be_read_is_not_called_unwritable(model: Path) -> Non
         atomic_directory(model, overwrite=True) as directory,
     ):
         shutil.copyfile(missing, directory / "config.json")
-    assert contents(model.parent) == {"model/config.json": "old"}
+    assert contents(model.parent) == {"model/config.json": OLD}
 
 
 @pytest.mark.parametrize("named", ["model/half", "source", None])
@@ -53,7 +56,7 @@ def test_a_full_disk_is_never_called_unreadable(named: str | None, model: Path) 
         atomic_directory(model, overwrite=True),
     ):
         raise full
-    assert contents(model.parent) == {"model/config.json": "old"}
+    assert contents(model.parent) == {"model/config.json": OLD}
 
 
 def test_what_cannot_be_replaced_stays(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +70,7 @@ def test_what_cannot_be_replaced_stays(model: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(SupraError, match="cannot write"), atomic_directory(model, overwrite=True) as directory:
         (directory / "config.json").write_text("new")
-    assert contents(model.parent) == {"model/config.json": "old"}
+    assert contents(model.parent) == {"model/config.json": OLD}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -79,7 +82,7 @@ def test_what_a_link_names_is_written_there(overwrite: bool, model: Path) -> Non
         (directory / "config.json").write_text("new")
     link.unlink()
     assert contents(model.parent) == (
-        {"model/config.json": "new"} if overwrite else {"model/config.json": "old", "larger/disk/config.json": "new"}
+        {"model/config.json": "new"} if overwrite else {"model/config.json": OLD, "larger/disk/config.json": "new"}
     )
 
 
@@ -112,4 +115,4 @@ def test_a_model_that_was_moved_out_of_the_way_by_a_killed_process_is_put_back(m
     model.rename(model.with_name(f".model.{ended()}.{platform.node()}.old"))
     with pytest.raises(UsageError, match="is not empty"), atomic_directory(model):
         pass
-    assert contents(model.parent) == {"model/config.json": "old"}
+    assert contents(model.parent) == {"model/config.json": OLD}
