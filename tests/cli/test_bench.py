@@ -34,13 +34,14 @@ def test_a_compiled_step_is_timed_where_it_is_asked_for(capfd, monkeypatch):
 
 def test_a_converted_model_keeps_its_own_mixer_and_layers(capfd, tmp_path):
     student = str(tmp_path / "student")
-    assert main(["convert", "tiny", "--mixer", "gated", "--keep", "every:2", "--output", student, "--quiet"]) == 0
+    options = ["--mixer", "lolcats", "--set", "mixer.window=[8, 8, 4, 4, 8, 8]"]
+    assert main(["convert", "tiny", *options, "--keep", "every:2", "--output", student, "--quiet"]) == 0
     capfd.readouterr()
     given = ("--position", "3", "--layers", "4", "--device", "cpu", "--rounds", "1", "--json", "--quiet")
     assert main(["bench", "decode", student, *given]) == 0
-    softmax, gated = json.loads(capfd.readouterr().out)["rows"]
-    assert (softmax["model"], gated["model"], gated["layers"]) == ("softmax", "gated", 4)
-    assert 0 < softmax["cache_bytes"] < gated["cache_bytes"]
+    softmax, student = json.loads(capfd.readouterr().out)["rows"]
+    assert (softmax["model"], student["model"], student["layers"]) == ("softmax", "lolcats", 4)
+    assert 0 < softmax["cache_bytes"] < student["cache_bytes"]
 
 
 def test_the_table_names_the_machine(capfd):

@@ -583,3 +583,14 @@ def test_what_no_run_has_written_is_not_taken_for_its_own(name: str, recipe_file
     with pytest.raises(UsageError, match="is not empty"):
         run(recipe_file(), tmp_path / "run")
     assert kept.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_model_with_options_by_layer_is_the_one_that_the_recipe_asks_for(
+    base: Path, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = {"key_width": [1, 2]}
+    student = tmp_path / "student"
+    checkpoint.convert(base, student, mixer="gated_delta", options=options, keep="none", seed=0)
+    run(recipe_file(mixer={"name": "gated_delta", **options}, stages=one_stage()), tmp_path / "run", model=student)
+    with pytest.raises(UsageError, match=r"key_width': \[1.0, 2.0\]"):
+        run(recipe_file(mixer={"name": "gated_delta"}), tmp_path / "other", model=student)
