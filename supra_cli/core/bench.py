@@ -149,8 +149,8 @@ def drawn(model: str, mixers: Sequence[str], layers: int | None, device: str, dt
     base.sliding_window = None
     if getattr(base, "layer_types", None) is not None:
         base.layer_types = ["full_attention"] * layers
-    options = {name: value[:layers] if isinstance(value, list) else value for name, value in swap.options.items()}
-    own = {"mixer": swap.mixer, "options": options, "layers": swap.layers[:layers]}
+    own = swap.of_layers(range(layers))._asdict()
+    del own["base"]
     kinds = {SOFTMAX: {}, swap.mixer: own} if swap.any else {mixer: {"mixer": mixer} for mixer in mixers}
     made = {kind: SupraConfig.from_base(base, **given) for kind, given in kinds.items()}
     torch.manual_seed(0)

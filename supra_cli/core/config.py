@@ -31,6 +31,11 @@ class Swap(NamedTuple):
     def any(self) -> bool:
         return any(kind != SOFTMAX for kind in self.layers)
 
+    def of_layers(self, chosen: Sequence[int]) -> Swap:
+        """That of a model which has these layers alone."""
+        own = {name: [values[n] for n in chosen] for name, values in options_by_layer(self.options).items()}
+        return self._replace(options={**self.options, **own}, layers=[self.layers[n] for n in chosen])
+
     def check(self, layers: int) -> None:
         """Raise a ValueError unless every one of the model's layers has a kind, the mixer's or softmax."""
         if len(self.layers) != layers or not set(self.layers) <= {self.mixer, SOFTMAX}:
@@ -61,16 +66,15 @@ class SupraConfig(PreTrainedConfig):
         if isinstance(base, SupraConfig):
             base = base.plain()
         kinds = [mixer] * base.num_hidden_layers if layers is None else list(layers)
-        chosen = parse_options(mixer, options or {})
+        chosen = asdict(parse_options(mixer, options or {}))
         for name, values in options_by_layer(chosen).items():
             if len(values) != base.num_hidden_layers:
                 raise UsageError(
                     f"mixer.{name} has {len(values)} values, expected one, or one for each of the model's "
                     f"{base.num_hidden_layers} layers"
                 )
-        # In JSON's words, so that it is the same when it has been saved.
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(chosen).items()}
-        record = Swap(base.model_type, mixer, plain, kinds)
+            chosen[name] = list(values)  # in JSON's words, so that it is the same when it has been saved
+        record = Swap(base.model_type, mixer, chosen, kinds)
         record.check(base.num_hidden_layers)
         config = config_class(record.base)(**_fields(base), supra=record._asdict())
         config._attn_implementation = base._attn_implementation

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
-from supra_cli.core.mixers import options_by_layer, parse_options
+from supra_cli.core.mixers import options_by_layer
 from supra_cli.core.modeling import SupraConfig
 
 FEW = 2
@@ -39,7 +39,7 @@ def kinds(config: SupraConfig) -> list[Hashable]:
     """Of each layer what tells it from others: its mixer, the base's type of layer where it has several, and its own
     options.
     """
-    mixers, own = config.swap.layers, zip(*_by_layer(config).values(), strict=True)
+    mixers, own = config.swap.layers, zip(*options_by_layer(config.swap.options).values(), strict=True)
     types = getattr(config, "layer_types", None) or [None] * len(mixers)
     return list(zip(mixers, types, list(own) or [()] * len(mixers), strict=True))
 
@@ -56,11 +56,5 @@ def shortened(config: SupraConfig, counts: Counter) -> SupraConfig:
     config.num_hidden_layers = len(chosen)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in chosen]
-    own = {name: [values[layer] for layer in chosen] for name, values in _by_layer(config).items()}
-    layers = [config.supra["layers"][layer] for layer in chosen]
-    config.supra = {**config.supra, "layers": layers, "options": {**config.supra["options"], **own}}
+    config.supra = config.swap.of_layers(chosen)._asdict()
     return config
-
-
-def _by_layer(config: SupraConfig) -> dict[str, Sequence[Hashable]]:
-    return options_by_layer(parse_options(config.swap.mixer, config.swap.options))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-import json
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from supra_cli.core.errors import SupraError, UsageError, first_line
-from supra_cli.core.files import cache_folder, sha256, sync, sync_tree
+from supra_cli.core.files import cache_folder, read_json, sha256, sync, sync_tree
 
 _LARGE = 64 * 2**20
 """Bytes of a file that takes a while to hash."""
@@ -102,10 +101,11 @@ def check_free(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, expected a directory to write; choose another --output")
-    if path.is_dir() and (here := _working_directory()) is not None and here.is_relative_to(path.resolve()):
-        raise UsageError(
-            f"{path} is, or holds, the working directory, which would be replaced; choose another --output"
-        )
+    with suppress(OSError):  # a working directory that was removed since
+        if path.is_dir() and Path.cwd().is_relative_to(path.resolve()):
+            raise UsageError(
+                f"{path} is, or holds, the working directory, which would be replaced; choose another --output"
+            )
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
@@ -119,16 +119,10 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 
 def _is_described(config: Path) -> bool:
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        return isinstance(json.loads(config.read_text("utf-8-sig"))["model_type"], str)
+    with suppress(OSError, SupraError):
+        described = read_json(config)
+        return isinstance(described, dict) and isinstance(described.get("model_type"), str)
     return False
-
-
-def _working_directory() -> Path | None:
-    try:
-        return Path.cwd()
-    except OSError:  # removed since
-        return None
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -87,14 +87,14 @@ def entries(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else (value,)
 
 
-def options_by_layer(options: Mixer.Options) -> dict[str, Sequence[Any]]:
+def options_by_layer(options: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """Those that have an entry for each layer; a list where they come from a config."""
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in values.items() if isinstance(value, list | tuple)}
+    return {name: value for name, value in options.items() if isinstance(value, list | tuple)}
 
 
 def options_of_layer(options: Mixer.Options, layer: int) -> Mixer.Options:
-    return replace(options, **{name: values[layer] for name, values in options_by_layer(options).items()})
+    own = options_by_layer({field.name: getattr(options, field.name) for field in fields(options)})
+    return replace(options, **{name: values[layer] for name, values in own.items()})
 
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Mixer.Options:

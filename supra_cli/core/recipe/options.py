@@ -36,11 +36,11 @@ def read(
         problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
     except ValidationError as error:
         for key, items in groupby(error.errors(), lambda item: item["loc"][:1]):
-            first, *more = items
+            errors = list(items)
             # Where a value may be of several kinds there is an error for each, with the kind in its path: that which
             # went furthest into the value is of the kind that was meant.
-            meant = max((first, *more), key=lambda item: len(item["loc"]))
-            path = (*key, *meant["loc"][2:]) if more else first["loc"]
+            meant = max(errors, key=lambda item: len(item["loc"]))
+            path = meant["loc"] if len(errors) == 1 else (*key, *meant["loc"][2:])
             problems.append(".".join(map(str, (where, *path))) + f": {message(meant)}")
     return (None if problems else options), problems
 
