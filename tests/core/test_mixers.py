@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout
-from supra_cli.core.mixers import mixers, parse_options, softmax
+from supra_cli.core.mixers import mixers, parse_options, parts, softmax
 from supra_cli.core.mixers.parts import slopes
 
 # float64 throughout but for constants and states in fp32.
@@ -55,6 +55,28 @@ def steps_back():
 
 def group_norm(o):
     return (o - o.mean(-1, keepdim=True)) / (o.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [lambda: nn.Linear(625, 1001), lambda: nn.Linear(625, 1001, bias=False), lambda: parts.HeadMap(7, 625, 143)],
+)
+def test_a_map_is_drawn_as_pytorch_draws_its_own(made):
+    """Of so many numbers that they come in several pieces, the last of them odd."""
+    torch.manual_seed(0)
+    drawn = made()
+    state = [parameter.fill_(torch.nan) for parameter in map(torch.detach, drawn.parameters())]
+    parts.draw_map(drawn)
+    for values in state:
+        scaled = values.flatten() * 625**0.5
+        assert scaled.abs().max() <= 1
+        # Standard errors of a uniform's mean, variance and covariance of neighbours, times five.
+        error = 5 / len(scaled) ** 0.5
+        assert abs(scaled.mean()) < error * 3**-0.5
+        assert abs(scaled.square().mean() - 1 / 3) < error * (4 / 45) ** 0.5
+        assert abs((scaled[1:] * scaled[:-1]).mean()) < error / 3
+        counts = torch.histc(scaled, 10, -1, 1)
+        assert (counts - len(scaled) / 10).abs().max() < 5 * (len(scaled) * 0.09) ** 0.5
 
 
 def alibi(heads):

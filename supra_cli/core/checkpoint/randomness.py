@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _SHARED = Lock()
-_IN_PLACE = frozenset(
-    getattr(Tensor, f"{name}_")
-    for name in ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random", "uniform")
-)
 
 
-class OwnNumbers(TorchFunctionMode):
+class OwnNumbers(TorchDispatchMode):
     """Within it, what this thread draws on a CPU comes from `own`: the numbers that PyTorch's generator would give if
     seeded alike, while that one stays as it is.
 
-    What takes a generator is given `own`, and threads then draw side by side. Anything else that is called might draw
-    too; it runs in one thread at a time, with the state of PyTorch's generator exchanged for that of `own`.
+    An operator that takes a generator is given `own`, and threads then draw side by side. The few that draw and take
+    none run in one thread at a time, with the state of PyTorch's generator exchanged for that of `own`.
     """
 
     def __init__(self, own: torch.Generator):
         super().__init__()
         self.own = own
 
-    def __torch_function__(
-        self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    def __torch_dispatch__(
+        self, function: OpOverload, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         call = dict(kwargs or {})
-        if _takes_generator(function):
+        if torch.Tag.nondeterministic_seeded not in function.tags:
+            return function(*args, **call)
+        if any(argument.name == "generator" for argument in function._schema.arguments):
             if call.get("generator") is None:
                 call["generator"] = self.own
             return function(*args, **call)
@@ -44,13 +40,3 @@ class OwnNumbers(TorchFunctionMode):
             result = function(*args, **call)
             self.own.set_state(torch.get_rng_state())
         return result
-
-
-@cache
-def _takes_generator(function: Callable) -> bool:
-    if function in _IN_PLACE:
-        return True
-    try:
-        return "generator" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of one that is not written in Python
-        return False

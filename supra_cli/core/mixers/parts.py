@@ -41,7 +41,7 @@ class MatrixMixer(Mixer):
 
     def reset_parameters(self) -> None:
         for part in self.children():
-            part.reset_parameters()
+            draw_map(part) if isinstance(part, nn.Linear) else part.reset_parameters()
 
 
 class Retaining(MatrixMixer):
@@ -196,6 +196,26 @@ def over_heads(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.flatten(-2)).view(x.shape)
 
 
+def draw_map(module: nn.Module) -> None:
+    """Draw W [..., out, K] and b of a linear map from U(±1/√K), as `nn.Linear` draws its own."""
+    bound = module.weight.shape[-1] ** -0.5
+    for parameter in module.parameters(recurse=False):
+        _draw_uniform(parameter, bound)
+
+
+@torch.no_grad()
+def _draw_uniform(x: Tensor, bound: float) -> None:
+    """Fill x from U(±bound), one of 65,536 values each: PyTorch draws 24 bits a number, which takes twice as long, and
+    to draw SUPRA's maps is most of what converting a large base computes.
+    """
+    if x.is_meta:
+        return
+    words = torch.empty(2**16, dtype=torch.int64, device=x.device)  # of four numbers; what a core's cache holds
+    for part in x.view(-1).split(4 * len(words)):
+        bits = words.random_(-(2**63), None).view(torch.int16)
+        torch.mul(bits[: len(part)], bound / 2**15, out=part)
+
+
 class HeadMap(nn.Module):
     """W_h x_h + b_h for every head h of x [B,T,heads,K] -> [B,T,heads,features]."""
 
@@ -211,10 +231,7 @@ class HeadMap(nn.Module):
         return torch.einsum("bthk,hfk->bthf", x, self.weight) + self.bias
 
     def reset_parameters(self) -> None:
-        """U(±1/√K), as `nn.Linear` draws."""
-        bound = self.weight.shape[-1] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        draw_map(self)
 
 
 class ShortConv(nn.Module):
