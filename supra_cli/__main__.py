@@ -26,7 +26,7 @@ from typer.core import TyperCommand, TyperOption
 
 import supra_cli.commands
 from supra_cli.core.environment import versions
-from supra_cli.core.errors import ResourceError, SupraError, first_line
+from supra_cli.core.errors import ResourceError, SupraError, UsageError, first_line
 
 # The order of `supra --help`: the path a model takes, then everything else by name.
 _PATH = ("convert", "uptrain", "eval", "generate")
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     _show_log(debug=False, quiet=False)
     try:
+        _check_utf8(arguments)
         with _unwinding():
             code = build()(arguments, prog_name="supra", standalone_mode=False)
         sys.stdout.flush()
@@ -94,6 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if logging.getLogger("supra_cli").isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         return _tell(*_verdict(error, arguments))
+
+
+def _check_utf8(arguments: Sequence[str]) -> None:
+    """UsageError for an argument of other bytes: safetensors and tokenizers cannot open a file of such a name."""
+    for argument in arguments:
+        try:
+            os.fsencode(argument).decode("utf-8")
+        except UnicodeError:
+            raise UsageError(
+                f"{argument!r} is not UTF-8, expected text or the name of a file in UTF-8; convert or rename it"
+            ) from None
 
 
 class _Terminated(BaseException):
@@ -230,6 +242,8 @@ def _verdict(error: Exception, arguments: list[str]) -> tuple[str, int]:
         )
     if "No space left on device" in str(error):  # also how safetensors and tokenizers word it
         return f"{_REFUSALS[errno.ENOSPC]} ({error})", SupraError.exit_code
+    if _is_link_to_itself(error):
+        return f"a link leads back to itself ({first_line(error)}); name another place", UsageError.exit_code
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         where = f"{error.filename}: " if error.filename else ""
         return where + _REFUSALS[error.errno], SupraError.exit_code
@@ -254,6 +268,13 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def _is_link_to_itself(error: Exception) -> bool:
+    """In the words of the operating system, and of pathlib before Python 3.13."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ELOOP
+    return isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
+
+
 def _internal(error: Exception, arguments: list[str]) -> str:
     """Write what is needed to mend `error` to a log file; the sentence that names it."""
     report = "\n".join(
@@ -267,7 +288,7 @@ def _internal(error: Exception, arguments: list[str]) -> str:
     what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
     try:
         path = os.path.join(tempfile.gettempdir(), f"supra-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(report)
     except OSError:
         sys.stderr.write(report)

@@ -44,6 +44,8 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     refusals: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
     """Beginning of a path → the status and headers that answer it, whatever lies there."""
+    answers: dict[str, object] = field(default_factory=dict)
+    """Beginning of a path → the JSON that answers it in place of what lies there."""
     cuts: dict[str, int] = field(default_factory=dict)
     """Name of a file → the byte at which every connection that sends it ends."""
     resets: bool = False
@@ -110,6 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
             for beginning, (status, headers) in self.hub.refusals.items():
                 if path.startswith(beginning):
                     raise _Refused(status, headers)
+            for beginning, value in self.hub.answers.items():
+                if path.startswith(beginning):
+                    return self._json(value)
             if token not in (None, TOKEN) and not path.startswith("/cdn/"):
                 raise _Refused(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
             if path.startswith("/cdn/"):

@@ -47,7 +47,11 @@ def run(
         options = ", ".join(f"{key} = {value}" for key, value in swap.options.items())
         rows.append(("mixer", swap.mixer + (f" ({options})" if options else "")))
     rows += plan.model_rows(size)
-    rows += [(name, _short(provenance[name])) for name in ("base", "step", "tokens", "seconds") if provenance.get(name)]
+    rows += [
+        (name, _short(provenance[name]))
+        for name in ("base", "step", "tokens", "tokens_before", "seconds")
+        if provenance.get(name)
+    ]
     rows += [(f"written with {name}", version) for name, version in (provenance.get("versions") or {}).items()]
     if verify:
         rows.append(("verified", _verified(unread)))

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,28 +61,34 @@ def run(
         _show_plan(parsed(), json, dtype, device, shlex.join(["uptrain", "--recipe", str(recipe)]))
         return
 
-    from supra_cli.core import parallel
-    from supra_cli.core.train import loop
+    finished = None
+    with ExitStack() as listening:
+        stop = listening.enter_context(_stop_on_signals())  # while ranks are still coming together, too
 
-    with parallel.joined(device) as world, _stop_on_signals() as stop:
-        if not world.leads:  # the first rank speaks for all
-            logging.getLogger("supra_cli").setLevel(logging.ERROR)
-        events = loop.uptrain(
-            parsed(),  # here, where what all ranks would say alike is said once
-            output,
-            model=model,
-            resume=resume,
-            overwrite=overwrite,
-            device=world.device,
-            dtype=None if dtype == "auto" else devices.dtype(dtype, world.device),
-            stop=stop,
-            world=world,
-        )
-        if not world.leads:
-            for _ in events:
-                pass
-            return
-        finished = _follow(events)
+        from supra_cli.core import parallel
+        from supra_cli.core.train import loop
+
+        with parallel.joined(device) as world, listening:  # which ends before a rank tells how it ended
+            if not world.leads:  # the first rank speaks for all
+                logging.getLogger("supra_cli").setLevel(logging.ERROR)
+            events = loop.uptrain(
+                parsed(),  # here, where what all ranks would say alike is said once
+                output,
+                model=model,
+                resume=resume,
+                overwrite=overwrite,
+                device=world.device,
+                dtype=None if dtype == "auto" else devices.dtype(dtype, world.device),
+                stop=stop,
+                world=world,
+            )
+            if world.leads:
+                finished = _follow(events)
+            else:
+                for _ in events:
+                    pass
+    if finished is None:
+        return
     if json:
         console.document(finished)
     elif finished:
@@ -98,7 +104,8 @@ def _show_plan(recipe: Any, json: bool, dtype: str, device: str, run: str) -> No
 
 @contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the loop to finish its step and save; a second SIGINT interrupts at once.
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to finish its step and save; a second SIGINT interrupts at once.
+    So does SIGQUIT to torchrun, which hands it on. SIGHUP that is ignored, as under nohup, still is.
 
     When one rank has ended, torchrun sends the others SIGTERM: these are ending too, and are to say why undisturbed.
     """
@@ -113,13 +120,15 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         if os.environ.get("RANK", "0") == "0":  # torchrun hands its own signals on to every rank
             console.note(f"{signal.Signals(number).name}: saving after this step, or the first, and stopping")
 
-    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *([signal.SIGQUIT] if launched else ())]
+    asked += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     before = {number: signal.signal(number, ask) for number in asked}
     try:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else handler)
+            signal.signal(number, signal.SIG_IGN if launched else handler)
 
 
 def _follow(events: Iterator[Any]) -> dict[str, Any]:

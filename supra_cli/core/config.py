@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-from supra_cli.core.archs import archs
+from supra_cli.core.archs import archs, everywhere
 from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import options_by_layer, parse_options
 from supra_cli.core.recipe.keep import SOFTMAX, layer_kinds
@@ -160,8 +160,15 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _heeded(base: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Without the windows that the base itself does not heed, but a cache of transformers would."""
-    stray = ("sliding_window", "layer_types", "attention_chunk_size") if archs.get(base).window is None else ()
+    stray = _STRAY.get(archs.get(base).window, ())
     return {key: value for key, value in fields.items() if key not in stray}
+
+
+_STRAY = {
+    None: ("sliding_window", "layer_types", "attention_chunk_size"),
+    everywhere: ("layer_types", "attention_chunk_size"),
+}
+"""By an arch's `window`, the keys that are another family's."""
 
 
 @cache

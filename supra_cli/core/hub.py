@@ -6,7 +6,6 @@ Plans need no weights: the `config.json` of every aliased base is bundled, so th
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import socket
@@ -88,7 +87,9 @@ def resolve(name: str) -> Source:
     for anything else, UsageError where HF_ENDPOINT is no address.
     """
     _check_endpoint()
-    path = Path(name).expanduser()
+    if not name:  # which pathlib takes for the working directory
+        raise NotFoundError("the name of the model is empty; name a directory ('.' is this one), an alias or org/name")
+    path = Path(os.path.expanduser(name))  # pathlib's own raises for a user that is not there
     if path.is_dir():
         last = path / "last"
         return Source("directory", name, path=last if _is_model(last) and not _is_model(path) else path)
@@ -239,8 +240,10 @@ def _snapshot(source: Source, only: tuple[str, ...], online: bool) -> Path:
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **{**settings, "disable": True})
 
-    path = Path(
-        snapshot_download(
+    if online:
+        check_token()
+    with download.answers():
+        folder = snapshot_download(
             source.repo,
             revision=source.revision,
             allow_patterns=list(only),
@@ -248,7 +251,7 @@ def _snapshot(source: Source, only: tuple[str, ...], online: bool) -> Path:
             local_files_only=not online,
             tqdm_class=NoBar,
         )
-    )
+    path = Path(folder)
     check_model(path, lambda: _place(source, path, online))
     return path
 
@@ -276,7 +279,10 @@ def _place(source: Source, path: Path, online: bool) -> Place:
     """The model by its name on the hub, with all files that it has there."""
     from huggingface_hub import HfApi
 
-    files = HfApi().list_repo_files(source.repo, revision=path.name) if online else os.listdir(path)
+    if not online:
+        return Place.hub(source.repo, source.revision, os.listdir(path))
+    with download.answers():
+        files = HfApi().list_repo_files(source.repo, revision=path.name)
     return Place.hub(source.repo, source.revision, files)
 
 
@@ -304,15 +310,15 @@ def _translated(source: Source) -> Iterator[None]:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             raise _refused(source, error.__cause__) from error
         if isinstance(error.__cause__, errors.FileMetadataError):
-            raise _no_hub() from error
+            raise no_hub() from error
         raise NotFoundError(
             f"{source.repo} is not on this machine and {_why_offline()}; "
             f"run `supra prefetch {source.name}` where there is a network, or give a model's directory"
         ) from error
     except errors.HfHubHTTPError as error:
         raise _refused(source, error) from error
-    except (errors.FileMetadataError, json.JSONDecodeError) as error:
-        raise _no_hub() from error
+    except errors.FileMetadataError as error:
+        raise no_hub() from error
     except (errors.HTTPError, ConnectionError, TimeoutError) as error:
         raise _broken_off(source) from error
     except OSError as error:
@@ -334,6 +340,8 @@ def _broken_off(source: Source) -> NotFoundError:
 def _refused(source: Source, error: Exception) -> SupraError:
     """What to do about the status that the hub answered with."""
     status = error.response.status_code if error.response is not None else "no answer"
+    if status == 403 and (said := error.response.headers.get("X-Error-Message")):
+        return NotAuthorisedError(f"the hub refuses {source.repo} ({status}) and says: {said}")
     if status in (401, 403):
         return NotAuthorisedError(
             f"the hub refuses {source.repo} ({status}); check HF_TOKEN, or run `hf auth login` again"
@@ -346,7 +354,7 @@ def _refused(source: Source, error: Exception) -> SupraError:
     return NotFoundError(f"the hub did not deliver {source.repo} ({status}); try again later")
 
 
-def _no_hub() -> NotFoundError:
+def no_hub() -> NotFoundError:
     return NotFoundError(f"what answers at {_endpoint()} is no Hugging Face hub; check HF_ENDPOINT and your proxy")
 
 
@@ -367,6 +375,17 @@ def _check_endpoint() -> None:
         fits = False
     if not fits:
         raise UsageError(f"HF_ENDPOINT is '{_endpoint()}', expected an address such as https://huggingface.co; mend it")
+
+
+def check_token() -> None:
+    """NotAuthorisedError for a token that cannot be sent, over which huggingface_hub's client would stumble."""
+    from huggingface_hub.utils import build_hf_headers
+
+    sent = build_hf_headers().get("authorization", "")
+    if not (sent.isascii() and sent.isprintable()):
+        raise NotAuthorisedError(
+            "the token for the hub holds characters that no token has; check HF_TOKEN, or run `hf auth login` again"
+        )
 
 
 def _offline_by_choice() -> bool:

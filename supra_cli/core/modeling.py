@@ -181,12 +181,15 @@ def model_class(base: str, kind: type[SupraPreTrainedModel] = SupraForCausalLM) 
     members = {"config_class": config, "__module__": __name__}
     # transformers guesses by the source of the class's module whether experts may be computed in groups.
     members["_can_set_experts_implementation"] = classmethod(lambda cls: plain._can_set_experts_implementation())
+    # A constant that old checkpoints of GPT-2 carry, and that transformers knows no more.
+    ignored = [*(plain._keys_to_ignore_on_load_unexpected or ()), r"attn\.masked_bias$"]
     parent = plain
     if kind is SupraModel:
         if archs.get(base).decoder is None:  # the model is its own stack
             parent = swapped_backbone(plain)
         heads = {name.partition(".")[0] for name in causal._tied_weights_keys or ("lm_head.weight",)}
-        members["_keys_to_ignore_on_load_unexpected"] = [rf"^{head}\." for head in heads]
+        ignored += [rf"^{head}\." for head in heads]
+    members["_keys_to_ignore_on_load_unexpected"] = ignored
     model = type(f"Supra{plain.__name__}", (kind, parent), members)
     kind.auto.register(config, model, exist_ok=True)
     # transformers renames some tensors of old checkpoints (NeoX's embed_out) by class name or model type; ours has

@@ -93,6 +93,6 @@ def restore(source: Path, output: Path, student: SupraForCausalLM, layers: list[
     wanted = restored.state_dict().keys()
     restored.load_state_dict({name: x for name, x in student.state_dict().items() if name in wanted}, assign=True)
     known = checkpoint.read_provenance(source)
-    provenance = {key: known.get(key) for key in ("base", "recipe", "seed", "tokens")}
+    provenance = {key: known.get(key) for key in ("base", "recipe", "seed", "tokens", "tokens_before")}
     given = {"source": source, "provenance": provenance, "unchanged": source, "dtype": config.dtype}
     return checkpoint.save(restored, output, overwrite=overwrite, **given)

@@ -201,6 +201,11 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
     "fewer layers than the weights": (config(num_hidden_layers=3), 1, "has an unexpected tensor"),
     "more layers than the weights": (config(num_hidden_layers=5), 1, "lacks tensor"),
     "wider than the weights": (config(intermediate_size=64), 1, "expected [64, 32]; it belongs to another model"),
+    "a head of its own that is to be tied": (
+        config(tie_word_embeddings=True),
+        1,
+        "ties lm_head.weight to model.embed_tokens.weight and the files hold two that differ",
+    ),
     "more words than the weights": (config(vocab_size=400), 1, "expected [400, 32]; it belongs to another model"),
     "a tensor that is not there": (
         tensors(lambda w: w.pop(f"{Q}.weight")),
@@ -227,6 +232,11 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
     "hybrid": (config(model_type="qwen3_next"), 2, "a hybrid, some or all of whose layers are recurrent already"),
     "gates on queries": (config(model_type="qwen3_5"), 2, "a hybrid"),
     "no causal attention": (config(model_type="gemma3_text", use_bidirectional_attention=True), 2, "that see the ones"),
+    "no causal attention by the key of all": (
+        config(is_causal=False),
+        2,
+        "is_causal = False, tokens that see the ones",
+    ),
     "code of its own": (config(model_type="foo", auto_map={"AutoConfig": "c.FooConfig"}), 2, "code of its own"),
     "code of its own under a known name": (
         config(auto_map={"AutoModelForCausalLM": "modeling_foo.Foo"}),
@@ -264,6 +274,16 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
         "'foo'",
     ),
     "rope without what it needs": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), 1, "factor"),
+    "rope without what the attention needs": (
+        config(model_type="ministral3", rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        1,
+        "rope_parameters has no number original_max_position_embeddings",
+    ),
+    "a kind of layer that another family has": (
+        config(model_type="qwen3", layer_types=["full_attention", *["chunked_attention"] * 3]),
+        1,
+        "layer_types has 'chunked_attention'",
+    ),
     "rope of words": (config(rope_parameters={"rope_type": "default", "rope_theta": "big"}), 1, "describes no model"),
     "unknown activation": (config(hidden_act="foo"), 1, "no hidden_act 'foo'"),
     "unknown attention": (config(attn_implementation="foo"), 1, 'attn_implementation="foo"'),
@@ -342,6 +362,24 @@ def test_a_byte_order_mark_does_not_hide_a_generation_config(spoilt):
 
     model = spoilt(content("generation_config.json", b'\xef\xbb\xbf{"eos_token_id": 7, "max_new_tokens": 5}'))
     assert checkpoint.load(model).generation_config.eos_token_id == 7
+
+
+def test_what_is_written_has_no_byte_order_mark_by_which_transformers_alone_would_be_lost(supra, spoilt, base):
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    def marked(model: Path) -> None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            bytes_of(lambda data: b"\xef\xbb\xbf" + data, name)(model)
+
+    spoilt(lambda model: (content("generation_config.json", b'{"eos_token_id": 7}')(model), marked(model)))
+    expected = PreTrainedTokenizerFast.from_pretrained(base)
+    for arguments in (("convert", "m", "-o", "converted"), ("export", "converted", "-o", "exported")):
+        assert supra(*arguments).code == 0
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments[-1])
+        assert tokenizer("def read").input_ids == expected("def read").input_ids
+        assert tokenizer.special_tokens_map == expected.special_tokens_map
+        assert GenerationConfig.from_pretrained(arguments[-1]).eos_token_id == 7
+        marked(Path(arguments[-1]))  # as older versions have written them
 
 
 def test_an_added_token_without_an_embedding_is_no_fault_of_the_whole(supra, spoilt):

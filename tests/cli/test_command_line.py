@@ -143,6 +143,7 @@ def test_options_that_are_made_for_it_and_plain_flags_are_repeated(supra, base):
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1),
         (OSError(errno.EROFS, "Read-only file system", "/x"), 1),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/x"), 2),
     ],
 )
 def test_every_kind_of_failure_has_its_exit_code_and_a_sentence(supra, failing, error, code):
@@ -173,6 +174,34 @@ def test_an_internal_error_is_one_sentence_and_a_log_file(supra, failing, monkey
     (log,) = tmp_path.glob("supra-error-*.log")
     assert str(log) in result.error
     assert "Traceback" in log.read_text()
+
+
+def test_an_internal_error_with_a_name_of_other_bytes_is_written_down(supra, failing, monkeypatch, tmp_path):
+    monkeypatch.setattr(entry.tempfile, "gettempdir", lambda: str(tmp_path))
+    failing(ValueError(os.fsdecode(b"caf\xe9")))
+    assert supra("fail").code == 1
+    (log,) = tmp_path.glob("supra-error-*.log")
+    assert r"ValueError: caf\udce9" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("convert", b"caf\xe9"), ("convert", "tiny", "-o", b"caf\xe9"), ("convert", "tiny", b"--output=runs/caf\xe9")],
+)
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_written(supra, tmp_path, arguments):
+    result = supra(*(os.fsdecode(argument) for argument in arguments))
+    assert result.code == 2
+    assert r"caf\udce9' is not UTF-8" in result.error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output", ["loop", "loop/student"])
+def test_a_link_that_leads_back_to_itself_is_one_sentence(supra, base, output):
+    os.symlink("loop", "loop")
+    result = supra("convert", base, "-o", output)
+    assert result.code == 2
+    assert "a link leads back to itself" in result.error
+    assert os.listdir() == ["loop"]
 
 
 def test_an_internal_error_without_room_for_a_log_is_still_told(supra, failing, monkeypatch):

@@ -314,6 +314,22 @@ def test_a_measure_stands_beside_its_baselines(models, capsys):
     assert out.splitlines()[0].split() == ["measure", "of", "n", "score"]
 
 
+@pytest.mark.parametrize("tokens_before", [0, 64])
+def test_before_training_is_what_the_run_began_with_where_that_was_not_trained(models, tmp_path, capsys, tokens_before):
+    """A run that began with a trained model has none such; then it is converted again."""
+    run, base = tmp_path / "run", models / "base"
+    for name, seed, tokens in (("converted", 3, tokens_before), ("step-000001", 7, 128)):
+        checkpoint.convert(base, run / name, mixer="supra", options={}, keep="1", seed=seed, base=str(base))
+        spent = run / name / "supra.json"
+        spent.write_text(json.dumps(json.loads(spent.read_text()) | {"tokens": tokens}))
+    asked = ["-t", "repeats", "--limit", "4", "--lengths", "0", "--json"]
+    code, out, err = supra(capsys, "eval", str(run / "step-000001"), *asked)
+    assert code == 0, err
+    figures = json.loads(out)["measures"]["repeats"]["random, gap 0"]
+    # Nothing but supra.json says that the student was trained, so it is the one that is converted again.
+    assert (figures["before training"] == figures["student"]) is bool(tokens_before)
+
+
 LENGTHS = """
 from datasets import Dataset
 def make(max_seq_lengths=(4096,), **_):

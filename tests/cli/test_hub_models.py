@@ -393,6 +393,18 @@ def no_hub(hub: fakehub.Hub, base: Path) -> None:
     hub.refusals["/"] = (200, {"Content-Type": "text/html"})
 
 
+def saying(path: str, value: object) -> Callable[[fakehub.Hub, Path], None]:
+    """JSON of another kind than a hub's."""
+
+    def say(hub: fakehub.Hub, base: Path) -> None:
+        hub.add(NAME, base)
+        hub.answers[path] = value
+
+    return say
+
+
+NO_HUB = "is no Hugging Face hub; check HF_ENDPOINT"
+UNSENDABLE = "the token for the hub holds characters that no token has; check HF_TOKEN"
 REFUSALS: dict[str, tuple[Callable, str | None, int, str]] = {
     "gated, no token": (as_gated, None, 4, f"{NAME} is gated: accept its terms on its hub page"),
     "token of nobody": (as_gated, "hf_expired", 4, f"the hub refuses {NAME} (401); check HF_TOKEN"),
@@ -411,7 +423,31 @@ REFUSALS: dict[str, tuple[Callable, str | None, int, str]] = {
     "too many requests for weights": (answering(429, "/cdn/"), None, 3, "for now (429)"),
     "broken": (answering(500), None, 3, f"the hub did not deliver {NAME} (500)"),
     "storage broken": (answering(503, "/cdn/"), None, 3, f"the hub did not deliver {NAME} (503)"),
-    "no hub": (no_hub, None, 3, "is no Hugging Face hub; check HF_ENDPOINT"),
+    "disabled": (
+        answering(403, X_Error_Message="Access to this resource is disabled."),
+        None,
+        4,
+        f"the hub refuses {NAME} (403) and says: Access to this resource is disabled.",
+    ),
+    "token that is no ASCII": (as_gated, "hf_é", 4, UNSENDABLE),
+    "token that no header can hold": (as_gated, "hf_\x01", 4, UNSENDABLE),
+    "no hub": (no_hub, None, 3, NO_HUB),
+    "a model that is a list": (saying("/api/models/", []), None, 3, NO_HUB),
+    "a model that is nothing": (saying("/api/models/", None), None, 3, NO_HUB),
+    "a model without a commit": (saying("/api/models/", {"id": NAME, "sha": None}), None, 3, NO_HUB),
+    "files that are numbers": (saying(f"/api/models/{NAME}/tree/", [1]), None, 3, NO_HUB),
+    "files without names": (saying(f"/api/models/{NAME}/tree/", [{"type": "file"}]), None, 3, NO_HUB),
+    "answers that lead to themselves": (answering(302, "/", Location="/"), None, 3, NO_HUB),
+    "files that lead to themselves": (
+        answering(302, f"/{NAME}/resolve/", Location=f"/{NAME}/resolve/"),
+        None,
+        3,
+        NO_HUB,
+    ),
+    "weights that lead to themselves": (answering(302, "/cdn/", Location="/cdn/"), None, 3, NO_HUB),
+    "answers that lead nowhere": (answering(302, "/", Location="ftp://a.b/"), None, 3, NO_HUB),
+    "files at an address that is none": (answering(302, f"/{NAME}/resolve/", Location="http://["), None, 3, NO_HUB),
+    "an answer that is not packed as it says": (answering(200, "/", Content_Encoding="gzip"), None, 3, NO_HUB),
 }
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from supra_cli.core import checkpoint
+from supra_cli.core import accounting, checkpoint, hub
 from supra_cli.core.checkpoint import conversion, files, slices, writing
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError
 from supra_cli.core.mixers.supra import Supra
@@ -77,6 +77,27 @@ def test_the_bases_shards_are_kept_byte_for_byte(tmp_path, shard_size):
     index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == {file.name for file in output.glob("*.safetensors")}
     assert len(set(index.values())) == len(shards) + 1
+
+
+@pytest.mark.parametrize("name", ["model-mixers.safetensors", "model-base-00002.safetensors", "tokenizer.safetensors"])
+def test_shards_under_names_that_supra_writes_itself_are_never_written_through(tmp_path, name):
+    base = plain(tmp_path / "base", "20KB")
+    index = base / "model.safetensors.index.json"
+    described = json.loads(index.read_text())
+    first = min(described["weight_map"].values())
+    (base / first).rename(base / name)
+    described["weight_map"] = {t: name if file == first else file for t, file in described["weight_map"].items()}
+    index.write_text(json.dumps(described))
+    before = contents(base)
+    converted = checkpoint.convert(base, tmp_path / "out", **MIXER)
+    model, original = checkpoint.load(converted), checkpoint.load(base)
+    checkpoint.save(model, tmp_path / "saved", source=converted, provenance={}, unchanged=converted)
+    assert contents(base) == before
+    for state in (model.state_dict(), checkpoint.load(tmp_path / "saved").state_dict()):
+        assert all(torch.equal(state[name], tensor) for name, tensor in original.state_dict().items())
+    checkpoint.verify(tmp_path / "saved")
+    shards = {file.stat().st_ino for file in base.glob("*.safetensors")}
+    assert shards < {file.stat().st_ino for file in (tmp_path / "saved").glob("*.safetensors")}
 
 
 def test_where_no_hard_link_can_be_made_the_shards_are_copied(base, tmp_path, monkeypatch):
@@ -184,6 +205,20 @@ def test_new_parameters_have_the_bases_dtype(tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["one shard", "several shards"])
+def test_where_a_config_names_no_dtype_it_is_that_of_the_weights(tmp_path, shard_size):
+    base = plain(tmp_path / "base", shard_size, torch.bfloat16)
+    described = json.loads((base / "config.json").read_text())
+    del described["dtype"]
+    (base / "config.json").write_text(json.dumps(described))
+    assert AutoModelForCausalLM.from_pretrained(base, dtype="auto").dtype == torch.bfloat16
+    output = checkpoint.convert(base, tmp_path / "out", **MIXER)
+    assert {entry.dtype for entry in checkpoint.tensors(output).values()} == {"BF16"}
+    for model in (base, output):
+        assert checkpoint.load(model).dtype == torch.bfloat16
+        assert accounting.measure(checkpoint.outline(hub.resolve(str(model)))).dtype == "bfloat16"
+
+
 def test_a_conversion_that_keeps_everything_is_the_plain_base(base, tmp_path):
     output = checkpoint.convert(base, tmp_path / "out", **(MIXER | {"keep": "all"}))
     assert json.loads((output / "config.json").read_text())["model_type"] == "llama"
@@ -206,6 +241,21 @@ def test_tied_embeddings_stay_tied(tmp_path, tied, device):
     again = checkpoint.load(tmp_path / "saved", device=device)
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
     assert torch.equal(again(IDS.to(device)).logits, model(IDS.to(device)).logits)
+
+
+def test_a_head_that_is_stored_beside_what_it_is_tied_to_must_be_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "_PIECE_BYTES", 1000)  # of several rows, of which the last differ
+    base = plain(tmp_path / "base", tie_word_embeddings=True)
+    embedding = "model.embed_tokens.weight"
+    rewrite(base / "model.safetensors", lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    model = checkpoint.converted(base, **MIXER)
+    output = checkpoint.convert(base, tmp_path / "out", **MIXER)
+    assert torch.equal(checkpoint.load(output)(IDS).logits, model(IDS).logits)
+    for directory, file in ((base, "model.safetensors"), (output, "model-base.safetensors")):
+        rewrite(directory / file, lambda tensors: tensors["lm_head.weight"][-1, -1].add_(1))
+        for read in (checkpoint.load, checkpoint.examine):
+            with pytest.raises(SupraError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight .* differ; set"):
+                read(directory)
 
 
 @pytest.mark.parametrize("output", [".", "..", "../inside"])
@@ -321,6 +371,14 @@ def test_saving_never_writes_through_a_hard_link(converted, base, tmp_path):
     for parameter in model.parameters():
         parameter.data.mul_(2)
     checkpoint.save(model, converted, source=converted, provenance={}, overwrite=True)
+    assert contents(base) == before
+
+
+def test_a_file_that_is_there_is_not_written_through(base, tmp_path):
+    before = contents(base)
+    (tmp_path / "model.safetensors").hardlink_to(base / "model.safetensors")
+    with pytest.raises(SupraError, match=r"cannot write .*model\.safetensors"):
+        slices.write_shards({"a": torch.zeros(3)}, tmp_path, "model")
     assert contents(base) == before
 
 
@@ -741,6 +799,22 @@ def test_computed_tensors_of_old_checkpoints_are_no_surplus(base):
         lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}),
     )
     assert checkpoint.load(base)(IDS).logits.isfinite().all()
+
+
+def test_constants_of_old_checkpoints_of_gpt2_are_no_surplus(tmp_path):
+    """With and without a head, by us and by transformers."""
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    old = {
+        f"transformer.h.{layer}.attn.{name}": value
+        for layer in range(2)
+        for name, value in {"bias": torch.ones(1, 1, 8, 8).bool(), "masked_bias": torch.tensor(-1e4)}.items()
+    }
+    rewrite(tmp_path / "base" / "model.safetensors", lambda tensors: tensors.update(old))
+    converted = checkpoint.convert(tmp_path / "base", tmp_path / "out", **MIXER)
+    model = checkpoint.load(converted)
+    hidden = AutoModel.from_pretrained(converted)(IDS).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), model(IDS).logits)
 
 
 def test_a_model_loads_in_the_dtype_asked_for_with_its_rotary_table_in_fp32(converted, device):

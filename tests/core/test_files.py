@@ -37,6 +37,16 @@ def test_a_block_that_ends_well_takes_the_place_of_what_was_there(model: Path) -
     assert contents(model.parent) == {"model/config.json": "new"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_has_appeared_meanwhile_is_kept(tmp_path: Path, overwrite: bool) -> None:
+    told = "holds files but no model" if overwrite else "is not empty"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("kept")
+    with pytest.raises(UsageError, match=told), atomic_directory(tmp_path / "out", overwrite=overwrite):
+        (tmp_path / "other").rename(tmp_path / "out")
+    assert contents(tmp_path) == {"out/precious": "kept"}
+
+
 def test_a_file_that_cannot_be_read_is_not_called_unwritable(model: Path) -> None:
     missing = model.parent / "missing.json"
     with (

@@ -48,10 +48,30 @@ def test_a_revision_pins_a_hub_model():
     assert (source.repo, source.revision) == ("org/name", "0123abc")
 
 
-@pytest.mark.parametrize("name", ["lama-7b", "./nowhere", "/nowhere/at/all", "runs/one/last", "", "org/name/more"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lama-7b",
+        "./nowhere",
+        "/nowhere/at/all",
+        "runs/one/last",
+        "",
+        "org/name/more",
+        "~nobody-at-all/x",
+        "~nobody-at-all",
+    ],
+)
 def test_what_is_none_of_them_is_not_found(here, name):
     with pytest.raises(NotFoundError):
         hub.fetch(hub.resolve(name))
+
+
+def test_no_name_at_all_is_not_the_working_directory(here):
+    directory(here / "model")
+    os.chdir(here / "model")
+    assert hub.resolve(".").kind == "directory"
+    with pytest.raises(NotFoundError, match="the name of the model is empty"):
+        hub.resolve("")
 
 
 def test_a_revision_pins_an_alias():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from supra_cli.core.archs import archs
+from supra_cli.core.archs import archs, everywhere
 from supra_cli.core.mixers.window import Window
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
@@ -166,17 +166,18 @@ def test_packed_documents_are_the_base_s_documents_apart(base, kept):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kept", ["none", "all"])
-@pytest.mark.parametrize("without", [name for name in archs if archs.get(name).window is None])
-def test_a_window_that_the_base_does_not_heed_is_none(without, kept):
-    """As of a config that was made from another family's."""
-    config = tiny_config(without)
-    config.sliding_window, config.layer_types = 7, ["sliding_attention"] * 3
+@pytest.mark.parametrize("same", [name for name in archs if archs.get(name).window in (None, everywhere)])
+def test_windows_that_the_base_does_not_heed_are_none(same, kept):
+    """As of a config that was made from another family's, where all layers of this one see the same."""
+    config, own = tiny_config(same), None if archs.get(same).window is None else 7
+    config.sliding_window, config.attention_chunk_size = 7, 5
+    config.layer_types = ["full_attention", "sliding_attention", "chunked_attention"]
     torch.manual_seed(0)
-    config = SupraConfig.from_base(config).with_mixer("window", {"window": 64, "sinks": 0}, kept)
-    ours, plain = SupraForCausalLM._from_config(config).eval(), plain_base(without)
+    config = SupraConfig.from_base(config).with_mixer("window", {"window": own or 64, "sinks": 0}, kept)
+    ours, plain = SupraForCausalLM._from_config(config).eval(), plain_base(same)
     plain.load_state_dict(ours.state_dict())
     ids = tokens(1, LENGTH)
-    assert config.windows() == [None] * 3
+    assert config.windows() == [own] * 3
     assert_close(in_pieces(ours, ids), plain(ids).logits, **CLOSE)
     assert_close(packed(ours, ids), apart(plain, ids), **CLOSE)
 

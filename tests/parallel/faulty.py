@@ -34,8 +34,8 @@ def arm(fault: Fault) -> None:
         _before_step(fault.step, lambda: os.kill(os.getpid(), _SIGNALS[fault.kind]))
     elif fault.kind == "term after sums":
         _before_step(fault.step, _stop_after_next_sums)
-    elif fault.kind == "usr1 to torchrun":
-        _before_step(fault.step, lambda: os.kill(os.getppid(), signal.SIGUSR1))
+    elif fault.kind in _TO_TORCHRUN:
+        _before_step(fault.step, lambda: os.kill(os.getppid(), _TO_TORCHRUN[fault.kind]))
     elif fault.kind == "kill at start":
         _before_anything_is_cleared(lambda: os.kill(os.getpid(), signal.SIGKILL))
     elif fault.kind == "nan":
@@ -49,6 +49,9 @@ def arm(fault: Fault) -> None:
 
 
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+_TO_TORCHRUN = {
+    f"{number.name} to torchrun": number for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT)
+}
 
 
 def _before_step(number: int, strike: Callable[[], None]) -> None:

@@ -170,8 +170,9 @@ def test_one_that_is_asked_after_the_sums_of_a_step_stops_all_after_the_next(rec
     assert steps(output) == list(range(1, STEPS + 1))
 
 
-def test_a_signal_to_torchrun_is_one_to_all_ranks(tmp_path: Path) -> None:
-    output, fault = tmp_path / "run", Fault("usr1 to torchrun", 3, rank=1)
+@pytest.mark.parametrize("signal", ["SIGUSR1", "SIGHUP", "SIGQUIT"])
+def test_a_signal_to_torchrun_is_one_to_all_ranks(signal: str, tmp_path: Path) -> None:
+    output, fault = tmp_path / "run", Fault(f"{signal} to torchrun", 3, rank=1)
     options = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--max-restarts", "1")
     ended = soak.launch(soak.prepare(tmp_path, 400), output, 2, fault, options=options)
     assert ended.returncode == 1

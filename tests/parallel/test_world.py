@@ -126,8 +126,12 @@ def run_in_worlds(root: Path) -> None:
             "dtype": "bfloat16",
         }
     on_two["clipped"] = {"recipe": recipe(root, "clipped", "tied", [{**one, "tokens": 3 * 7 * 32, "clip_norm": 0.1}])}
+    for trick in ("measuring", "on one machine"):  # a world of one has no other machine
+        on_two[trick] = {"recipe": recipe(root, trick.replace(" ", "-"), "tied", [{**one, "tokens": 3 * 7 * 32}])}
+        on_two[trick]["trick"] = trick
     refused = {
         "rows apart": {"recipe": long["recipe"], "trick": "rows apart"},
+        "recipes apart": {"recipe": long["recipe"], "recipe of the last": single["untying"]["recipe"]},
         **{
             f"unused in {kind}": {"recipe": single[f"{kind}-tied"]["recipe"], "trick": "unused"}
             for kind in ("transfer", "finetune")
@@ -142,6 +146,8 @@ def run_in_worlds(root: Path) -> None:
             for name, (run, step) in STOPPED.items():
                 tasks[f"stopped-{name}"] = {**single[run], "stop_after": step}
             tasks |= refused
+            unseen = {**single["long"], "after": root / "2" / "stopped-7", "trick": "out of sight"}
+            tasks["out of sight"] = unseen
         if size <= 2:
             tasks |= on_two
         for name, (run, _) in STOPPED.items():
@@ -225,7 +231,7 @@ def test_a_step_in_bfloat16_is_autocast_s_on_one_rank(size: int, run: str, folde
     assert far(load_file(ours / "gradients.safetensors"), load_file(theirs / "gradients.safetensors")) < 2**-7
 
 
-@pytest.mark.parametrize("run", [*MIXERS, "clipped"])
+@pytest.mark.parametrize("run", [*MIXERS, "clipped", "measuring", "on one machine"])
 def test_every_mixer_is_the_same_on_two_ranks(run: str, folder: Path) -> None:
     ours, theirs = folder / "2" / run, folder / "1" / run
     gradients = load_file(theirs / "gradients.safetensors")
@@ -275,6 +281,8 @@ def test_a_dataset_on_the_hub_is_read_by_one_rank(size: int, folder: Path) -> No
     ("run", "sentence"),
     [
         ("rows apart", "the ranks have drawn different rows"),
+        ("recipes apart", "rank 1 was started with another recipe"),
+        ("out of sight", "rank 1 does not see "),
         ("unused in transfer", "the loss does not depend on model.layers.0.self_attn.mixer.forgotten"),
         ("unused in finetune", "the loss does not depend on model.layers.0.self_attn.mixer.forgotten"),
         ("eight bits", "'adamw8bit' trains on one rank, got 2"),

@@ -2,8 +2,8 @@
 `run(FOLDER, ALONE)` for a world of one.
 
 FOLDER/runs.json is a list of {"recipe": path, "output": path, "after": output, "stop_after": step, "dtype": name,
-"trick": name}, all but the first two optional. A run keeps the gradients of its first step in `gradients.safetensors`,
-and a SupraError that ends it in a file beside it, `OUTPUT.error`.
+"trick": name, "recipe of the last": path}, all but the first two optional. A run keeps the gradients of its first step
+in `gradients.safetensors`, and a SupraError that ends it in a file beside it, `OUTPUT.error`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from safetensors.torch import save_file
 from supra_cli.core import parallel
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data import rows
+from supra_cli.core.data.packing import Batch
 from supra_cli.core.data.tokens import Tokens
 from supra_cli.core.errors import Stopped, SupraError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.mixers.supra import Supra
 from supra_cli.core.parallel import World
+from supra_cli.core.stages.finetune import Finetune
 from supra_cli.core.train import loop
 from supra_cli.core.train.events import Step
 
@@ -42,9 +44,10 @@ def run(folder: Path, world: World) -> None:
         stop = threading.Event()
         settings = {"dtype": getattr(torch, task["dtype"])} if "dtype" in task else {}
         recipe = recipes.load(Path(task["recipe"]), lookup=lookup)
-        tricks = {"none": _nothing, "hub": _hub, "rows apart": _rows_apart, "unused": _unused}
+        if world.rank == world.size - 1 and "recipe of the last" in task:
+            recipe = recipes.load(Path(task["recipe of the last"]), lookup=lookup)
         try:
-            with tricks[task.get("trick", "none")](output, world), _first_gradients(output, world):
+            with TRICKS[task.get("trick", "none")](output, world), _first_gradients(output, world):
                 # One rank alone is asked to stop.
                 for event in loop.uptrain(recipe, output, resume="after" in task, stop=stop, world=world, **settings):
                     if (
@@ -127,6 +130,49 @@ def _unused(output: Path, world: World) -> Iterator[None]:
 
     with mock.patch.object(Supra, "__init__", begin):
         yield
+
+
+@contextmanager
+def _on_one_machine(output: Path, world: World) -> Iterator[None]:
+    """To all ranks but the first the text is a name on the hub."""
+    with mock.patch.object(rows.sources, "is_on_hub", return_value=not world.leads):
+        yield
+
+
+@contextmanager
+def _measuring(output: Path, world: World) -> Iterator[None]:
+    """Finetuning looks at the student's answers before its first step."""
+
+    def measure(stage: Finetune, student: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        answers = student(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        return {"scale": answers.square().sum()}
+
+    patched = {"rounds": lambda stage, student: 1, "measure": measure, "begin": lambda stage, *given: None}
+    with mock.patch.multiple(Finetune, **patched):
+        yield
+
+
+@contextmanager
+def _out_of_sight(output: Path, world: World) -> Iterator[None]:
+    """The last rank does not see what lies in the run's directory."""
+    original = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        return original(path) and not (world.rank == world.size - 1 and path.parent == output)
+
+    with mock.patch.object(Path, "is_dir", is_dir):
+        yield
+
+
+TRICKS = {
+    "out of sight": _out_of_sight,
+    "none": _nothing,
+    "hub": _hub,
+    "rows apart": _rows_apart,
+    "unused": _unused,
+    "on one machine": _on_one_machine,
+    "measuring": _measuring,
+}
 
 
 if __name__ == "__main__":

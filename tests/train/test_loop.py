@@ -28,7 +28,7 @@ from supra_cli.core.parallel import World
 from supra_cli.core.stages import stages
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import loop
-from supra_cli.core.train.build import prepare
+from supra_cli.core.train.build import build, prepare
 from supra_cli.core.train.events import Finished, Note, Saved, Step, Validated
 from supra_cli.core.train.held_out import held_out_loss
 from supra_cli.core.train.optimizer import adamw
@@ -421,6 +421,28 @@ def test_untied_students_are_saved_and_loaded_untied(recipe_file: Write, tmp_pat
     run(recipe_file(stages=one_stage("distill", untie=True)), tmp_path / "run")
     student = checkpoint.load((tmp_path / "run" / "last").resolve())
     assert not torch.equal(student.get_input_embeddings().weight, student.get_output_embeddings().weight)
+
+
+def test_a_head_that_a_later_stage_unties_begins_as_the_embeddings_own_master(
+    recipe_file: Write, tmp_path: Path
+) -> None:
+    checkpointed = {"every_steps": 100, "keep_last": 2, "dtype": "bfloat16"}
+    run(recipe_file(stages=one_stage(), checkpoint=checkpointed), tmp_path / "run")
+    untying = recipes.load(recipe_file(stages=one_stage(untie=True)), lookup=lookup).stages[0]
+    built = build(untying, tmp_path / "run" / "last", None, World(), torch.device("cpu"), torch.float32)
+    head, embedding = built.student.lm_head.weight, built.student.get_input_embeddings().weight
+    assert head is not embedding
+    assert torch.equal(head, embedding)
+    assert not torch.equal(head, head.bfloat16().float())
+
+
+def test_a_save_tells_what_its_model_had_learned_from_before_the_run(recipe_file: Write, tmp_path: Path) -> None:
+    started = None
+    for number, before in enumerate((0, 256, 512)):
+        run(recipe_file(stages=one_stage()), output := tmp_path / str(number), model=started)
+        provenance = checkpoint.read_provenance(output / "last")
+        assert (provenance["tokens"], provenance["tokens_before"]) == (256, before)
+        started = (output / "last").resolve()
 
 
 def test_a_token_without_an_embedding_is_refused_by_name_where_the_text_holds_it(

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -21,7 +22,8 @@ import torch
 from running import assert_same, run
 from safetensors.torch import load_file, save_file
 
-from supra_cli.core import checkpoint
+from supra_cli.__main__ import main
+from supra_cli.core import checkpoint, parallel
 from supra_cli.core import recipe as recipes
 from supra_cli.core.checkpoint.files import sha256
 from supra_cli.core.errors import SupraError, UsageError
@@ -552,7 +554,7 @@ def test_a_process_killed_while_it_replaces_a_run_leaves_one_that_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_signal_saves_everything_and_exits_75(
     number: signal.Signals, whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -593,6 +595,21 @@ def test_a_disk_that_is_full_while_saving_costs_nothing_but_the_save(
     assert not list(output.glob(".writing*"))
     run(recipe_file(), output, resume=True)
     assert weights(output) == whole
+
+
+def test_a_stop_that_is_asked_for_while_a_run_starts_is_heeded(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    joined = parallel.joined
+
+    def slowly(device: str) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return joined(device)
+
+    monkeypatch.setattr(parallel, "joined", slowly)
+    assert main(["uptrain", "--recipe", str(recipe_file()), "-o", str(tmp_path / "run"), "--device", "cpu"]) == 75
+    assert "stopped after step 1 with everything saved" in capfd.readouterr().err
+    assert (tmp_path / "run" / "step-000001").is_dir()
 
 
 def _reached(output: Path, step: int) -> bool:

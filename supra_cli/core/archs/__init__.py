@@ -58,6 +58,8 @@ class Arch:
     window: Callable[[PreTrainedConfig, int], int | None] | None = None
     """(config, layer) -> how many tokens that layer's own attention sees, None for all; None for a base that has no
     windows, whatever its config says."""
+    rope: tuple[str, ...] = ()
+    """Numbers that the attention needs in the config's rope_parameters, and that transformers does not ask for."""
     oddities: Mapping[str, Any] = field(default_factory=dict)
     """Keys of a config that switch on, in a model of three small layers, what is peculiar to the base and off by
     default: the laws are held on such a model. A list has an entry a layer."""

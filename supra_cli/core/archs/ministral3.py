@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from supra_cli.core.archs import Arch, Positions, archs, everywhere
 from supra_cli.core.archs.llama import LLAMA, qkv
 
+ROPE = ("original_max_position_embeddings", "llama_4_scaling_beta")
+
 
 def scaled_qkv(attention: nn.Module, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
     """q_i · (1 + β ln(1 + ⌊i / L⌋)), L being the length that the base was first trained on."""
     q, k, v = qkv(attention, x, positions)
-    rope = attention.config.rope_parameters
-    lengths = (positions.index / rope["original_max_position_embeddings"]).floor()
-    factor = 1 + rope["llama_4_scaling_beta"] * lengths.log1p()
+    length, beta = (attention.config.rope_parameters[name] for name in ROPE)
+    factor = 1 + beta * (positions.index / length).floor().log1p()
     return q * factor[..., None, None].to(q.dtype), k, v
 
 
@@ -27,6 +28,6 @@ SOON = {
 }
 """Queries that grow from the fourth position on."""
 ODD = {"sliding_window": 7, "rope_parameters": SOON}
-MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv, window=everywhere, oddities=ODD)
+MINISTRAL3: Arch = replace(LLAMA, qkv=scaled_qkv, window=everywhere, rope=ROPE, oddities=ODD)
 
 archs.register("ministral3")(MINISTRAL3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from supra_cli.core.archs import archs
+from supra_cli.core.archs import archs, by_kind
+from supra_cli.core.checkpoint import slices
 from supra_cli.core.checkpoint.record import check_format
 from supra_cli.core.errors import ResourceError, SupraError, UsageError
 from supra_cli.core.files import read_json
-from supra_cli.core.folder import check_model
+from supra_cli.core.folder import check_model, weight_files
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 
 ADVICE = "restore the model's own config.json"
@@ -39,7 +40,8 @@ UNQUANTISED = "take the model that it was quantised from, or dequantise it first
 
 
 def read_config(path: Path | str) -> SupraConfig:
-    """The config of a model directory, converted or plain; transformers has built the base that it describes.
+    """The config of a model directory, converted or plain; transformers has built the base that it describes. Where it
+    names no dtype it has that of the weights beside it, if there are any.
 
     NotFoundError: the directory holds no model. UsageError: a model that cannot be converted, by name. ResourceError:
     an attention that does not run on this machine. SupraError: a config that describes no model.
@@ -70,12 +72,25 @@ def read_config(path: Path | str) -> SupraConfig:
     if (path / "generation_config.json").exists():
         _generation(path)
     if record is None:
-        return SupraConfig.from_base(base)
-    config = SupraConfig.from_dict({key: value for key, value in described.items() if key != "auto_map"})
-    config.name_or_path = str(path)
-    with describing_a_model(file):
-        config.swap.check(config.num_hidden_layers)
+        config = SupraConfig.from_base(base)
+    else:
+        config = SupraConfig.from_dict({key: value for key, value in described.items() if key != "auto_map"})
+        config.name_or_path = str(path)
+        with describing_a_model(file):
+            config.swap.check(config.num_hidden_layers)
+    if config.dtype is None:
+        config.dtype = _dtype_of_weights(path)
     return config
+
+
+def _dtype_of_weights(path: Path) -> torch.dtype | None:
+    """That of the first floating-point tensor, as transformers' `dtype="auto"` takes it. None where no weights are, or
+    damaged ones: who reads them says what is wrong.
+    """
+    with suppress(SupraError):
+        stored = slices.headers(path, weight_files(path)[:1]).values()
+        kinds = [slices.DTYPES[entry.dtype] for entry in stored if entry.dtype in slices.DTYPES]
+        return next((kind for kind in kinds if kind.is_floating_point), None)
 
 
 def own_shape(described: Mapping[str, Any], **ends: int | None) -> SupraConfig:
@@ -147,6 +162,13 @@ def build_base(
             ids = getattr(base, name, None)
             if any(number >= base.vocab_size for number in (ids if isinstance(ids, list) else [ids or 0])):
                 raise ValueError(f"{name} is {ids}, expected less than vocab_size, {base.vocab_size}")
+        arch = archs.get(base.model_type)
+        for layer in base.layer_types if arch.window is by_kind else ():
+            if layer not in ("full_attention", "sliding_attention"):
+                raise ValueError(f"layer_types has '{layer}', expected full_attention or sliding_attention")
+        for name in arch.rope:
+            if not isinstance(base.rope_parameters.get(name), int | float):
+                raise ValueError(f"rope_parameters has no number {name}")
     try:
         with torch.device("meta"), describing_a_model(file, advice, kind):
             AutoModelForCausalLM.from_config(base)
@@ -206,8 +228,8 @@ def _refuse_what_cannot_be_converted(file: Path, described: Mapping[str, Any], b
             f"unknown base architecture '{base_type}': {file} is of {_what(described, base_type)}; "
             f"supra converts {', '.join(archs)} (docs/adding-a-base-model.md: how to add one)"
         )
-    for key, reason in _UNKEPT.items():
-        if described.get(key):
+    for key, (causal, reason) in _UNKEPT.items():
+        if bool(described.get(key, causal)) != causal:
             raise UsageError(f"{file} says {key} = {described[key]!r}, {reason}; supra converts causal attention alone")
     if (quantised := described.get("quantization_config", described.get("compression_config"))) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -232,10 +254,12 @@ def _refuse_what_cannot_be_converted(file: Path, described: Mapping[str, Any], b
 
 
 _UNKEPT = {
-    "use_bidirectional_attention": "tokens that see the ones after them",
-    "add_cross_attention": "attention to an encoder",
+    "use_bidirectional_attention": (False, "tokens that see the ones after them"),
+    "is_causal": (True, "tokens that see the ones after them"),
+    "add_cross_attention": (False, "attention to an encoder"),
 }
-"""Keys of bases that have an arch, by which their attention is another, and what that is."""
+"""Keys of bases that have an arch, by which their attention may be another: what they say of causal attention, and what
+the other is."""
 
 _SINKS = {"deepseek_v4", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}
 _HYBRIDS = {

@@ -34,8 +34,9 @@ def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
     """A temporary directory beside `path` that takes its place if the block ends well, and vanishes if it does not,
     with the folders that were made for it. What a killed process of this machine has left there goes first.
 
-    Where `path` is a link, what it names is written, there. An occupied one is a UsageError, see `check_free`; a full
-    disk, a missing permission or a file that the block cannot read is a SupraError.
+    Where `path` is a link, what it names is written, there. One that is occupied, before the block or after it, is a
+    UsageError, see `check_free`; a full disk, a missing permission or a file that the block cannot read is a
+    SupraError.
     """
     path = Path(path).resolve()
     _sweep(path)
@@ -46,6 +47,7 @@ def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
         temporary.mkdir(parents=True)
         yield temporary
         sync_tree(temporary)
+        check_free(path, overwrite)
         _replace(temporary, path)
     except OSError as error:
         if (read := _read_failure(error, path, temporary)) is not None:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from supra_cli.core import hub
 from supra_cli.core.checkpoint.describing import UNQUANTISED, check_attention, legible, read_config, skeleton, theirs
 from supra_cli.core.checkpoint.record import check_headers, identity
-from supra_cli.core.checkpoint.slices import Entry, fill, headers, stacked
+from supra_cli.core.checkpoint.slices import Entry, fill, headers, same, stacked
 from supra_cli.core.data.tokenizer import check_vocabulary
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, first_line
 from supra_cli.core.files import check_whole
@@ -170,16 +170,16 @@ def tensors(path: Path) -> dict[str, Entry]:
 
 
 def check(config: SupraConfig, path: Path) -> dict[str, Entry]:
-    """`tensors` of a directory. SupraError naming the first tensor that the model of `config` lacks, has not or has in
-    another shape, or a file whose tensors do not lie where they were saved.
+    """`tensors` of a directory. SupraError naming the first tensor that the model of `config` lacks, has not, has in
+    another shape or ties to one that differs, or a file whose tensors do not lie where they were saved.
     """
     found = tensors(path)
-    _check_names(config, found)
+    _check_names(config, path, found)
     check_headers(path)
     return found
 
 
-def _check_names(config: SupraConfig, found: Mapping[str, Entry]) -> None:
+def _check_names(config: SupraConfig, path: Path, found: Mapping[str, Entry]) -> None:
     for name, entry in found.items():
         if _QUANTISED.search(name) or (entry.dtype not in _WHOLE and name.endswith(".weight")):
             raise UsageError(f"tensor '{name}' in {entry.file} is quantised ({entry.dtype}); {UNQUANTISED}")
@@ -200,6 +200,12 @@ def _check_names(config: SupraConfig, found: Mapping[str, Entry]) -> None:
             got, file = list(found[name].shape), found[name].file
             raise SupraError(
                 f"tensor '{name}' in {file} has shape {got}, expected {list(shape)}; it belongs to another model"
+            )
+    for name, source in tied.items():
+        if name in found and source in found and not same(path, found[name], found[source]):
+            raise SupraError(
+                f"{path / 'config.json'} ties {name} to {source} and the files hold two that differ; set "
+                f"tie_word_embeddings to false in it, or leave {name} out"
             )
 
 

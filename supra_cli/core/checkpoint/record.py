@@ -30,7 +30,14 @@ older versions have no other.
 """
 
 _KINDS = {"files": dict, "format": int, "base": str, "parent": str, "config": str, "versions": dict}
-_KINDS |= {"recipe": (str, dict), "tokens": int, "seed": int, "step": int, "seconds": (int, float)}
+_KINDS |= {
+    "recipe": (str, dict),
+    "tokens": int,
+    "tokens_before": int,
+    "seed": int,
+    "step": int,
+    "seconds": (int, float),
+}
 """The kind of each key that is read; None stands for a missing one."""
 
 # Keys of a config that do not change what its weights compute.

@@ -8,6 +8,7 @@ goes the same way.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,14 +98,20 @@ def write_shards(
     placed: dict[str, str] = {}
     hashing: dict[Path, Future[str] | None] = {}
     with ThreadPoolExecutor(THREADS) as beside:  # files are hashed while others are written
-        for turn, members in enumerate(groups):
-            file = directory / f"{stem}{f'-{turn + 1:05}' if len(groups) > 1 else ''}.safetensors"
+        for turn, (name, members) in enumerate(zip(shard_names(stem, len(groups)), groups, strict=True)):
+            file = directory / name
             _write(members, islice(coming, len(members)), file, dtype, world)
             placed |= dict.fromkeys(members, file.name)
             if turn % world.size == world.rank:
                 hashing[file] = beside.submit(sha256, file) if hashed else None
         own: Hashes = {file.name: entry(file, found and found.result()) for file, found in hashing.items()}
     return placed, {name: known for hashes in world.gathered(own) for name, known in hashes.items()}
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """What `count` files of one model are called, in order."""
+    numbers = [f"-{turn + 1:05}" for turn in range(count)] if count > 1 else [""] * count
+    return [f"{stem}{number}.safetensors" for number in numbers]
 
 
 def _groups(described: Mapping[str, Tensor], limit: int, dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
@@ -143,7 +150,7 @@ def _write(
     fault = None
     if world.leads:
         try:
-            with path.open("wb") as file:
+            with path.open("xb") as file:  # never through a link to a file of another model
                 file.write(len(text).to_bytes(8, "little") + text)
                 file.truncate(8 + len(text) + end)
         except OSError as error:
@@ -218,6 +225,18 @@ def fill(tensors: Mapping[str, Tensor], directory: Path, stored: Mapping[str, En
             for piece in rows.split(max(1, _PIECE_BYTES // max(1, row_bytes))):
                 piece.copy_(view[first : first + len(piece)])
                 first += len(piece)
+
+
+def same(directory: Path, one: Entry, other: Entry) -> bool:
+    """Whether two tensors of one shape, stored in a directory, are the same numbers."""
+    with (
+        safetensors.safe_open(directory / one.file, "pt") as first,
+        safetensors.safe_open(directory / other.file, "pt") as second,
+    ):
+        ours, theirs = first.get_slice(one.name), second.get_slice(other.name)
+        rows = max(1, _PIECE_BYTES // max(1, math.prod(one.shape[1:]) * DTYPES[one.dtype].itemsize))
+        pieces = [slice(start, start + rows) for start in range(0, one.shape[0], rows)]
+        return all(bool((ours[piece] == theirs[piece]).all()) for piece in pieces)
 
 
 def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:

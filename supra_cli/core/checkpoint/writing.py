@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from supra_cli.core.checkpoint.describing import read_config, skeleton
+from supra_cli.core.checkpoint.describing import legible, read_config, skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, link, sha256_once
 from supra_cli.core.checkpoint.reading import tensors
 from supra_cli.core.checkpoint.record import (
@@ -27,7 +27,7 @@ from supra_cli.core.checkpoint.record import (
     read_provenance,
     vouched,
 )
-from supra_cli.core.checkpoint.slices import write_shards
+from supra_cli.core.checkpoint.slices import shard_names, write_shards
 from supra_cli.core.environment import versions
 from supra_cli.core.files import write_json
 from supra_cli.core.folder import INDEX, SINGLE
@@ -40,6 +40,7 @@ _COMPANIONS = re.compile(
     r"LICENSE.*|NOTICE.*|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|generation_config\.json|"
     r".*\.tiktoken|spiece\.model"
 )
+_NUMBERED = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 def save(
@@ -125,10 +126,13 @@ def link_shards(
 ) -> tuple[dict[str, str], Hashes]:
     """Put the shards of `placed` (tensor → file in `source`) into `directory`; returns the new places and their hashes.
 
-    `sha256` gives the hashes that supra.json of `source` does not have. `model.safetensors` becomes
-    `model-base.safetensors`: beside an index, a file of the old name would be taken for the whole model.
+    `sha256` gives the hashes that supra.json of `source` does not have. Shards that are all named as transformers names
+    them keep their names, others become `model-base*`: theirs could be those of new parameters, or `model.safetensors`,
+    which beside an index would be taken for the whole model.
     """
-    renamed = {file: "model-base.safetensors" if file == SINGLE else file for file in sorted(set(placed.values()))}
+    files = sorted(set(placed.values()))
+    kept = all(_NUMBERED.fullmatch(file) for file in files)
+    renamed = dict(zip(files, files if kept else shard_names("model-base", len(files)), strict=True))
     known = read_provenance(source).get("files", {})
     hashes: Hashes = {}
     for old, new in renamed.items():
@@ -159,8 +163,8 @@ def finish(
 
 
 def describe(directory: Path, config: SupraConfig, placed: Mapping[str, str], source: Path | None) -> dict[str, str]:
-    """Put index, config and companions of `source` beside the shards that hold `placed`; returns shard → its name
-    before, as a single one is renamed.
+    """Put index, config and companions of `source` beside the shards that hold `placed`, without byte-order marks;
+    returns shard → its name before, as a single one is renamed.
     """
     files = {file: file for file in sorted(set(placed.values()))}
     if len(files) == 1:
@@ -171,8 +175,10 @@ def describe(directory: Path, config: SupraConfig, placed: Mapping[str, str], so
         size = sum((directory / file).stat().st_size for file in files)
         write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))})
     config.to_json_file(directory / "config.json")
-    for file in companions(source) if source is not None else ():
-        shutil.copyfile(source / file, directory / file)
+    if source is not None:
+        with legible(source) as readable:
+            for file in companions(readable):
+                shutil.copyfile(readable / file, directory / file)
     return files
 
 

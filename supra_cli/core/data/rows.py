@@ -259,7 +259,8 @@ def training(data: Data, tokenizer, seed: int, longest: int = 0, world: World = 
     streams: list[Stream] = []
     for number, source in enumerate(data.sources):
         vocabulary = _ordinary(tokenizer) if source.repeat == "random" else None
-        if sources.is_on_hub(source):
+        # As rank 0 sees it: a folder that lies on one machine alone is a name on the hub for another.
+        if world.shared(sources.is_on_hub(source) if world.leads else None):
             opened = _open_hub(source, "train", tokenizer, data.documents) if world.leads else None
             if opened is not None and source.repeat != "no":
                 opened = Repeats(opened, (seed, number), data.documents, vocabulary)

@@ -35,7 +35,8 @@ def baselines(student: Subject, base: Subject | None) -> dict[str, Subject]:
     """{role: subject}: models made of the same base, nothing of them trained, and the student's branches alone.
 
     `untrained window`   the mixer `window`, 64 tokens and 4 sinks, in the layers that the student has swapped
-    `before training`    the student as it was converted: its own mixer, options, layers and seed
+    `before training`    the student as it was converted: its own mixer, options, layers and seed; converted again
+                         where its run kept no such model, or began with one that had been trained
     `<branch> only`      for a mixer with branches, the student with one of them
 
     None of them for a plain base; the second not for a student that was not trained.
@@ -53,7 +54,8 @@ def baselines(student: Subject, base: Subject | None) -> dict[str, Subject]:
     if trained:
         seed = _recipe(provenance).get("seed", provenance.get("seed", 0))
         kept = student.path.resolve().parent / "converted"
-        if student.path.resolve().name.startswith("step-") and kept.exists():
+        in_a_run = student.path.resolve().name.startswith("step-") and kept.exists()
+        if in_a_run and not checkpoint.read_provenance(kept).get("tokens"):
             found["before training"] = _at(student, kept)
         elif base is not None:
             given = {"mixer": swap.mixer, "options": swap.options, "keep": keep, "seed": seed}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ def card(path: Path, config: SupraConfig, name: str) -> str:
     what = f"{base or f'a {swap.base} model'} whose attention was replaced by recurrent layers of fixed-size state"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}\n",
-        f"This is {what}, by [SUPRA](https://arxiv.org/abs/2405.06640)'s toolkit `supra` {__version__}.\n",
+        f"This is {what}, by `supra` {__version__}, which is named after [SUPRA](https://arxiv.org/abs/2405.06640).\n",
         f"- mixer: {swap.mixer}{options}\n- layers: {len(swap.layers)}, "
         + (f"{len(kept)} of them softmax attention still ({', '.join(kept)})" if kept else "all recurrent")
-        + (f"\n- uptraining: {tokens:,} tokens\n" if (tokens := record.get("tokens")) is not None else "\n"),
+        + _training(record),
         _USAGE,
         *_scores(path),
         *_recipe(record.get("recipe")),
@@ -80,6 +80,13 @@ def _head(card: Path) -> dict[str, Any]:
             said = yaml.safe_load(found[1])
             return said if isinstance(said, dict) else {}
     return {}
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    tokens, before = record.get("tokens"), record.get("tokens_before")
+    if tokens is None:
+        return "\n"
+    return f"\n- uptraining: {tokens:,} tokens" + (f", after {before:,} in another run\n" if before else "\n")
 
 
 def _scores(path: Path) -> Iterator[str]:

@@ -205,15 +205,15 @@ def draw_map(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _draw_uniform(x: Tensor, bound: float) -> None:
-    """Fill x from U(±bound), one of 65,536 values each: PyTorch draws 24 bits a number, which takes twice as long, and
-    to draw SUPRA's maps is most of what converting a large base computes.
+    """Fill x from U[-bound, bound), one of 65,536 values each: PyTorch draws 24 bits a number, which takes nearly twice
+    as long, and to draw SUPRA's maps is most of what converting a large base computes.
     """
     if x.is_meta:
         return
     words = torch.empty(2**16, dtype=torch.int64, device=x.device)  # of four numbers; what a core's cache holds
     for part in x.view(-1).split(4 * len(words)):
         bits = words.random_(-(2**63), None).view(torch.int16)
-        torch.mul(bits[: len(part)], bound / 2**15, out=part)
+        part.copy_(bits[: len(part)]).mul_(bound / 2**15)
 
 
 class HeadMap(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def anchor(raw: dict[str, Any], folder: Path) -> None:
     for table, key in [(raw, "base"), *named]:
         name = table.get(key) if isinstance(table, dict) else None
         if isinstance(name, str) and name and "\0" not in name:
-            path = Path(name).expanduser() if name.startswith("~") else folder / name
+            path = Path(os.path.expanduser(name)) if name.startswith("~") else folder / name
             table[key] = str(path) if looks_local(name) or _exists(path) else name
 
 

@@ -52,6 +52,7 @@ def build(
     """
     stage = stage_of(spec)
     student = checkpoint.skeleton(checkpoint.read_config(saved), torch.float32)
+    tied = dict(student.all_tied_weights_keys)
     trained = prepare(student, stage, spec)
     moving = sum(parameter.numel() for _, parameter in trained)
     total = sum(parameter.numel() for parameter in student.parameters())
@@ -59,7 +60,7 @@ def build(
     offload = spec.optimizer == "adamw-offload" and not stage.inside
     shard(student, world, dtype, inside=stage.inside, offload=offload)
     checkpoint.materialise(student, saved, "cpu" if offload else device)
-    state.restore_masters(saved / "training", student)
+    state.restore_masters(saved / "training", student, tied)
     learnt_from = None if teacher is None else frozen(teacher, world, device, dtype)
     return Built(stage, student.train(), learnt_from, moving, total)
 

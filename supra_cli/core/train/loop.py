@@ -26,7 +26,7 @@ from torch import nn
 from supra_cli.core import checkpoint
 from supra_cli.core import recipe as recipes
 from supra_cli.core.data.packing import Batch
-from supra_cli.core.errors import Stopped, SupraError
+from supra_cli.core.errors import Stopped, SupraError, UsageError
 from supra_cli.core.parallel import ALONE, World
 from supra_cli.core.swap import mixer_names
 from supra_cli.core.train import state
@@ -60,6 +60,7 @@ def uptrain(
     torchrun started again go on with what they had begun. Raises UsageError for an occupied directory or a recipe,
     model or dtype that changed, SupraError for a loss that is not finite.
     """
+    _same_call(world, recipe=recipes.dumps(recipe), model=model, resume=resume, overwrite=overwrite, dtype=dtype)
     run = RunDirectory(output)
     again = world.restarts > 0 and world.shared(run.is_of(world.launch))
     if again:
@@ -76,6 +77,16 @@ def uptrain(
             yield Note(f"{output} is already finished; nothing to do")
             return
         yield from Trainer(recipe, run, standing, place, stop or threading.Event(), world).train()
+
+
+def _same_call(world: World, **given: Any) -> None:
+    """UsageError on all ranks where one was started with something else, as an older copy of the recipe."""
+    for rank, other in enumerate(world.gathered(given)):
+        if differing := [name for name in given if other[name] != given[name]]:
+            raise UsageError(
+                f"rank {rank} was started with another {' and '.join(differing)}; give all ranks the same command, and "
+                "all machines the same recipe and version of supra"
+            )
 
 
 class Trainer:
@@ -161,39 +172,19 @@ class Trainer:
         return batch
 
     def _step(self, built: Built, spec: recipes.Stage, computing: Computing, drawn: Batch | None) -> Iterator[Event]:
-        counters, recipe = self.counters, self.recipe
+        counters = self.counters
         waiting = time.perf_counter()
         batch = self._draw(spec) if drawn is None else drawn
         waited = time.perf_counter() - waiting
-        random = np.random.SeedSequence([recipe.seed, counters.step, self.world.rank])
-        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
-        for _, layer in built.student.swapped_layers():
-            layer.mixer.progress = counters.stage_step / recipe.steps(spec) if built.stage.inside else 1.0
-        rate = lr_factor(counters.stage_step, recipe.steps(spec), spec)
-        set_lr(built.optimizer, rate)
-        outcome = take(
-            built.stage,
-            built.student,
-            built.teacher,
-            built.optimizer,
-            batch,
-            computing,
-            spec.clip_norm,
-            self.stop,
-        )
+        self._ready(built, spec)
+        given = built.stage, built.student, built.teacher, built.optimizer
+        outcome = take(*given, batch, computing, spec.clip_norm, self.stop)
         self._stops = outcome.stop
         if not outcome.finite:
-            kept, policy = self.run.path / "non-finite", recipe.non_finite
+            kept, policy = self.run.path / "non-finite", self.recipe.non_finite
             yield Note(leave_out(outcome, batch, built.student, counters, spec.kind, policy, kept, self.world))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        tokens = batch.labels.numel()
-        counters.stage_step += 1
-        counters.step += 1
-        counters.tokens += tokens
-        counters.seconds += seconds
+        seconds = self._lap()
+        counters.took(batch.labels.numel(), seconds)
         step = Step(
             stage=counters.stage,
             stage_step=counters.stage_step,
@@ -202,7 +193,7 @@ class Trainer:
             loss=outcome.loss,
             grad_norm=outcome.grad_norm,
             lr=max(float(group["lr"]) for group in built.optimizer.param_groups),
-            tokens_per_second=tokens / seconds,
+            tokens_per_second=batch.labels.numel() / seconds,
             seconds=seconds,
             data_seconds=waited,
             metrics=outcome.metrics,
@@ -210,6 +201,22 @@ class Trainer:
         self._log({"event": "step", **dataclasses.asdict(step), "sources": self.mixture.tokens_by_source()})
         yield from self._track({"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.metrics})
         yield step
+
+    def _ready(self, built: Built, spec: recipes.Stage) -> None:
+        """Set what of a step depends on where the run stands: random numbers, rates, mixers' schedules."""
+        counters, steps = self.counters, self.recipe.steps(spec)
+        random = np.random.SeedSequence([self.recipe.seed, counters.step, self.world.rank])
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
+        for _, layer in built.student.swapped_layers():
+            layer.mixer.progress = counters.stage_step / steps if built.stage.inside else 1.0
+        set_lr(built.optimizer, lr_factor(counters.stage_step, steps, spec))
+
+    def _lap(self) -> float:
+        """Seconds since the clock was set, of what is done by now; sets it again."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self._clock = self._clock, time.perf_counter()
+        return self._clock - before
 
     def _validate(self, student: nn.Module) -> Iterator[Event]:
         if self.held_out is None:
@@ -279,6 +286,7 @@ class Trainer:
             "recipe": recipes.dumps(self.recipe),
             "step": self.counters.step,
             "tokens": self.counters.tokens,
+            "tokens_before": self.origin.tokens,
             "seconds": round(self.counters.seconds, 3),
             "tokens_by_source": self.mixture.tokens_by_source(),
             "data": self.mixture.digests(),

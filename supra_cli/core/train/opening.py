@@ -124,7 +124,7 @@ class Opening:
         leads, world = self.world.leads, self.world
         dtype = dtype or getattr(torch, same["dtype"])
         config, known = checkpoint.read_config(path), checkpoint.read_provenance(path)
-        began = origin.Origin(known.get("base"), known.get("parent"))
+        began = origin.Origin(known.get("base"), known.get("parent"), known.get("tokens_before") or 0)
         found = world.shared(origin.same_models(self.recipe, began, same["models"], counters.stage) if leads else None)
         tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
         material = self._material(tokenizer, config, found.base, counters)
@@ -170,6 +170,7 @@ class Opening:
     def _newest_sound(self) -> Generator[Event, None, _Save | None]:
         """The newest complete checkpoint; a damaged one is named and the one before is taken."""
         complete = self.world.shared(self.run.complete())
+        self._in_sight(complete)
         for path in reversed(complete):
             save, fault = None, None
             try:
@@ -193,6 +194,15 @@ class Opening:
         if complete:
             raise SupraError(f"no checkpoint in {self.run.path} can be read; start over with --overwrite")
         return None
+
+    def _in_sight(self, saves: list[Path]) -> None:
+        """SupraError where a rank does not see the saves that rank 0 sees: not one of them is damaged by that."""
+        seen = self.world.gathered(all(path.is_dir() for path in saves))
+        if not all(seen):
+            raise SupraError(
+                f"rank {seen.index(False)} does not see {self.run.path} as rank 0 does; see to its disk, which all "
+                "machines are to share, and resume"
+            )
 
     def _same_recipe(self) -> None:
         stored, now = self.run.path / "recipe.toml", self.recipe.trajectory()

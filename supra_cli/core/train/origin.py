@@ -29,6 +29,8 @@ class Origin:
     """The pretrained model behind it, which is also its teacher; None for a model from scratch."""
     parent: str | None
     """Hash of the weights it started from, where supra wrote them."""
+    tokens: int = 0
+    """That it had been trained on before this run."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def begin(start: Start, recipe: Recipe, run: RunDirectory, model: Path | None) -
             seed=recipe.seed,
             base=start.base,
         )
-    return Origin(start.base, checkpoint.identity(converted))
+    known = checkpoint.read_provenance(converted)
+    seen = sum(known.get(key) or 0 for key in ("tokens", "tokens_before"))
+    return Origin(start.base, checkpoint.identity(converted), seen)
 
 
 def identities(recipe: Recipe, base: str | None, stage: int = 0) -> dict[str, tuple[str, str]]:

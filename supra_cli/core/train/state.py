@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ class Counters:
     best_step: int | None = None
     teacher_loss: float | None = None
     finished: bool = False
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """Count a step more."""
+        self.step += 1
+        self.stage_step += 1
+        self.tokens += tokens
+        self.seconds += seconds
 
 
 class OlderState(UsageError):
@@ -104,9 +112,12 @@ def constants(folder: Path, device: torch.device) -> dict[str, Tensor]:
     return load_file(path, device=str(device)) if path.exists() else {}
 
 
-def restore_masters(folder: Path, model: nn.Module) -> None:
-    """Put fp32 masters, where they were saved, in place of the rounded weights."""
+def restore_masters(folder: Path, model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Put fp32 masters, where they were saved, in place of the rounded weights; a weight that was `tied` to another
+    then, and no longer is, has that one's.
+    """
     stored = _stored(folder, "masters")
+    stored |= {name: stored[source] for name, source in tied.items() if source in stored}
     slices.fill({name: p for name, p in model.named_parameters() if name in stored}, folder, stored)
 
 

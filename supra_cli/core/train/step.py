@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from supra_cli.core.data.packing import IGNORED, Batch
 from supra_cli.core.errors import SupraError, UsageError
@@ -126,6 +127,9 @@ def begin(stage: Stage, student: nn.Module, rows: Batch, computing: Computing) -
                 _add(sums, stage.measure(student, batch))
             sums = {name: computing.world.total(value).to(computing.device) for name, value in sums.items()}
             stage.begin(student, sums, stage.scored(rows))
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # whole since a forward pass that no backward pass followed
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
