@@ -315,7 +315,8 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     for number, name in enumerate(names):
         row, label = ROWS[name], name
         for run in (run for run in found if run["row"] == name):
-            before = row.transfer * run["tokens"] if row.keep.startswith("auto") else -1
+            transfer = run["recipe"]["stages"][0] if row.keep.startswith("auto") else {"tokens": -1, "batch_tokens": 1}
+            before = -(-transfer["tokens"] // transfer["batch_tokens"]) * transfer["batch_tokens"]
             curve = [point for point in run["curve"] if point["tokens"] > before]
             thousands = [point["tokens"] / 1000 for point in curve]
             excess = [point["nats"] - run["teacher"]["nats"] for point in curve]
@@ -379,10 +380,11 @@ def main() -> int:
         )
     found = []
     for run in before["runs"] if before else ():
-        if run["row"] in ROWS and run["recipe"] == made_by(run["row"], run["seed"], given.tokens):
+        name, asked = run["row"], not given.rows or run["row"] in given.rows
+        if name in ROWS and (not asked or run.get("recipe") == made_by(name, run["seed"], given.tokens)):
             found.append(run)
         else:
-            print(f"{run['row']}, seed {run['seed']}, was trained in another way and is left out", flush=True)
+            print(f"{name}, seed {run['seed']}, was trained in another way and is left out", flush=True)
     known = {(run["row"], run["seed"]) for run in found}
     # First every row once.
     cases = sorted((seed, name) for name in given.rows or ROWS for seed in range(given.seeds or ROWS[name].seeds))

@@ -60,7 +60,10 @@ POSITIONS = [512, 4096, 32_768]
 
 def place(work: Path, name: str, seconds: int) -> Path:
     """Of a model and all that is known of it; one that is made in another way begins in another folder."""
-    made = [{"teacher": PACKAGE, "window": WINDOW, **STUDENTS}[name], LENGTH]
+    made: Any = WINDOW if name == "window" else None
+    if name in STUDENTS:
+        made = recipe(Path(), STUDENTS[name], [0] * len(STUDENTS[name]["stages"]))
+    made = [made, PACKAGE, NIAH, POSITIONS]
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
     return work / (f"{name}-{seconds}-{digest}" if name in STUDENTS else f"{name}-{digest}")
 

@@ -98,14 +98,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_utf8(arguments: Sequence[str]) -> None:
-    """UsageError for an argument of other bytes: safetensors and tokenizers cannot open a file of such a name."""
+    """UsageError for an argument that is no text in UTF-8 nor in the locale's own encoding: safetensors and tokenizers
+    cannot open a file of such a name.
+    """
     for argument in arguments:
         try:
-            os.fsencode(argument).decode("utf-8")
+            argument.encode("utf-8")
         except UnicodeError:
-            raise UsageError(
-                f"{argument!r} is not UTF-8, expected text or the name of a file in UTF-8; convert or rename it"
-            ) from None
+            try:
+                os.fsencode(argument).decode("utf-8")
+            except UnicodeError:
+                raise UsageError(
+                    f"{argument!r} is not UTF-8, expected text or the name of a file in UTF-8; convert or rename it"
+                ) from None
 
 
 class _Terminated(BaseException):

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -62,13 +63,16 @@ def run(
         return
 
     finished = None
+    stop = threading.Event()
     with ExitStack() as listening:
-        stop = listening.enter_context(_stop_on_signals())  # while ranks are still coming together, too
+        # While ranks come together, one that is missed may have died, of which torchrun tells the others by SIGTERM.
+        listening.enter_context(_heeding(stop, signal.SIGUSR1))
 
         from supra_cli.core import parallel
         from supra_cli.core.train import loop
 
         with parallel.joined(device) as world, listening:  # which ends before a rank tells how it ended
+            listening.enter_context(_heeding(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT))
             if not world.leads:  # the first rank speaks for all
                 logging.getLogger("supra_cli").setLevel(logging.ERROR)
             events = loop.uptrain(
@@ -103,32 +107,41 @@ def _show_plan(recipe: Any, json: bool, dtype: str, device: str, run: str) -> No
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to finish its step and save; a second SIGINT interrupts at once.
-    So does SIGQUIT to torchrun, which hands it on. SIGHUP that is ignored, as under nohup, still is.
+def _heeding(stop: threading.Event, *numbers: signal.Signals) -> Iterator[None]:
+    """These signals ask the loop, by `stop`, to finish its step and save; a second SIGINT interrupts at once.
 
-    When one rank has ended, torchrun sends the others SIGTERM: these are ending too, and are to say why undisturbed.
+    Not SIGHUP that is ignored, as under nohup, and SIGQUIT only of torchrun, which hands it on. When one rank has
+    ended, torchrun sends the others SIGTERM: these are ending too, and are to say why undisturbed.
     """
-    stop, interrupted = threading.Event(), threading.Event()
+    launched, interrupted = "TORCHELASTIC_RUN_ID" in os.environ, threading.Event()
 
     def ask(number: int, frame: object) -> None:
         if number == signal.SIGINT:
             if interrupted.is_set():
                 raise KeyboardInterrupt
             interrupted.set()
+        if number == signal.SIGHUP:
+            _leave_terminal()
         stop.set()
         if os.environ.get("RANK", "0") == "0":  # torchrun hands its own signals on to every rank
             console.note(f"{signal.Signals(number).name}: saving after this step, or the first, and stopping")
 
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *([signal.SIGQUIT] if launched else ())]
-    asked += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    before = {number: signal.signal(number, ask) for number in asked}
+    unheeded = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    unheeded |= set() if launched else {signal.SIGQUIT}
+    before = {number: signal.signal(number, ask) for number in numbers if number not in unheeded}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if launched else handler)
+
+
+def _leave_terminal() -> None:
+    """Let stdout and stderr lead nowhere where they led to a terminal: it is gone, and to write to it is an error."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere := os.open(os.devnull, os.O_WRONLY), stream)
+            os.close(nowhere)
 
 
 def _follow(events: Iterator[Any]) -> dict[str, Any]:

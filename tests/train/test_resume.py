@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import random
 import resource
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -567,6 +569,25 @@ def test_a_signal_saves_everything_and_exits_75(
     assert process.returncode == 75, told
     assert "--resume" in told
     assert "Traceback" not in told
+    run(recipe_file(), output, resume=True)
+    assert weights(output) == whole
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_gone_takes_nothing_with_it(
+    whole: dict[str, bytes], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output, (ours, terminal) = tmp_path / "left", pty.openpty()
+    process = subprocess.Popen(command(recipe_file(), output), env=environment(), stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    os.set_blocking(ours, False)
+    while process.poll() is None and not _reached(output, 2):
+        time.sleep(0.005)
+        with suppress(BlockingIOError):
+            os.read(ours, 100_000)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 75
     run(recipe_file(), output, resume=True)
     assert weights(output) == whole
 

@@ -228,7 +228,7 @@ def fill(tensors: Mapping[str, Tensor], directory: Path, stored: Mapping[str, En
 
 
 def same(directory: Path, one: Entry, other: Entry) -> bool:
-    """Whether two tensors of one shape, stored in a directory, are the same numbers."""
+    """Whether two tensors of one shape, stored in a directory, are the same numbers; NaN is the same as NaN."""
     with (
         safetensors.safe_open(directory / one.file, "pt") as first,
         safetensors.safe_open(directory / other.file, "pt") as second,
@@ -236,7 +236,7 @@ def same(directory: Path, one: Entry, other: Entry) -> bool:
         ours, theirs = first.get_slice(one.name), second.get_slice(other.name)
         rows = max(1, _PIECE_BYTES // max(1, math.prod(one.shape[1:]) * DTYPES[one.dtype].itemsize))
         pieces = [slice(start, start + rows) for start in range(0, one.shape[0], rows)]
-        return all(bool((ours[piece] == theirs[piece]).all()) for piece in pieces)
+        return all(torch.allclose(ours[piece], theirs[piece], rtol=0, atol=0, equal_nan=True) for piece in pieces)
 
 
 def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:

@@ -41,7 +41,10 @@ class MatrixMixer(Mixer):
 
     def reset_parameters(self) -> None:
         for part in self.children():
-            draw_map(part) if isinstance(part, nn.Linear) else part.reset_parameters()
+            if type(part) is nn.Linear:  # one of a kind of its own draws itself
+                draw_map(part)
+            else:
+                part.reset_parameters()
 
 
 class Retaining(MatrixMixer):

@@ -60,7 +60,9 @@ def uptrain(
     torchrun started again go on with what they had begun. Raises UsageError for an occupied directory or a recipe,
     model or dtype that changed, SupraError for a loss that is not finite.
     """
-    _same_call(world, recipe=recipes.dumps(recipe), model=model, resume=resume, overwrite=overwrite, dtype=dtype)
+    saved = recipe.checkpoint, recipe.validate_every_steps
+    given = {"recipe": (recipe.trajectory(), saved), "model": model is not None, "dtype": dtype}
+    _same_call(world, given | {"resume": resume, "overwrite": overwrite})
     run = RunDirectory(output)
     again = world.restarts > 0 and world.shared(run.is_of(world.launch))
     if again:
@@ -79,10 +81,11 @@ def uptrain(
         yield from Trainer(recipe, run, standing, place, stop or threading.Event(), world).train()
 
 
-def _same_call(world: World, **given: Any) -> None:
+def _same_call(world: World, given: dict[str, Any]) -> None:
     """UsageError on all ranks where one was started with something else, as an older copy of the recipe."""
-    for rank, other in enumerate(world.gathered(given)):
-        if differing := [name for name in given if other[name] != given[name]]:
+    first, *others = world.gathered(given)
+    for rank, other in enumerate(others, 1):
+        if differing := [name for name in first if other[name] != first[name]]:
             raise UsageError(
                 f"rank {rank} was started with another {' and '.join(differing)}; give all ranks the same command, and "
                 "all machines the same recipe and version of supra"
