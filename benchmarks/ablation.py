@@ -332,10 +332,9 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     panels[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].yaxis.set_minor_locator(ticker.NullLocator())
-    gaps = " or ".join(f"{shorter} ({tokens})" for tokens, (shorter, _) in GAPS.items())
-    panels[1].set(
-        xlabel="thousand tokens", ylabel=f"repeats of random tokens, gap {gaps}; gray: teachers", ylim=(0, 1.2)
-    )
+    told = f"gap {GAPS[256][0]}; dashed: rows of 512 tokens, gap {GAPS[512][0]}; gray: the teacher"
+    panels[1].set(xlabel="thousand tokens", ylabel="repeats of random tokens", ylim=(0, 1.2))
+    panels[1].set_title(told, fontsize="small")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
