@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 PAGES = (README, *(ROOT / "docs" / f"{page}.md" for page in ("performance", "uptraining", "science")))
 
 SHORT = (
+    "window, rows of 256",
     "window",
     "supra, the paper's recipe",
     "supra, transfer and distillation",

@@ -36,6 +36,8 @@ class Mixer(nn.Module):
     """Part of the steps of attention transfer that a run has taken, set by the training loop; 1 in other stages."""
     fits: int = 1
     """How often `fit` is called."""
+    fitted: ClassVar[tuple[str, ...]] = ()
+    """Parameters that `fit` leaves where the error on the rows it was given has no slope."""
     softens: ClassVar[bool] = False
     """Whether its scores go through the base's soft cap and a softmax, as in the base."""
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ()

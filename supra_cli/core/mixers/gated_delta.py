@@ -87,6 +87,8 @@ class GatedDelta(MatrixMixer):
             """The least upper bound of β."""
             return 2 if self.negative_eigenvalues else 1
 
+    fitted = ("gain",)
+
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
         # The gain is fitted again to the decays and the β that were fitted first.

@@ -40,6 +40,8 @@ class Mamba2(MatrixMixer):
         output_gate: bool = True
         """Multiply the heads by 2 σ(U u), which starts at 1."""
 
+    fitted = ("norm.gain",)
+
     def __init__(self, spec: HeadSpec, options: Options):
         super().__init__(spec, options)
         self.step = nn.Linear(spec.model_dim, spec.heads)

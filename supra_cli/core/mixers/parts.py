@@ -50,6 +50,8 @@ class MatrixMixer(Mixer):
 class Retaining(MatrixMixer):
     """A mixer that ends in o_i = GroupNorm( Σ_{j≤i} γ_h^{i-j} (q_i · k_j) d^{-1/2} v_j ), γ and gain by its options."""
 
+    fitted = ("norm.gain",)
+
     def __init__(self, spec: HeadSpec, options: Mixer.Options):
         super().__init__(spec, options)
         self.norm = HeadNorm(spec.heads, options.gain)

@@ -69,6 +69,12 @@ class Stage(ABC):
         """How often to measure and begin, each time with what the last round left."""
         return 1
 
+    def settled(self, student: nn.Module) -> set[str]:
+        """Names of parameters that `begin` has left where the loss of the first step has no slope: of a gradient that
+        is nothing but rounding AdamW would make whole steps, in another direction on another number of ranks.
+        """
+        return set()
+
     @abstractmethod
     def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:
         """The loss of one micro-batch, after its backward pass; `teacher` is None unless the stage wants a separate

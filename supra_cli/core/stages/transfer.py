@@ -81,6 +81,9 @@ class Transfer(Stage):
     def rounds(self, student: nn.Module) -> int:
         return max((layer.mixer.fits for _, layer in student.swapped_layers()), default=1)
 
+    def settled(self, student: nn.Module) -> set[str]:
+        return {f"{name}.mixer.{own}" for name, layer in student.swapped_layers() for own in layer.mixer.fitted}
+
     def loss(self, student: nn.Module, teacher: nn.Module | None, batch: Batch, backward: Backward) -> Loss:
         errors: dict[str, Tensor] = {}
         outputs: list[Tensor] = []

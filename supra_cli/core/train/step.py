@@ -95,7 +95,7 @@ def take(
             loss = stage.loss(student, teacher, batch, backward)
         _add(sums, {"loss": loss.sum, **loss.metrics})
     if not optimizer.state:
-        _check_gradients(optimizer)
+        _look_at_gradients(optimizer, stage.settled(student))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     if world.size > 1:
@@ -141,8 +141,10 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """A parameter that is said to move and that the loss does not reach would stay as it was drawn, unnoticed."""
+def _look_at_gradients(optimizer: torch.optim.Optimizer, settled: set[str]) -> None:
+    """Of the first step: none may be missing, as a parameter that is said to move and that the loss does not reach
+    would stay as it was drawn, unnoticed; those of `settled` parameters are zero but for rounding, and become so.
+    """
     for group in optimizer.param_groups:
         for name, parameter in zip(group.get("names", ()), group["params"], strict=False):
             if parameter.grad is None:
@@ -150,6 +152,8 @@ def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
                     f"the loss does not depend on {name}, which this stage is to train; leave that parameter out "
                     "in the stage's `trains`, or mend the mixer or the loss that does not use it"
                 )
+            if name in settled:
+                parameter.grad.zero_()
 
 
 def _add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
