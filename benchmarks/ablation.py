@@ -13,7 +13,6 @@ five of seven took ten minutes. It writes below runs/, as any other number of to
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -40,6 +39,7 @@ from benchmarks.students import (  # noqa: E402
     REPEATED,
     TEXT,
     complaint,
+    digest,
     measured,
     save,
     steps,
@@ -315,9 +315,11 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     for number, name in enumerate(names):
         row, label = ROWS[name], name
         for run in (run for run in found if run["row"] == name):
-            transfer = run["recipe"]["stages"][0] if row.keep.startswith("auto") else {"tokens": -1, "batch_tokens": 1}
-            before = -(-transfer["tokens"] // transfer["batch_tokens"]) * transfer["batch_tokens"]
-            curve = [point for point in run["curve"] if point["tokens"] > before]
+            curve = run["curve"]
+            if row.keep.startswith("auto"):
+                transfer = run["recipe"]["stages"][0]
+                before = -(-transfer["tokens"] // transfer["batch_tokens"]) * transfer["batch_tokens"]
+                curve = [point for point in curve if point["tokens"] > before]
             thousands = [point["tokens"] / 1000 for point in curve]
             excess = [point["nats"] - run["teacher"]["nats"] for point in curve]
             gap = f"random, gap {GAPS[row.seq_len][0]}"
@@ -341,8 +343,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 def place(work: Path, row: str, seed: int, tokens: int) -> Path:
     """Of a student's runs; one that is to be trained in another way begins in another folder."""
-    made = json.dumps(made_by(row, seed, tokens), sort_keys=True)
-    return work / f"{re.sub(r'[^a-z0-9_]+', '-', row)}-{seed}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
+    return work / f"{re.sub(r'[^a-z0-9_]+', '-', row)}-{seed}-{digest(made_by(row, seed, tokens))}"
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ on with what is missing, a training that was cut off where it was.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.students import RANDOM, REPEATED, ROOT, TEXT, complaint, measured, save, steps, supra, uptrain
+from benchmarks.students import RANDOM, REPEATED, ROOT, TEXT, complaint, digest, measured, save, steps, supra, uptrain
 from supra_cli.core import bench, checkpoint
 from supra_cli.core.data.rows import held_out
 from supra_cli.core.environment import environment
@@ -63,9 +62,8 @@ def place(work: Path, name: str, seconds: int) -> Path:
     made: Any = WINDOW if name == "window" else None
     if name in STUDENTS:
         made = recipe(Path(), STUDENTS[name], [0] * len(STUDENTS[name]["stages"]))
-    made = [made, PACKAGE, NIAH, POSITIONS]
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
-    return work / (f"{name}-{seconds}-{digest}" if name in STUDENTS else f"{name}-{digest}")
+    of = digest([made, PACKAGE, NIAH, POSITIONS])
+    return work / (f"{name}-{seconds}-{of}" if name in STUDENTS else f"{name}-{of}")
 
 
 def teacher(folder: Path, gguf: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -63,6 +64,11 @@ def complaint(*command: str) -> str | None:
     """Run Python with these arguments; what it said last, if it failed."""
     done = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     return (done.stderr.strip().splitlines() or ["killed"])[-1] if done.returncode else None
+
+
+def digest(made: Any) -> str:
+    """A few letters that tell what something was made by, as the name of its folder does."""
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def save(document: Any, path: Path) -> None:
