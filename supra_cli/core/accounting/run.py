@@ -17,7 +17,7 @@ from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import automatic
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.optimizer import moment_bytes
-from supra_cli.core.train.sharding import rounded
+from supra_cli.core.train.sharding import STAY_WHOLE, rounded, traveling_bytes
 
 if TYPE_CHECKING:
     from supra_cli.core import recipe as recipes
@@ -74,16 +74,20 @@ class Numbers:
     wide: int
     """What stays fp32 of it: mixer, norms, experts."""
     rest: int
+    stay_whole: int = 0
+    """Bytes of all blocks, where they are so few that several GPUs have them whole between forward and backward."""
 
     @classmethod
-    def of(cls, model: nn.Module, moving: bool = False) -> Numbers:
-        """`moving`: of those alone that move."""
+    def of(cls, model: nn.Module, dtype: torch.dtype, moving: bool = False) -> Numbers:
+        """Computing in `dtype`. `moving`: of those alone that move."""
         counted = {p for p in model.parameters() if p.requires_grad or not moving}
         blocks = [[p for p in block.parameters() if p in counted] for block in model.arch.layers(model)]
         sizes = [sum(p.numel() for p in block) for block in blocks]
         total, largest = sum(p.numel() for p in counted), sizes.index(max(sizes))
         wide = sum(p.numel() for p in set(blocks[largest]) - rounded(model))
-        return cls(total, total - sum(sizes), wide, sizes[largest] - wide)
+        traveling = traveling_bytes(model, dtype)
+        whole = traveling if traveling <= STAY_WHOLE else 0
+        return cls(total, total - sum(sizes), wide, sizes[largest] - wide, whole)
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,8 @@ class StagePlan:
         teacher's with their product.
 
         On several GPUs weights, gradients and moments are shared out; whole are two blocks (in the computing dtype, but
-        for what stays in fp32), the pass through what is outside of blocks, and where it ends their gradients, not yet
-        reduced.
+        for what stays in fp32), where the backward pass begins small ones all, the pass through what is outside of
+        blocks, and where it ends their gradients, not yet reduced.
         """
         spec, one, item, sharded = spec or self.spec, self.figures, self.dtype.itemsize, gpus > 1
         student, trained, teacher = self.student, self.trained, self.teacher
@@ -138,11 +142,16 @@ class StagePlan:
             weights = 0 if sharded else weights - (4 - item) * self.rounded
             copies -= 0 if sharded or not self.rounded else one.copies  # what is rounded already
             gradients = moments = 0
-        gathered = unreduced = 0
+        gathered = last_gathered = 0
         if sharded:
-            gathered = 2 * (item * student.rest + 4 * student.wide) + 4 * student.root
-            gathered += item * (2 * (teacher.rest + teacher.wide) + teacher.root) if teacher else 0
+            two, outside = 2 * (item * student.rest + 4 * student.wide), 4 * student.root
+            if teacher:
+                outside += item * teacher.root + (teacher.stay_whole or 2 * item * (teacher.rest + teacher.wide))
+            gathered = two + outside
+            if not (stage_of(spec).inside or spec.activation_checkpointing):
+                gathered = max(two, student.stay_whole) + outside
             unreduced = 2 * 4 * (trained.rest + trained.wide) + 4 * trained.root
+            last_gathered = two + outside + unreduced
 
         passing = share * one.passing
         logits = 4 * (5 if teacher else 3) * min(one.piece, one.logits * share)
@@ -150,8 +159,8 @@ class StagePlan:
         begun += max(passing, logits) + copies + (gradients if rows > micro_rows else 0)
         last_copies = min(copies, item * (student.rest + student.wide))
         ended = share * one.block + passing + last_copies + gradients
-        if begun < ended + unreduced:
-            begun, copies, gathered = ended, last_copies, gathered + unreduced
+        if begun + gathered < ended + last_gathered:
+            begun, copies, gathered = ended, last_copies, last_gathered
         return Memory(
             weights=weights,
             copies=copies,
@@ -204,7 +213,8 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16, device: Li
     are bundled for the aliased models.
     """
     config = student_config(recipe)
-    size, student, stages = measure(config, getattr(torch, recipe.checkpoint.dtype)), checkpoint.skeleton(config), []
+    size, stages = measure(config, getattr(torch, recipe.checkpoint.dtype)), []
+    student = checkpoint.skeleton(config, torch.float32)
     for spec in recipe.stages:
         stage, configs = stage_of(spec), [student.config]
         moving = [parameter for _, parameter in prepare(student, stage, spec)]
@@ -212,9 +222,9 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16, device: Li
         sizes = tuple(parameter.numel() for parameter in moving)
         if stage.teacher == "separate" and (name := spec.teacher or recipe.base) is not None:
             configs.append(checkpoint.outline(hub.resolve(name)))
-        teacher = Numbers.of(checkpoint.skeleton(configs[1])) if configs[1:] else None
+        teacher = Numbers.of(checkpoint.skeleton(configs[1], dtype), dtype) if configs[1:] else None
         found = extrapolated(partial(figures, recipe, spec, dtype, device), configs)
-        whole, trained = Numbers.of(student), Numbers.of(student, moving=True)
+        whole, trained = Numbers.of(student, dtype), Numbers.of(student, dtype, moving=True)
         stages.append(StagePlan(recipe, spec, dtype, whole, trained, sizes, held_rounded, teacher, Figures(*found)))
     return Plan(size, device, str(dtype).removeprefix("torch."), tuple(stages))
 

@@ -58,7 +58,8 @@ def build(
     total = sum(parameter.numel() for parameter in student.parameters())
     # A stage whose losses fall inside the model computes with mixers while it is begun, and they are small.
     offload = spec.optimizer == "adamw-offload" and not stage.inside
-    shard(student, world, dtype, inside=stage.inside, offload=offload)
+    recomputed = spec.activation_checkpointing
+    shard(student, world, dtype, inside=stage.inside, offload=offload, recomputed=recomputed)
     checkpoint.materialise(student, saved, "cpu" if offload else device)
     state.restore_masters(saved / "training", student, tied)
     learnt_from = None if teacher is None else frozen(teacher, world, device, dtype)
@@ -79,7 +80,7 @@ def frozen(saved: Path, world: World, device: torch.device, dtype: torch.dtype) 
     config = checkpoint.read_config(saved)
     checkpoint.check_attention(config, device, str(saved / "config.json"))
     model = checkpoint.skeleton(config, dtype).eval().requires_grad_(False)
-    shard(model, world, dtype, inside=False, offload=False)
+    shard(model, world, dtype)
     checkpoint.materialise(model, saved, device)
     return model
 

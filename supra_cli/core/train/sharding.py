@@ -24,15 +24,28 @@ from supra_cli.core.errors import UsageError
 from supra_cli.core.modeling import SupraForCausalLM
 from supra_cli.core.parallel import World
 
+STAY_WHOLE = 2**30
+"""Bytes of all blocks' weights, as they travel, up to which they stay whole from the forward pass to the backward pass:
+nearly a third of the messages less, for memory that is small beside activations, unless these are recomputed."""
 
-def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: bool, offload: bool) -> None:
+
+def shard(
+    model: SupraForCausalLM,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    inside: bool = False,
+    offload: bool = False,
+    recomputed: bool = False,
+) -> None:
     """Share out the parameters of `model`, which may still be on meta; nothing in a world of one.
 
     Units that are whole while they compute: each mixer, and the norms and experts of each block, in fp32, the rest of
     each block in `dtype`, and the root in fp32: embeddings, last norm and head, which may be tied, and which the
     chunked losses call again in the backward pass. Where `dtype` is fp32 too, a block is one unit, for half as many
-    messages. With `inside`, where the loss goes backward in mid-forward, mixers are no units of FSDP2's but whole
-    during their own calls. With `offload`, shards lie in CPU memory between their uses.
+    messages. Small blocks stay whole until their backward pass (STAY_WHOLE), unless activations are `recomputed`. With
+    `inside`, where the loss goes backward in mid-forward, mixers are no units of FSDP2's but whole during their own
+    calls. With `offload`, shards lie in CPU memory between their uses.
     """
     if world.size == 1:
         return
@@ -41,6 +54,7 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
     unit = partial(
         fully_shard,
         mesh=world.mesh,
+        reshard_after_forward=inside or recomputed or traveling_bytes(model, dtype) > STAY_WHOLE,
         # Inputs stay as they are: autocast rounds them where one rank's would be rounded.
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
         **({"offload_policy": CPUOffloadPolicy(pin_memory=world.mesh.device_type == "cuda")} if offload else {}),
@@ -70,6 +84,13 @@ def shard(model: SupraForCausalLM, world: World, dtype: torch.dtype, *, inside: 
             # makes bf16 gradients zero up to torch 2.13 (pytorch#190745).
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+
+
+def traveling_bytes(model: SupraForCausalLM, dtype: torch.dtype) -> int:
+    """Of the blocks' weights, sent in `dtype` where that rounds them and else as they are."""
+    sent_rounded = rounded(model)
+    blocks = {parameter for block in model.arch.layers(model) for parameter in block.parameters()}
+    return sum(p.numel() * (dtype.itemsize if p in sent_rounded else p.itemsize) for p in blocks)
 
 
 def rounded(model: SupraForCausalLM) -> set[nn.Parameter]:
