@@ -29,6 +29,7 @@ TIERS = (
     core("layout", "cache"),
     core("hub"),
     core("download"),
+    core("connection"),
     (
         "supra_cli",
         CORE,
@@ -37,7 +38,7 @@ TIERS = (
     ("supra_kernels",),
 )
 
-TORCHLESS = ("errors", "files", "folder", "registry", "recipe", "corpus", "hub", "download", "lookup")
+TORCHLESS = ("errors", "files", "folder", "registry", "recipe", "corpus", "connection", "hub", "download", "lookup")
 
 # What an exported model needs, and so all that these may import besides the standard library.
 EXPORTED = ("archs", "mixers", "swap", "backbone", "cache", "config", "modeling", "ops", "layout")

@@ -42,7 +42,7 @@ def _look() -> dict[str, Any]:
     import torch
     from huggingface_hub import constants, get_token
 
-    from supra_cli.core import device, hub
+    from supra_cli.core import connection, device
     from supra_cli.core.environment import versions
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -56,7 +56,7 @@ def _look() -> dict[str, Any]:
         "auto_device": device.resolve("auto"),
         "kernels": _kernels(bool(gpus)),
         "disk_free_bytes": shutil.disk_usage(".").free,
-        "hub": hub.reach(),
+        "hub": connection.reach(),
         "hub_cache": constants.HF_HUB_CACHE,
         "hub_login": get_token() is not None,
     }

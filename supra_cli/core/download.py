@@ -11,18 +11,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from supra_cli.core import connection
 from supra_cli.core.errors import SupraError
 from supra_cli.core.files import sha256
 
 log = logging.getLogger(__name__)
-
-# Of httpx, or of its successor, whichever huggingface_hub imports.
-_NO_ANSWERS = ("TooManyRedirects", "DecodingError", "UnsupportedProtocol")
 
 
 @dataclass(frozen=True)
@@ -34,26 +31,6 @@ class _File:
     etag: str
     """SHA-256 of a large file, git's hash of a small one; the blob's name in the cache."""
     size: int
-
-
-@contextmanager
-def answers() -> Iterator[None]:
-    """In here are calls of huggingface_hub and nothing else: what they stumble over is an answer that no hub gives.
-
-    That is then a FileMetadataError, huggingface_hub's word for an answer of which it noticed so itself.
-    """
-    from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HFValidationError, HTTPError
-
-    try:
-        yield
-    except (HfHubHTTPError, HFValidationError):  # of which some are a ValueError, too
-        raise
-    except HTTPError as error:
-        if type(error).__name__ not in _NO_ANSWERS:
-            raise
-        raise FileMetadataError(str(error)) from error
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FileMetadataError(str(error)) from error
 
 
 def complete(repo: str, snapshot: Path, names: Iterable[str]) -> None:
@@ -70,7 +47,7 @@ def complete(repo: str, snapshot: Path, names: Iterable[str]) -> None:
     _check_room(repo, blobs, files)
     for number, file in enumerate(files, 1):
         _download(file, blobs, f"{number} of {len(files)}")
-        with answers():
+        with connection.answers():
             hf_hub_download(repo, file.name, revision=snapshot.name)  # finds the blob and links it
 
 
@@ -79,7 +56,7 @@ def _describe(repo: str, commit: str, name: str) -> _File:
     from huggingface_hub.errors import FileMetadataError
 
     url = hf_hub_url(repo, name, revision=commit)
-    with answers():
+    with connection.answers():
         found = get_hf_file_metadata(url, retry_on_errors=True)
     if found.etag is None or found.size is None:
         raise FileMetadataError(f"{url} is served without an ETag or a size")
@@ -136,7 +113,7 @@ def _append(file: _File, partial: Path) -> None:
     while True:
         begun = _size(partial)
         try:
-            with partial.open("ab") as stream, answers():
+            with partial.open("ab") as stream, connection.answers():
                 http_get(
                     file.url,
                     stream,

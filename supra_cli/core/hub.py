@@ -5,21 +5,15 @@ Plans need no weights: the `config.json` of every aliased base is bundled, so th
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import socket
-import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from supra_cli.core import download
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError, first_line, near_miss
+from supra_cli.core import connection, download
+from supra_cli.core.errors import NotFoundError, SupraError, near_miss
 from supra_cli.core.folder import INDEX, Place, check_model, named_shards, no_weights, weight_files
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -55,7 +49,6 @@ _WANTED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "READ
 _DESCRIPTIONS = ("config.json", "generation_config.json", "adapter_config.json", "model_index.json")
 _UNWANTED = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_CONNECT_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ def resolve(name: str) -> Source:
     A run directory stands for its `last` model; `org/name@revision`, or an alias with one, pins a commit. NotFoundError
     for anything else, UsageError where HF_ENDPOINT is no address.
     """
-    _check_endpoint()
+    connection.check_endpoint()
     if not name:  # which pathlib takes for the working directory
         raise NotFoundError("the name of the model is empty; name a directory ('.' is this one), an alias or org/name")
     path = Path(os.path.expanduser(name))  # pathlib's own raises for a user that is not there
@@ -129,8 +122,8 @@ def fetch(source: Source) -> Path:
         check_model(source.path)
         weight_files(source.path)
         return source.path
-    with _translated(source):
-        online = _online()
+    with connection.translated(source):
+        online = connection.online()
         path = _snapshot(source, _WANTED, online)
         if missing := [name for name in named_shards(path) if not (path / name).exists()]:
             _fetch_weights(source, path, missing, online)
@@ -149,8 +142,8 @@ def config_folder(source: Source) -> Path:
         return source.path
     if is_bundled(source):
         return _bundled(source)
-    with _translated(source):
-        return _snapshot(source, _DESCRIPTIONS, _online())
+    with connection.translated(source):
+        return _snapshot(source, _DESCRIPTIONS, connection.online())
 
 
 def is_bundled(source: Source) -> bool:
@@ -204,13 +197,6 @@ def newest_output(runs: Path = Path("runs")) -> Path:
     return max(finished, key=lambda model: ((model / "config.json").stat().st_mtime, str(model)))
 
 
-def reach() -> str:
-    """Whether models can be downloaded, in words."""
-    if _offline_by_choice():
-        return "not asked: HF_HUB_OFFLINE is set"
-    return "reachable" if _online() else "cannot be reached"
-
-
 def _folders(root: Path) -> Iterator[Path]:
     """The directories in `root`, one level of grouping (`runs/demo/converted`) included."""
     for folder in _visible(root):
@@ -241,8 +227,8 @@ def _snapshot(source: Source, only: tuple[str, ...], online: bool) -> Path:
             super().__init__(*arguments, **{**settings, "disable": True})
 
     if online:
-        check_token()
-    with download.answers():
+        connection.check_token()
+    with connection.answers():
         folder = snapshot_download(
             source.repo,
             revision=source.revision,
@@ -262,7 +248,7 @@ def _fetch_weights(source: Source, path: Path, names: list[str], online: bool) -
 
     if not online:
         raise NotFoundError(
-            f"{source.repo} is only in part on this machine ({names[0]} is not) and {_why_offline()}; "
+            f"{source.repo} is only in part on this machine ({names[0]} is not) and {connection.why_offline()}; "
             f"run `supra prefetch {source.name}` where there is a network"
         )
     try:
@@ -281,135 +267,6 @@ def _place(source: Source, path: Path, online: bool) -> Place:
 
     if not online:
         return Place.hub(source.repo, source.revision, os.listdir(path))
-    with download.answers():
+    with connection.answers():
         files = HfApi().list_repo_files(source.repo, revision=path.name)
     return Place.hub(source.repo, source.revision, files)
-
-
-@contextmanager
-def _translated(source: Source) -> Iterator[None]:
-    """The hub's exceptions in this project's words and exit codes."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise NotAuthorisedError(
-            f"{source.repo} is gated: accept its terms on its hub page, then run `hf auth login` or set HF_TOKEN"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        of_alias = f" ({source.repo})" if source.kind == "alias" else ""
-        raise NotFoundError(
-            f"'{source.name}'{of_alias} is neither a directory here nor a model on the hub that you may see; "
-            "check the spelling, or log in with `hf auth login` if it is private"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise NotFoundError(f"{source.repo} has no revision '{source.revision}'") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        # huggingface_hub says "not in the cache" of whatever kept it from asking the hub, and keeps that as the cause.
-        if isinstance(error.__cause__, errors.HfHubHTTPError):
-            raise _refused(source, error.__cause__) from error
-        if isinstance(error.__cause__, errors.FileMetadataError):
-            raise no_hub() from error
-        raise NotFoundError(
-            f"{source.repo} is not on this machine and {_why_offline()}; "
-            f"run `supra prefetch {source.name}` where there is a network, or give a model's directory"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise _refused(source, error) from error
-    except errors.FileMetadataError as error:
-        raise no_hub() from error
-    except (errors.HTTPError, ConnectionError, TimeoutError) as error:
-        raise _broken_off(source) from error
-    except OSError as error:
-        if error.errno is None:  # what came was less than was announced
-            raise _broken_off(source) from error
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise SupraError(
-            f"cannot write to the hub's cache ({first_line(error)}); set HF_HOME to a place where you may write"
-        ) from error
-
-
-def _broken_off(source: Source) -> NotFoundError:
-    return NotFoundError(
-        f"the connection to the hub broke off while fetching {source.repo}; run again and it goes on from there"
-    )
-
-
-def _refused(source: Source, error: Exception) -> SupraError:
-    """What to do about the status that the hub answered with."""
-    status = error.response.status_code if error.response is not None else "no answer"
-    if status == 403 and (said := error.response.headers.get("X-Error-Message")):
-        return NotAuthorisedError(f"the hub refuses {source.repo} ({status}) and says: {said}")
-    if status in (401, 403):
-        return NotAuthorisedError(
-            f"the hub refuses {source.repo} ({status}); check HF_TOKEN, or run `hf auth login` again"
-        )
-    if status == 429:
-        return NotFoundError(
-            f"the hub takes no more requests from here for now (429), so {source.repo} was not fetched; "
-            "run again in some minutes, or with a token (`hf auth login`), which allows for more"
-        )
-    return NotFoundError(f"the hub did not deliver {source.repo} ({status}); try again later")
-
-
-def no_hub() -> NotFoundError:
-    return NotFoundError(f"what answers at {_endpoint()} is no Hugging Face hub; check HF_ENDPOINT and your proxy")
-
-
-def _why_offline() -> str:
-    return "HF_HUB_OFFLINE is set" if _offline_by_choice() else "the hub cannot be reached"
-
-
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-
-
-def _check_endpoint() -> None:
-    """Before anything of huggingface_hub is imported, which takes an address apart as it comes."""
-    try:
-        address = urllib.parse.urlsplit(_endpoint())
-        fits = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
-    except ValueError:
-        fits = False
-    if not fits:
-        raise UsageError(f"HF_ENDPOINT is '{_endpoint()}', expected an address such as https://huggingface.co; mend it")
-
-
-def check_token() -> None:
-    """NotAuthorisedError for a token that cannot be sent, over which huggingface_hub's client would stumble."""
-    from huggingface_hub.utils import build_hf_headers
-
-    sent = build_hf_headers().get("authorization", "")
-    if not (sent.isascii() and sent.isprintable()):
-        raise NotAuthorisedError(
-            "the token for the hub holds characters that no token has; check HF_TOKEN, or run `hf auth login` again"
-        )
-
-
-def _offline_by_choice() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def _online() -> bool:
-    """Whether the hub takes a connection within a few seconds: a closed network must not mean minutes of retries."""
-    if _offline_by_choice():
-        return False
-    endpoint = urllib.parse.urlsplit(_endpoint())
-    if endpoint.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(endpoint.netloc):
-        return True  # only the proxy knows
-    connected: list[bool] = []
-
-    def connect() -> None:
-        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-        try:
-            socket.create_connection((endpoint.hostname, port), timeout=_CONNECT_SECONDS).close()
-        except OSError:
-            return
-        connected.append(True)
-
-    attempt = threading.Thread(target=connect, daemon=True)  # in a thread because name look-up heeds no timeout
-    attempt.start()
-    attempt.join(_CONNECT_SECONDS + 1)
-    return bool(connected)

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from supra_cli.core import hub
+from supra_cli.core import connection, hub
 from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError
 
 
@@ -145,7 +145,7 @@ def test_a_closed_network_counts_as_offline(monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    assert hub.reach() == "cannot be reached"
+    assert connection.reach() == "cannot be reached"
 
 
 @pytest.mark.parametrize(

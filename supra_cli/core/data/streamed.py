@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pyarrow
 
-from supra_cli.core import download, hub
+from supra_cli.core import connection
 from supra_cli.core.data.packing import pack
 from supra_cli.core.data.tokens import encode, tokenizer_digest
 from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, first_line, near_miss
@@ -132,9 +132,9 @@ def _dataset(source: Source, split: str, commit: str | None) -> tuple[datasets.I
     from huggingface_hub import HfApi, errors
 
     revision = commit or source.revision
-    hub.check_token()
+    connection.check_token()
     try:
-        with download.answers():
+        with connection.answers():
             commit = HfApi().dataset_info(source.path, revision=revision).sha
         return datasets.load_dataset(source.path, source.name, split=split, revision=commit, streaming=True), commit
     except (errors.GatedRepoError, datasets.exceptions.DatasetNotFoundError) as error:
@@ -149,7 +149,7 @@ def _dataset(source: Source, split: str, commit: str | None) -> tuple[datasets.I
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise NotFoundError(f"there is no data '{source.path}', neither here nor on the hub; check the path") from error
     except errors.FileMetadataError as error:
-        raise hub.no_hub() from error
+        raise connection.no_hub() from error
     except (errors.OfflineModeIsEnabled, errors.HTTPError, ConnectionError, TimeoutError) as error:
         raise NotFoundError(
             f"dataset {source.path} cannot be reached: the hub is offline or switched off; "

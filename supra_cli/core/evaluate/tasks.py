@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import yaml
 
-from supra_cli.core import hub
+from supra_cli.core import connection
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, near_miss
 from supra_cli.core.evaluate import checks
 from supra_cli.core.evaluate.keys import definition
@@ -244,7 +244,7 @@ def _without_waiting() -> Iterator[None]:
     import datasets
     import huggingface_hub.constants
 
-    if hub.reach() == "reachable":
+    if connection.reach() == "reachable":
         yield
         return
     places = (huggingface_hub.constants, datasets.config)
