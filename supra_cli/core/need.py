@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from supra_cli.core import checkpoint
 from supra_cli.core import device as devices
 from supra_cli.core.data import rows
 from supra_cli.core.data.packing import Batch
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import NonFiniteError, UsageError
 from supra_cli.core.layout import Layout
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe import Data
@@ -42,6 +43,7 @@ def divergences(student: SupraForCausalLM, batches: Sequence[Batch]) -> dict[int
 
     p is the model with softmax attention in all these layers, p_ℓ with the mixer in ℓ alone. It is what a layer lacks
     once attention transfer is over, which trains each layer by itself and leaves all but mixers as it was.
+    NonFiniteError for one that is no number.
     """
     layers = {layer.mixer.spec.layer: layer for _, layer in student.swapped_layers()}
     sums = dict.fromkeys(layers, 0.0)
@@ -59,6 +61,11 @@ def divergences(student: SupraForCausalLM, batches: Sequence[Batch]) -> dict[int
 
         for number in layers:
             sums[number] += float(run(batch, number, divergence))
+    for number, total in sums.items():
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"the divergence of layer {number} is not finite; check the student's weights and its dtype"
+            )
     tokens = sum(batch.targets for batch in batches)
     return {number: total / tokens for number, total in sums.items()}
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from tiny import save_base
+from transformers import AutoModelForCausalLM
 
 from supra_cli.__main__ import main
 from supra_cli.commands import eval
@@ -19,10 +20,18 @@ from supra_cli.core.evaluate.harness import Model
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A base and its student under runs/, both random."""
+    """A base and its student under runs/, both random, and what is no teacher for every question: a model with the
+    same tokenizer and 128 learned positions, one with a wider head, one with another tokenizer.
+    """
     root = tmp_path_factory.mktemp("work")
-    texts = (text for _, text in list(corpus.documents("validation"))[:20])
+    texts = [text for _, text in list(corpus.documents("validation"))[:20]]
     save_base(root / "base", texts, num_hidden_layers=2, max_position_embeddings=256)
+    save_base(root / "learned", texts, "gpt2", num_hidden_layers=2, max_position_embeddings=128)
+    save_base(root / "other", [text.upper() for text in texts], num_hidden_layers=2)
+    shutil.copytree(root / "base", root / "wide")
+    wide = AutoModelForCausalLM.from_pretrained(root / "base")
+    wide.resize_token_embeddings(308)
+    wide.save_pretrained(root / "wide")
     checkpoint.convert(
         root / "base", root / "runs/student", mixer="supra", options={}, keep="none", seed=0, base=str(root / "base")
     )
@@ -159,6 +168,8 @@ def test_quiet_leaves_stderr_empty(capsys):
         (["--tasks", "stdlib_ppl", "--dtype", "int3"], 2, "int3"),
         (["--tasks", "stdlib_ppl", "--device", "toaster"], 2, "toaster"),
         (["--tasks", "stdlib_ppl", "-o", "runs"], 2, "folder"),
+        (["--tasks", "stdlib_ppl", "-o", "base/config.json/x.json"], 2, "cannot be written (base/config.json: "),
+        (["--tasks", "repeats", "--teacher", "learned", "--lengths", "99"], 2, "repeats has no row that fits"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_its_exit_code(capsys, arguments, code, words):
@@ -167,6 +178,36 @@ def test_a_mistake_is_one_sentence_and_its_exit_code(capsys, arguments, code, wo
     assert words in told(err)
     assert out == ""
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["agreement", "--teacher", "none"], "agreement compares with a teacher and there is none"),
+        (["positions", "--lengths", "1"], "rows of 2 tokens or more, got 1"),
+        (["positions,stdlib_ppl", "--lengths", "0"], "rows of 2 tokens or more, got 0"),
+        (["repeats", "--teacher", "other"], "teacher other has another tokenizer than the student"),
+        (["agreement", "--teacher", "wide"], "teacher wide has a vocabulary of 308, the student 300"),
+        (["stdlib_ppl", "--teacher", "learned", "--max-length", "129"], "learned has 128 positions"),
+    ],
+)
+def test_what_models_cannot_be_asked_is_told_before_one_is_loaded(capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr(checkpoint, "load", lambda *given, **named: pytest.fail("a model was loaded"))
+    code, _, err = supra(capsys, "eval", "runs/student", "-t", *arguments)
+    assert code == 2
+    assert words in told(err)
+
+
+def test_a_teacher_with_fewer_positions_shortens_what_both_are_asked(capsys):
+    asked = ["-t", "positions,stdlib_ppl", "--limit", "2", "--teacher", "learned", "--json"]
+    code, out, err = supra(capsys, "eval", "runs/student", *asked)
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["settings"]["max_length"] == 128
+    assert list(document["measures"]["positions"])[-1] == "64–127"
+    code, _, err = supra(capsys, "eval", "learned", "-t", "stdlib_ppl", "--limit", "2", "--max-length", "129")
+    assert code == 2
+    assert "--max-length is 129 and learned has 128 positions" in told(err)
 
 
 def test_names_are_checked_before_a_model_is_read(models, tmp_path, capsys):

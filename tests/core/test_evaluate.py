@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from supra_cli.core import checkpoint, corpus, evaluate
 from supra_cli.core.data import tokenizer as bpe
-from supra_cli.core.errors import NotFoundError, SupraError, UsageError
+from supra_cli.core.errors import NonFiniteError, NotFoundError, SupraError, UsageError
 from supra_cli.core.evaluate import batch, keys, run, store, tasks
 from supra_cli.core.evaluate import nats as module
 from supra_cli.core.evaluate.comparison import compare
@@ -146,11 +146,8 @@ def test_the_true_line_follows_its_context_in_a_held_out_document(questions):
     texts = dict(corpus.documents("validation"))
     assert len(questions) == 400
     for question in questions:
-        assert (
-            question["context"] + question["choices"][question["answer"]]
-            in "\n".join(line.rstrip() for line in ("\n" + texts[question["name"]]).split("\n"))
-            or question["context"] in texts[question["name"]]
-        )
+        whole = "\n".join(line.rstrip() for line in texts[question["name"]].split("\n"))
+        assert question["context"] + question["choices"][question["answer"]] in whole
 
 
 def test_distractors_are_real_lines_from_elsewhere_that_look_like_the_true_one(questions):
@@ -547,6 +544,72 @@ def test_scores_are_those_of_simple_evaluate(pair, words, tmp_path):
         assert answer["n-shot"][name] == ours[name]["num_fewshot"]
 
 
+def test_examples_of_a_chat_are_turns_as_on_lm_evals_command_line(pair, words, tmp_path):
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    words = copy.deepcopy(words)
+    words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    model, _ = pair[0][0].load()
+    found = evaluate.find(["chosen"], write_task(tmp_path / "own", "chosen", train=SUMS[6:], **CHOSEN))
+    settings = replace(FEW, limit=2, num_fewshot=2, apply_chat_template=True)
+    evaluate.score(evaluate.language_model(model, words, settings), "chosen", found, settings)
+    task = found.leaves["chosen"]
+    ours = [request.args for request in task.instances]
+    assert ours[0][0].count("[user]") == 3
+    assert ours[0][0].count("[assistant]") == 2
+
+    plain = HFLM(model, backend="causal", tokenizer=words, batch_size=4, max_length=512)
+    given = {"num_fewshot": 2, "limit": 2, "fewshot_random_seed": settings.seed, "apply_chat_template": True}
+    evaluator.simple_evaluate(plain, tasks=[task], task_manager=found.manager, fewshot_as_multiturn=True, **given)
+    assert ours == [request.args for request in task.instances]
+
+
+def test_nats_per_token_are_of_the_tokens_that_were_scored(pair, words, tmp_path):
+    """After an empty context a begin token is what the first token of a text follows, the text's own if it has one."""
+    (student, _), _ = pair
+    rows = [{"text": "1 + 1 = 2"}, {"text": f"{words.bos_token}2 + 2 = 4"}]
+    changes = {"output_type": "loglikelihood", "doc_to_text": "", "doc_to_target": "text", "generation_kwargs": None}
+    folder = write_task(tmp_path / "own", "texts", rows=rows, metric_list=[{"metric": "perplexity"}], **changes)
+    document = evaluate.evaluate(student, None, evaluate.find(["texts"], folder), FEW)
+    model, _ = student.load()
+    nats = [
+        formula(model, torch.tensor(words.encode(text))) for text in ("1 + 1 = 2", "2 + 2 = 4")
+    ]  # begin token first
+    expected = float(torch.cat(nats).mean())
+    assert document["results"]["texts"]["nats_per_token"]["student"] == pytest.approx(expected, abs=1e-4)
+
+
+LETTERS = {"output_type": "multiple_choice", "doc_to_choice": ["a", "b", "c", "d"], "generation_kwargs": None}
+TARGET = "answer|int // 2 % 4"
+
+
+@pytest.mark.parametrize(
+    ("target", "right", "metrics"),
+    [
+        (f"{{{{ {TARGET} }}}}", [3, 3, 3, 3], ["acc", "acc_mutual_info"]),
+        (f"{{{{ 'abcd'[{TARGET}] }}}}", [3, 3, 3, 3], ["acc"]),
+        (f"[{{{{ {TARGET} }}}}, 3]", [3, 3, 3, 12], ["acc"]),
+    ],
+    ids=["numbers", "texts", "lists"],
+)
+def test_what_is_picked_and_right_is_counted_over_the_choices(pair, tmp_path, target, right, metrics):
+    (student, _), _ = pair
+    changes = {**LETTERS, "doc_to_target": target, "metric_list": [{"metric": metric} for metric in metrics]}
+    folder = write_task(tmp_path / "own", "sums", **changes)
+    document = evaluate.evaluate(student, None, evaluate.find(["sums"], folder), replace(FEW, limit=None))
+    choices = document["tasks"]["sums"]["choices"]
+    assert choices["right"] == right
+    model, words = student.load()
+    picked = [0] * 4
+    for row in SUMS:  # each choice is one token after a space that is another
+        whole = [torch.tensor(words.encode(f"{row['question']} {choice}")) for choice in LETTERS["doc_to_choice"]]
+        known = len(words.encode(row["question"]))
+        sums = [float(formula(model, ids)[known - 1 :].sum()) for ids in whole]
+        picked[sums.index(min(sums))] += 1
+    assert choices["picked"] == picked
+
+
 def test_each_text_of_a_batch_opens_with_one_begin_token(words):
     lm = evaluate.language_model(small_llama(0, len(words)), words, FEW)
     own = words.bos_token + "def read"
@@ -624,6 +687,18 @@ def test_a_likelihood_that_is_no_number_is_an_error_not_a_score(words):
     found = evaluate.find(["stdlib_cloze"])
     with pytest.raises(SupraError, match=r"stdlib_cloze.*not finite.*weights and dtype"):
         evaluate.score(evaluate.language_model(model, words, FEW), "stdlib_cloze", found, FEW)
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 1.0}])
+def test_a_text_is_not_generated_from_logits_that_are_no_numbers(words, tmp_path, sampling):
+    model = small_llama(0, len(words))
+    with torch.no_grad():
+        model.model.norm.weight[5] = math.nan
+    changes = {"generation_kwargs": {"max_gen_toks": 4, "until": ["\n"], **sampling}}
+    found = evaluate.find(["sums"], write_task(tmp_path / "own", "sums", **changes))
+    with pytest.raises(NonFiniteError, match=r"sums.*not finite.*weights and dtype"):
+        evaluate.score(evaluate.language_model(model, words, FEW), "sums", found, FEW)
+    assert not model._forward_hooks
 
 
 @pytest.mark.parametrize("name", ["stdlib_cloze", "sums"])
@@ -751,6 +826,29 @@ def test_a_key_changes_with_the_arithmetic_and_the_code(pair, sums, tmp_path, mo
     assert len(seen) == 11
 
 
+@pytest.mark.parametrize("group", ["supra.mixers", "supra.archs", "supra.measures"])
+def test_a_key_changes_with_what_another_package_brings(tmp_path, monkeypatch, group):
+    monkeypatch.syspath_prepend(tmp_path)
+    point = metadata.EntryPoint("theirs", "their_part:Part", group)
+    monkeypatch.setattr(keys, "entry_points", lambda group: [point] if group == point.group else [])
+    seen = set()
+    for text in ("class Part: ...\n", "class Part: pass\n"):
+        (tmp_path / "their_part.py").write_text(text)
+        keys._code.cache_clear()
+        seen.add(keys._code())
+    keys._code.cache_clear()
+    assert len(seen) == 2
+
+
+def test_a_folder_of_ones_own_is_no_installed_package(pair, sums):
+    """Whatever it holds: all beside the task's Python is read."""
+    (student, _), _ = pair
+    (sums / "__init__.py").touch()
+    before = key_of(student.path, sums)
+    (sums / "helper.py").write_text("END = '!'\n")
+    assert key_of(student.path, sums) != before
+
+
 def test_a_key_is_made_where_a_process_named_its_precision_in_the_newer_way(pair, sums):
     """After it PyTorch raises for whoever reads an older name."""
     (student, _), _ = pair
@@ -859,6 +957,8 @@ def test_what_only_the_last_document_brings_out_is_told_with_the_task(pair, tmp_
     ("changes", "settings", "sentence"),
     [
         ({}, {"num_fewshot": 12}, "12 documents to draw examples from, too few for 12 examples"),
+        ({"fewshot_split": "test"}, {"num_fewshot": 12}, "too few for 12 examples and a question"),
+        ({"train": SUMS[6:8]}, {"num_fewshot": 3}, "2 documents to draw examples from, too few for 3 examples;"),
         ({"generation_kwargs": {"max_gen_toks": 600}}, {}, "up to 600 tokens.*512 tokens of context"),
     ],
 )
@@ -868,6 +968,25 @@ def test_settings_that_a_task_cannot_have_are_told_before_a_model_is_read(pair, 
     with pytest.raises(UsageError, match=sentence):
         evaluate.evaluate(student, None, found, replace(FEW, **settings))
     assert not loads
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        {"train": SUMS[6:8]},
+        {"train": SUMS[6:8], "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}},
+        {"fewshot_config": {"sampler": "first_n", "samples": SUMS[6:8]}},
+    ],
+    ids=["training split", "split of their own", "in the task file"],
+)
+def test_examples_from_elsewhere_may_all_be_shown(pair, tmp_path, examples):
+    """As mmlu's five of each subject, and the eight that gsm8k_cot brings."""
+    (student, _), _ = pair
+    found = evaluate.find(["sums"], write_task(tmp_path / "own", "sums", num_fewshot=2, **examples))
+    document = evaluate.evaluate(student, None, found, replace(FEW, limit=2))
+    assert document["tasks"]["sums"]["num_fewshot"] == 2
+    shown = found.leaves["sums"].instances[0].args[0]
+    assert all(f"{row['question']} {row['answer']}" in shown for row in SUMS[6:8])
 
 
 def test_two_files_with_one_task_are_told_and_so_is_a_task_that_a_group_redefines(own):

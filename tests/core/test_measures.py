@@ -10,13 +10,16 @@ import torch
 from tiny import save_base, tiny_model
 from transformers.modeling_outputs import CausalLMOutput
 
-from supra_cli.core import checkpoint, corpus, evaluate
+from supra_cli.core import checkpoint, corpus, evaluate, recipe
 from supra_cli.core.data import tokenizer as bpe
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import NonFiniteError, UsageError
 from supra_cli.core.evaluate.measures import Material, measures, ratio
+from supra_cli.core.lookup import lookup
 from supra_cli.core.mixers import mixers
+from supra_cli.core.train.loop import uptrain
 
 CERTAIN = 50.0
+TEXT = "def read(self): return self\n" * 50
 
 
 @dataclass
@@ -160,6 +163,13 @@ def test_the_interval_is_that_of_a_mean():
     assert ratio(values * 2, torch.full((400,), 4.0)).value == pytest.approx(figure.value / 2)
 
 
+@pytest.mark.parametrize("name", ["agreement", "recall_pairs", "repeats", "positions"])
+def test_no_figure_is_given_that_is_no_number(material, vocabulary, name):
+    model = Fixed(vocabulary, math.nan)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        ask(name, model, material, teacher=Model(vocabulary))
+
+
 def test_learned_positions_end_the_rows(material):
     short = Material(material.tokenizer, rows=4, train_length=32, longest=200)
     model = tiny_model("gpt2", "supra", vocab_size=len(material.tokenizer), max_position_embeddings=200)
@@ -181,6 +191,26 @@ def test_a_model_converted_in_memory_is_the_one_that_convert_writes(tmp_path, mi
         torch.testing.assert_close(memory(ids).logits, disk(ids).logits, rtol=0, atol=0)
     assert memory.config.swap == disk.config.swap
     assert not memory.training
+
+
+def test_before_training_is_the_conversion_whatever_the_seed_of_later_runs(tmp_path):
+    base = save_base(tmp_path / "base", [TEXT])
+    (tmp_path / "text.txt").write_text(TEXT)
+    student = checkpoint.convert(
+        base, tmp_path / "student", mixer="supra", options={}, keep="none", seed=3, base=str(base)
+    )
+    for seed in (7, 8):
+        raw = {
+            "base": str(base),
+            "seed": seed,
+            "data": {"seq_len": 16, "sources": [{"path": str(tmp_path / "text.txt")}]},
+            "stages": [{"kind": "finetune", "tokens": 32, "batch_tokens": 32, "lr": 1e-3}],
+        }
+        run = tmp_path / str(seed)
+        list(uptrain(recipe.validate(raw, lookup=lookup), run, model=student))
+        student = (run / "last").resolve()
+    ours, theirs = (evaluate.Subject(path.name, path, load=lambda: None) for path in (student, base))
+    assert evaluate.baselines(ours, theirs)["before training"].changes["seed"] == 3
 
 
 def test_each_branch_of_a_mixer_is_asked_alone(tmp_path, monkeypatch):

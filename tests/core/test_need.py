@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +11,7 @@ from tiny import save_base, tiny_model
 
 from supra_cli.core import checkpoint, need
 from supra_cli.core.data.packing import Batch
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import NonFiniteError, UsageError
 from supra_cli.core.evaluate.nats import next_tokens
 
 TEXT = "def read(self, size=-1):\n    return self.buffer[:size]\n" * 50
@@ -40,6 +42,14 @@ def test_a_layer_is_judged_alone_in_the_model_that_was():
             each = (logits[0].exp() * (logits[0] - logits[1])).sum(-1)
             wanted += float(each[rows.labels >= 0].sum())
         assert found[layer] == pytest.approx(wanted / sum(rows.targets for rows in batches), rel=1e-4)
+
+
+def test_a_divergence_that_is_no_number_ranks_nothing():
+    student = tiny_model("llama", "t2r").eval()
+    with torch.no_grad():
+        student.model.norm.weight[3] = math.nan
+    with pytest.raises(NonFiniteError, match=r"layer 0 is not finite.*weights"):
+        need.divergences(student, [batch()])
 
 
 def test_the_neediest_are_softmax_again_and_the_rest_is_as_it_was(tmp_path):

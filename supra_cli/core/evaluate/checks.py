@@ -66,11 +66,11 @@ def check_settings(name: str, task, path: Path | None, shots: int, max_length: i
     """UsageError for a number of examples, or a length of context, that this task cannot have."""
     if shots:
         with told(name, path):
-            pool = len(list(task.fewshot_docs() or ()))
-        if shots >= pool:
+            pool, asked = len(list(task.fewshot_docs() or ())), _draws_from_what_is_asked(task)
+        if pool < shots + asked:
             raise UsageError(
-                f"{_where(name, path)} has {pool} documents to draw examples from, too few for {shots} examples and a "
-                "question; give a smaller --num-fewshot"
+                f"{_where(name, path)} has {pool} documents to draw examples from, too few for {shots} examples"
+                f"{' and a question' if asked else ''}; give a smaller --num-fewshot"
             )
     if task.OUTPUT_TYPE == "generate_until":
         from lm_eval.models.utils import normalize_gen_kwargs
@@ -81,6 +81,17 @@ def check_settings(name: str, task, path: Path | None, shots: int, max_length: i
                 f"{_where(name, path)} generates up to {wanted} tokens, which leaves no room for a prompt in "
                 f"{max_length} tokens of context; give a larger --max-length"
             )
+
+
+def _draws_from_what_is_asked(task) -> bool:
+    """Whether examples come from the documents that are asked: lm-eval then draws one more, to leave out the question.
+
+    So it does where the two splits have one name; where no split, sample or other document is named, they are the same.
+    """
+    examples = getattr(task, "fewshot_cfg", None)
+    if examples is None or examples.split == task.config.test_split:
+        return True
+    return not (examples.split or examples.samples or task.has_training_docs() or task.has_validation_docs())
 
 
 @contextmanager
@@ -310,14 +321,22 @@ def _rehearse(name: str, task, path: Path | None) -> None:
 
 def is_outside(task, document) -> bool:
     """Whether the right answer is none of the choices: lm-eval counts such a question as wrong."""
+    return None in right_answers(task, document)
+
+
+def right_answers(task, document) -> set[int | None]:
+    """The numbers of the right answers, from 0, whether the task tells numbers or texts; None stands for what is none
+    of the choices. Of a task in Python without fields they are not known.
+    """
     if not hasattr(task, "features"):
-        return False
+        return set()
     choices = task.doc_to_choice(document)
     target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    for answer in target if isinstance(target, list) else [target]:
-        if not (0 <= answer < len(choices) if isinstance(answer, int) else answer in choices):
-            return True
-    return False
+    numbers = [
+        choices.index(answer) if answer in choices else answer
+        for answer in (target if isinstance(target, list) else [target])
+    ]
+    return {number if isinstance(number, int) and 0 <= number < len(choices) else None for number in numbers}
 
 
 def _take(name: str, task, path: Path | None, document, requests: list) -> None:

@@ -11,7 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from supra_cli.core.data.tokenizer import check_ids
-from supra_cli.core.errors import SupraError
+from supra_cli.core.errors import NonFiniteError, SupraError
 
 
 class Model(HFLM):
@@ -59,9 +59,7 @@ class Model(HFLM):
         self._check_ids([[*context, *answer] for _, context, answer in requests])
         answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
         if not all(math.isfinite(likelihood) for likelihood, _ in answers):
-            raise SupraError(
-                f"task '{self.task}': the likelihood of an answer is not finite; check the model's weights and dtype"
-            )
+            raise self._not_finite("the likelihood of an answer is")
         if requests[0][0] is None:  # windows, of which lm-eval tells no cache
             self._answered(len(requests))
         return answers
@@ -99,8 +97,18 @@ class Model(HFLM):
             return super()._model_call(*args, **options)
 
     def _model_generate(self, *args: Any, **options: Any):
-        with self._computing():
+        """With a look at what follows the prompts: of logits that are no numbers `generate` would make a text."""
+
+        def look(module: Any, inputs: Any, output: Any) -> None:
+            hook.remove()
+            if not output.logits[:, -1].isfinite().all():
+                raise self._not_finite("logits are")
+
+        with self.model.register_forward_hook(look) as hook, self._computing():
             return super()._model_generate(*args, **options)
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(f"task '{self.task}': {what} not finite; check the model's weights and dtype")
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

@@ -85,11 +85,12 @@ def _read_files(path: Path) -> Iterator[Path]:
 
 @functools.cache
 def _code() -> str:
-    """Of supra's own Python and of the mixers and architectures of other packages: a version does not change while
-    somebody writes a mixer.
+    """Of supra's own Python and of the mixers, architectures and measures of other packages: a version does not change
+    while somebody writes a mixer.
     """
     folders = [Path(__file__).parents[1], Path(importlib.util.find_spec("supra_kernels").origin).parent]
-    for point in itertools.chain(entry_points(group="supra.mixers"), entry_points(group="supra.archs")):
+    groups = (entry_points(group=f"supra.{name}") for name in ("mixers", "archs", "measures"))
+    for point in itertools.chain(*groups):
         if (spec := importlib.util.find_spec(point.module)) is not None and spec.origin is not None:
             folders.append(Path(spec.origin).parent)
     return digest("".join(_digest_of(folder, folder.rglob("*.py")) for folder in folders))
@@ -139,7 +140,7 @@ def _python(task) -> Iterator[tuple[Path, Iterable[Path]]]:
         folder = source.parent
         if source.is_relative_to(shipped):
             continue
-        if {"site-packages", "dist-packages"} & set(source.parts) or (folder / "__init__.py").exists():
+        if {"site-packages", "dist-packages"} & set(source.parts):
             yield folder, [source]
         else:
             yield folder, (file for file in folder.rglob("*") if _is_read(file.relative_to(folder)) and file.is_file())

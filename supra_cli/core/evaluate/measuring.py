@@ -14,11 +14,12 @@ import torch
 
 from supra_cli.core import checkpoint
 from supra_cli.core.environment import versions
+from supra_cli.core.errors import UsageError
 from supra_cli.core.evaluate import keys
 from supra_cli.core.evaluate.measures import NEED_TEACHER, Material, measures
-from supra_cli.core.evaluate.run import Progress, Subject, about, known
+from supra_cli.core.evaluate.run import Progress, Subject, about, known, positions
 from supra_cli.core.evaluate.scoring import Settings
-from supra_cli.core.files import dumps, finite
+from supra_cli.core.files import dumps
 from supra_cli.core.mixers import mixers
 from supra_cli.core.recipe.keep import SOFTMAX
 
@@ -52,7 +53,8 @@ def baselines(student: Subject, base: Subject | None) -> dict[str, Subject]:
     if base is not None and (trained or (swap.mixer, swap.options) != ("window", WINDOW)):
         found["untrained window"] = _made(base, "untrained window", mixer="window", options=WINDOW, keep=keep, seed=0)
     if trained:
-        seed = _recipe(provenance).get("seed", provenance.get("seed", 0))
+        seed = provenance.get("seed")  # of the conversion; that of the run's recipe may be another
+        seed = _recipe(provenance).get("seed", 0) if seed is None else seed
         kept = student.path.resolve().parent / "converted"
         in_a_run = student.path.resolve().name.startswith("step-") and kept.exists()
         if in_a_run and not checkpoint.read_provenance(kept).get("tokens"):
@@ -65,21 +67,52 @@ def baselines(student: Subject, base: Subject | None) -> dict[str, Subject]:
     return found
 
 
-def material(student: Subject, base: Subject | None, settings: Settings, lengths: tuple[int, ...] = ()) -> Material:
-    """What the measures ask of the student and of all beside it. The length of training is that of the newest recipe
-    that supra knows of, the student's or its base's, else the context of the settings.
+def material(
+    student: Subject, teacher: Subject | None, names: Sequence[str], settings: Settings, lengths: tuple[int, ...] = ()
+) -> Material:
+    """What the measures `names` ask of the student and of all beside it. The length of training is that of the newest
+    recipe that supra knows of, the student's or its teacher's, else the context of the settings.
+
+    UsageError where a measure would have nothing to compare with, or no row, or a teacher that reads other tokens.
     """
-    recipes = [_recipe(checkpoint.read_provenance(subject.path)) for subject in (student, base) if subject]
+    recipes = [_recipe(checkpoint.read_provenance(subject.path)) for subject in (student, teacher) if subject]
     known = [recipe["data"]["seq_len"] for recipe in recipes if "data" in recipe]
-    config = checkpoint.read_config(student.path)
-    return Material(
+    asked = Material(
         checkpoint.load_tokenizer(student.path),
         rows=settings.limit or Material.rows,
         train_length=known[0] if known else settings.max_length,
         lengths=lengths,
-        longest=config.limit(),
+        longest=positions(student, teacher),
         batch_size=settings.batch_size,
     )
+    compared = [name for name in names if name in NEED_TEACHER]
+    if compared and teacher is None:
+        raise UsageError(f"{compared[0]} compares with a teacher and there is none; name one with --teacher")
+    if "positions" in names and max(lengths, default=2) < 2:
+        raise UsageError(f"positions takes rows of 2 tokens or more, got {max(lengths)} as the longest of --lengths")
+    if teacher is not None:
+        _check_tokens(asked, student, teacher, bool(compared))
+    return asked
+
+
+def _check_tokens(asked: Material, student: Subject, teacher: Subject, compared: bool) -> None:
+    """UsageError unless the rows, which the student's tokenizer makes, say the same to the teacher; and unless logits
+    are of as many numbers, where they are `compared`. That the teacher has further tokens is no harm.
+    """
+    theirs, ordinary = Material(checkpoint.load_tokenizer(teacher.path)), set(asked.words.tolist())
+    ours, others = (each.tokenizer.get_vocab() for each in (asked, theirs))
+    same = all(others.get(token) == number for token, number in ours.items() if number in ordinary)
+    if not (same and asked.begin.equal(theirs.begin) and asked.text.equal(theirs.text)):
+        raise UsageError(
+            f"teacher {teacher.name} has another tokenizer than the student, and a measure gives both the same token "
+            "numbers; name a teacher with the student's own, or --teacher none"
+        )
+    sizes = [checkpoint.read_config(subject.path).vocab_size for subject in (student, teacher)]
+    if compared and sizes[0] != sizes[1]:
+        raise UsageError(
+            f"teacher {teacher.name} has a vocabulary of {sizes[1]}, the student {sizes[0]}; logits can only be "
+            "compared over one vocabulary"
+        )
 
 
 def measure(
@@ -93,7 +126,8 @@ def measure(
     """(the figures, what is known of each subject) of `subjects`, {role: model}, on the measures `names`.
 
     One model is in memory at a time, and the teacher beside it once a measure has compared the two. What was measured
-    before for the same weights and rows is not measured again, unless `fresh`.
+    before for the same weights and rows is not measured again, unless `fresh`. UsageError for a measure that has no
+    figure.
     """
     figures: Figures = {name: {} for name in names}
     told: dict[str, dict[str, Any]] = {}
@@ -121,7 +155,9 @@ def measure(
             progress(subject.name, name, 0, 0)
             log.info("%s: %s", subject.name, name)
             values = measures.get(name)(model, material, teacher=teacher)
-            records[name] = finite({"model": subject.name, "values": {k: v._asdict() for k, v in values.items()}})
+            if not values:
+                raise UsageError(f"{name} has no row that fits; give shorter --lengths, or leave it out")
+            records[name] = {"model": subject.name, "values": {k: v._asdict() for k, v in values.items()}}
             store.add(name, key[name], records[name])
         del model
         gc.collect()

@@ -13,6 +13,7 @@ from typing import Any
 from supra_cli.core import checkpoint
 from supra_cli.core.data.tokenizer import check_chat_template
 from supra_cli.core.environment import versions
+from supra_cli.core.errors import UsageError
 from supra_cli.core.evaluate import checks, keys
 from supra_cli.core.evaluate.comparison import Records, compare, letters, with_groups
 from supra_cli.core.evaluate.scoring import Settings, language_model, score, shots
@@ -60,12 +61,12 @@ def evaluate(
     `fresh`; a run that was stopped goes on after its last finished task (each subject of a group like mmlu is one).
     Returns one JSON document: {"results": {task: {metric: {student, teacher, recovery, stderr, ...}}}, "tasks": {task:
     how it was asked}, "student", "teacher", "settings", "versions", "seconds"}; see `compare` for the figures.
-    UsageError where a task cannot be asked with these settings.
+    UsageError where a task, or a model, cannot be asked with these settings.
     """
     start = time.monotonic()
-    for subject in (student, teacher) if settings.apply_chat_template else ():
+    for subject in (student, teacher):
         if subject is not None:
-            check_chat_template(checkpoint.load_tokenizer(subject.path))
+            _check_model(subject, settings)
     examples = {name: shots(task, settings) for name, task in tasks.leaves.items()}
     for name, task in tasks.leaves.items():
         checks.check_settings(name, task, tasks.file(name), examples[name], settings.max_length)
@@ -98,15 +99,29 @@ def evaluate(
     return document
 
 
-def context_length(path: Path, most: int = 4096) -> int:
-    """Tokens of context of the model at `path`, as its base was trained: a recurrent student and its teacher are
-    asked the same.
+def context_length(student: Subject, teacher: Subject | None, most: int = 4096) -> int:
+    """Tokens of context as the student's base was trained, where both have positions for so many: a recurrent student
+    and its teacher are asked the same.
     """
-    config = checkpoint.read_config(path)
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(length := getattr(config, name, None), int):
-            return min(length, most)
-    return most
+    config = checkpoint.read_config(student.path)
+    trained = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return min(length for length in (*trained, positions(student, teacher), most) if isinstance(length, int))
+
+
+def positions(*subjects: Subject | None) -> int | None:
+    """How many positions all of `subjects` have, None where there is no end."""
+    limits = (checkpoint.read_config(subject.path).limit() for subject in subjects if subject is not None)
+    return min(filter(None, limits), default=None)
+
+
+def _check_model(subject: Subject, settings: Settings) -> None:
+    limit = positions(subject)
+    if limit is not None and settings.max_length > limit:
+        raise UsageError(
+            f"--max-length is {settings.max_length} and {subject.name} has {limit} positions; give at most that"
+        )
+    if settings.apply_chat_template:
+        check_chat_template(checkpoint.load_tokenizer(subject.path))
 
 
 def _scores(

@@ -81,6 +81,7 @@ def score(
             limit=settings.limit,
             bootstrap_iters=RESAMPLES,
             apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.apply_chat_template,  # as on its command line: an example is a turn
         )
     samples, config = answer["samples"][name], answer["configs"][name]
     if not samples:
@@ -95,7 +96,7 @@ def score(
     choices = None
     match config.get("output_type"):
         case "multiple_choice":
-            choices = _choices(first_filter)
+            choices = _choices(task, first_filter)
         case "loglikelihood_rolling" | "loglikelihood":
             documents |= _likelihoods(first_filter, lm)
             metrics |= _nats_per_token(documents, samples[0]["filter"])
@@ -168,8 +169,20 @@ def _likelihoods(samples: list[dict], lm) -> dict[str, list[float]]:
         *context, text = sample["arguments"][0]
         answer = sample["filtered_resps"][0]
         nats.append(-float(answer[0] if context else answer))
-        tokens.append(len(lm._encode_pair(context[0], text)[1]) if context and context[0] else len(lm.tok_encode(text)))
-    return {"nats": nats, "tokens": [float(count) for count in tokens]}
+        tokens.append(float(_scored_tokens(lm, text, *context)))
+    return {"nats": nats, "tokens": tokens}
+
+
+def _scored_tokens(lm, text: str, context: str | None = None) -> int:
+    """Tokens that lm-eval scores: of a text alone all, its begin token too; of one after a context that is empty
+    neither that nor the token that it takes for the context.
+    """
+    if context is None:
+        return len(lm.tok_encode(text))
+    if context:
+        return len(lm._encode_pair(context, text)[1])
+    ids = lm.tok_encode(text, add_special_tokens=False)
+    return len(ids) - (ids[0] == lm.prefix_token_id)
 
 
 def _nats_per_token(documents: dict[str, list[float]], name: str) -> dict[str, float]:
@@ -190,15 +203,20 @@ def ratio_stderr(residuals: list[float], total: float) -> float:
     return math.sqrt(count / (count - 1) * math.fsum(value * value for value in residuals)) / total
 
 
-def _choices(samples: list[dict]) -> dict[str, list[int]]:
-    widest = max(len(sample["arguments"]) for sample in samples)
+def _choices(task, samples: list[dict]) -> dict[str, list[int]]:
+    widest = max(_count(sample) for sample in samples)
     picked, right = [0] * widest, [0] * widest
     for sample in samples:
-        likelihoods = [answer[0] for answer in sample["filtered_resps"]]
+        likelihoods = [answer[0] for answer in sample["filtered_resps"][: _count(sample)]]
         picked[likelihoods.index(max(likelihoods))] += 1
-        if isinstance(sample["target"], int) and 0 <= sample["target"] < widest:
-            right[sample["target"]] += 1
+        for number in checks.right_answers(task, sample["doc"]) - {None}:
+            right[number] += 1
     return {"picked": picked, "right": right}
+
+
+def _count(sample: dict) -> int:
+    """How many choices a question has: acc_mutual_info asks for each with the context and, after these, without it."""
+    return len(sample["arguments"]) // (2 if "acc_mutual_info" in sample["metrics"] else 1)
 
 
 def _chance(config: dict, documents: dict[str, list[float]], samples: list[dict]) -> dict[str, float]:
@@ -216,11 +234,8 @@ def _chance(config: dict, documents: dict[str, list[float]], samples: list[dict]
 
 
 def _guess(sample: dict) -> float:
-    both = (
-        2 if "acc_mutual_info" in sample["metrics"] else 1
-    )  # that metric asks for each choice with and without the context
     right = len(set(sample["target"])) if isinstance(sample["target"], list) else 1
-    return right / (len(sample["arguments"]) // both)
+    return right / _count(sample)
 
 
 @contextlib.contextmanager

@@ -287,6 +287,7 @@ class Trainer:
             "base": self.origin.base,
             "parent": self.origin.parent,
             "recipe": recipes.dumps(self.recipe),
+            "seed": checkpoint.read_provenance(self._checkpoint or self.run.path / "converted").get("seed"),
             "step": self.counters.step,
             "tokens": self.counters.tokens,
             "tokens_before": self.origin.tokens,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from supra_cli.core.corpus import documents
 from supra_cli.core.data.tokenizer import token_ids
-from supra_cli.core.errors import UsageError
+from supra_cli.core.errors import NonFiniteError, UsageError
 from supra_cli.core.registry import Registry
 
 RESAMPLES = 1000
@@ -115,7 +115,8 @@ NEED_TEACHER = ("agreement",)
 def ratio(above: Tensor, below: Tensor | None = None) -> Value:
     """Σ above / Σ below over rows [N], both resampled together; the mean of `above` where `below` is None.
 
-    Source of the interval: the percentile bootstrap (Efron 1979), 1,000 resamples from a fixed seed.
+    Source of the interval: the percentile bootstrap (Efron 1979), 1,000 resamples from a fixed seed. NonFiniteError
+    where one of the three is no number.
     """
     above = above.double()
     below = torch.ones_like(above) if below is None else below.double()
@@ -123,4 +124,7 @@ def ratio(above: Tensor, below: Tensor | None = None) -> Value:
     draws = torch.randint(rows, (RESAMPLES, rows), generator=torch.Generator().manual_seed(0))
     again = above[draws].sum(1) / below[draws].sum(1)
     low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Value(float(above.sum() / below.sum()), low, high, rows)
+    figure = Value(float(above.sum() / below.sum()), low, high, rows)
+    if not all(map(math.isfinite, figure)):
+        raise NonFiniteError("a figure of a measure is not finite; check the model's weights and its dtype")
+    return figure
