@@ -24,11 +24,18 @@ class Around(NamedTuple):
     """o_t is divided by max(d_t, denominator_min), d_t = scale · q_t·z_t; the state has z for a last column."""
     denominators: bool = False
     """d [B,T,H], in fp32 or finer, is returned too: two attentions are added up by it under one denominator."""
+    wide: bool = False
+    """o is returned in fp32 or finer, not in v's dtype: for a caller with a norm or sum of its own after it."""
 
     @property
     def sums(self) -> bool:
         """Whether a state has z beside it."""
         return self.denominator_min is not None
+
+    @property
+    def widens(self) -> bool:
+        """Whether the sum is wanted as it is added up: what has a mean to lose, or a divisor, is rounded after that."""
+        return self.wide or self.sums or self.norm_eps is not None
 
     def check(self) -> None:
         if self.norm_eps is not None and self.sums:

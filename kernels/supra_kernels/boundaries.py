@@ -73,6 +73,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def writable(state: Tensor) -> Tensor:
+    """A state that a step may overwrite: a copy of one that was made in inference mode, which PyTorch lets nobody write
+    to outside of it. torch.compile, which cannot ask, takes it as it is."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not state.is_inference():
+        return state
+    return state.clone()
+
+
 def log_decay(g: Tensor | None, real: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """g in the compute dtype, floored; with `real` [B,T] it is [B,T,H], 0 on padding, which a fixed decay skips too."""
     if g is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from supra_kernels import delta_chunk  # noqa: F401  (defines the operator of torch.library)
-from supra_kernels.boundaries import OPERATORS, compute_dtype, decoded, log_decay
+from supra_kernels.boundaries import OPERATORS, compute_dtype, decoded, log_decay, writable
 from supra_kernels.boundaries import documents as coded
 from supra_kernels.library import STEP_LENGTH
 from supra_kernels.operator import check_shapes, passing_over, without_autocast
@@ -101,10 +101,11 @@ def _step(q, k, v, g, beta, scale, state, documents):
         kept[:, 0] = 1
         decay = kept.expand(*q.shape[:3], 1) if decay is None else decay * kept
         k = k * real[:, :, None, None]
-    q, k, values, beta = ((q * scale).to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype))
+    q, k, values, beta = q.to(dtype) * scale, k.to(dtype), v.to(dtype), beta.to(dtype)
     S = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
     inputs = [x for x in (q, k, values, beta, decay, S) if x is not None]
     in_place = not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    S = writable(S) if in_place else S
     outputs = []
     for t in range(q.shape[1]):
         if decay is not None:

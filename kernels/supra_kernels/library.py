@@ -14,7 +14,7 @@ from torch import Tensor
 
 from supra_kernels import chunk as chunked
 from supra_kernels.around import Around
-from supra_kernels.boundaries import NAMESPACE, OPERATORS, compute_dtype
+from supra_kernels.boundaries import NAMESPACE, OPERATORS, compute_dtype, writable
 
 STEP_LENGTH = 4
 """Tokens up to which one step after another is quicker than a chunk (measured on a CPU)."""
@@ -30,7 +30,7 @@ library.define(
 )
 library.define(
     "triton(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? documents, float scale, float? norm_eps,"
-    " float? denominator_min) -> (Tensor, Tensor, Tensor)"
+    " float? denominator_min, bool wide) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
     "triton_backward(Tensor do, Tensor? dS, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? state, Tensor? documents,"
@@ -39,7 +39,7 @@ library.define(
 )
 library.define(
     "triton_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor? cos, Tensor? sin, bool relu,"
-    " float scale, float? norm_eps, float? denominator_min) -> (Tensor, Tensor)"
+    " float scale, float? norm_eps, float? denominator_min, bool wide) -> (Tensor, Tensor)"
 )
 
 library.define("rotary(Tensor x, Tensor cos, Tensor sin, bool relu) -> Tensor")
@@ -61,16 +61,19 @@ def gpu(module: str) -> ModuleType:
         ) from error
 
 
-def _triton(q, k, v, g, state, documents, scale, norm_eps, denominator_min):
+def _triton(q, k, v, g, state, documents, scale, norm_eps, denominator_min, wide=False):
     launch = gpu("launch")
     problem = launch.Problem(q, k, v, g, documents, scale, sums=denominator_min is not None)
-    return launch.forward(problem, state, v.dtype, norm_eps=norm_eps, denominator_min=denominator_min)
+    out_dtype = torch.float32 if wide else v.dtype
+    return launch.forward(problem, state, out_dtype, norm_eps=norm_eps, denominator_min=denominator_min)
 
 
 def _triton_backward(do, dS, q, k, v, g, state, documents, scale, o, row, d_row, denominator_min, decays):
     launch = gpu("launch")
     problem = launch.Problem(q, k, v, g, documents, scale, sums=denominator_min is not None)
     finish = None if row is None else launch.Finish(o, row, denominator_min, d_row)
+    if finish is None and problem.half:
+        do = do.bfloat16()  # of a wide o it comes in fp32, and enters bf16 products next
     grads = launch.backward(problem, state, do, finish, dS, decays=decays)
     dg = q.new_empty(0, dtype=torch.float32) if grads.g is None else grads.g
     if decays:
@@ -78,10 +81,10 @@ def _triton_backward(do, dS, q, k, v, g, state, documents, scale, o, row, d_row,
     return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), dg, grads.state
 
 
-def _triton_step(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min):
+def _triton_step(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min, wide=False):
     problem = gpu("launch").Problem(q, k, v, g, None, scale, sums=denominator_min is not None)
     before, after = {"cos": cos, "sin": sin, "relu": relu}, {"norm_eps": norm_eps, "denominator_min": denominator_min}
-    return gpu("tokens").step(problem, state, v.dtype, **before, **after)
+    return gpu("tokens").step(problem, state, torch.float32 if wide else v.dtype, **before, **after)
 
 
 def _rotary(x, cos, sin, relu):
@@ -100,8 +103,8 @@ for _key in ("CUDA", "CPU"):
     library.impl("triton_step", _triton_step, _key)
 
 
-def _output(q: Tensor, v: Tensor) -> Tensor:
-    return v.new_empty(*q.shape[:3], v.shape[-1])
+def _output(q: Tensor, v: Tensor, wide: bool = False) -> Tensor:
+    return v.new_empty(*q.shape[:3], v.shape[-1], dtype=torch.float32 if wide else v.dtype)
 
 
 def _state(q: Tensor, k: Tensor, v: Tensor, sums: bool = False) -> Tensor:
@@ -118,14 +121,14 @@ def _(q, k, v, g, state, documents, scale, keep):
 
 
 @torch.library.register_fake(f"{NAMESPACE}::triton", lib=library)
-def _(q, k, v, g, state, documents, scale, norm_eps, denominator_min):
+def _(q, k, v, g, state, documents, scale, norm_eps, denominator_min, wide):
     S = _state(q, k, v, denominator_min is not None)
-    return _output(q, v), S, S.new_empty(0 if norm_eps is None and denominator_min is None else q.shape[:3])
+    return _output(q, v, wide), S, S.new_empty(0 if norm_eps is None and denominator_min is None else q.shape[:3])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::triton_step", lib=library)
-def _(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min):
-    return _output(q, v), state.new_empty(0 if denominator_min is None else q.shape[:3])
+def _(q, k, v, g, state, cos, sin, relu, scale, norm_eps, denominator_min, wide):
+    return _output(q, v, wide), state.new_empty(0 if denominator_min is None else q.shape[:3])
 
 
 def _fake_gradients(q, k, v, g, decays, sums=False):
@@ -172,7 +175,7 @@ def _chunk_setup(ctx, inputs, output):
 
 
 def _triton_setup(ctx, inputs, output):
-    q, k, v, g, state, documents, ctx.scale, norm_eps, ctx.denominator_min = inputs
+    q, k, v, g, state, documents, ctx.scale, norm_eps, ctx.denominator_min, _ = inputs
     o, _, row = output
     if ctx.denominator_min is None:
         ctx.mark_non_differentiable(row)
@@ -192,7 +195,7 @@ def _triton_gradients(ctx, do, dS, d_row):
     q, k, v, g, state, documents, o, row = ctx.saved_tensors
     do, decays = _output(q, v).zero_() if do is None else do, ctx.needs_input_grad[3]
     given = (q, k, v, g, state, documents, ctx.scale, o, row, d_row, ctx.denominator_min)
-    return *_for_inputs(OPERATORS.triton_backward(do, dS, *given, decays), state, decays), None, None, None, None
+    return *_for_inputs(OPERATORS.triton_backward(do, dS, *given, decays), state, decays), *[None] * 5
 
 
 def _for_inputs(grads, state, decays):
@@ -241,17 +244,18 @@ def triton(
     """
     if compute_dtype(q, k, v) == torch.float64:
         raise ValueError("the triton form computes in fp32, got float64: use the form chunk")
+    after = around.norm_eps, around.denominator_min, around.wide
     if q.shape[1] > STEP_LENGTH or documents is not None or _needs_gradient(q, k, v, g, state):
         q, k = (around.prepared(x, form="triton") for x in (q, k))
         # Here and saved so, or the launcher would copy once forward and once more backward.
         q, k, v = (x.contiguous() for x in (q, k, v))
-        return OPERATORS.triton(q, k, v, g, state, documents, scale, around.norm_eps, around.denominator_min)
+        return OPERATORS.triton(q, k, v, g, state, documents, scale, *after)
     if state is None:
         S = _state(q, k, v, around.sums).zero_()
     else:
-        S = state.to(torch.float32).contiguous()
+        S = writable(state.to(torch.float32).contiguous())
     before = (*(around.rotation or (None, None)), around.relu)
-    o, d = OPERATORS.triton_step(q, k, v, g, S, *before, scale, around.norm_eps, around.denominator_min)
+    o, d = OPERATORS.triton_step(q, k, v, g, S, *before, scale, *after)
     return o, S, d
 
 

@@ -43,10 +43,10 @@ def linear_attention(
     segment [B,T] numbers the documents of a row, non-decreasing over real tokens, -1 on padding. S is zeroed where a
     document starts; a padding token changes nothing, and the output there is finite and meaningless.
     documents is what `supra_kernels.documents` made of the segment, for callers of several layers with the same one.
-    around is what surrounds the sum, relu, rotation, norm_eps, denominator_min and denominators: see `Around`. The
-    rotation is `rotary`'s, and norm_eps normalises as GroupNorm with H groups and no affine does.
-    Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs);
-    after them d [B,T,H] if denominators are asked for.
+    around is what surrounds the sum, relu, rotation, norm_eps, denominator_min, denominators and wide: see `Around`.
+    The rotation is `rotary`'s, and norm_eps normalises as GroupNorm with H groups and no affine does.
+    Returns o [B,T,H,V], rounded once, to v's dtype, or with wide not at all, and the state after each row's last real
+    token, fp32 (float64 for float64 inputs); after them d [B,T,H] if denominators are asked for.
     With denominator_min, o_t is divided by the sum of its weights, o_t / max(d_t, denominator_min), where d_t = scale ·
     q_t·z_t and z_t = exp(g_t) z_{t-1} + k_t. The state is then [B,H,K,V+1], its last column z.
     Without gradients the step form overwrites `state` and returns it.
@@ -79,10 +79,12 @@ def linear_attention(
             o, S, d = triton(q, k, v, g, scale=scale, state=state, **layout, around=around)
         else:
             q, k = (around.prepared(x, form="chunk") for x in (q, k))
-            values = with_ones(v.to(compute_dtype(q, k, v))) if around.sums else v
+            values = v.to(compute_dtype(q, k, v)) if around.widens else v  # a form's o is in its values' dtype
+            values = with_ones(values) if around.sums else values
             o, S = FORMS[form](q, k, values, g, scale=scale, state=state, **layout)
             o, d = around.finished(o)
-        return (o.to(v.dtype), S, d) if around.denominators else (o.to(v.dtype), S)
+        o = o if around.wide else o.to(v.dtype)
+        return (o, S, d) if around.denominators else (o, S)
 
 
 def default_form(q: Tensor, segment: Tensor | None) -> str:

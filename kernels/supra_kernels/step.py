@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from supra_kernels.boundaries import compute_dtype, decoded, log_decay
+from supra_kernels.boundaries import compute_dtype, decoded, log_decay, writable
 
 
 def step(
@@ -34,10 +34,11 @@ def step(
         kept[:, 0] = 1
         decay = kept.expand(batch, length, heads) if decay is None else decay * kept
         k = k * layout.real[:, :, None, None]
-    q, k, values = (q * scale).to(dtype), k.to(dtype), v.to(dtype)
+    q, k, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     S = q.new_zeros(*split, key_dim, v_dim) if state is None else state.to(dtype).view(*split, key_dim, v_dim)
     inputs = [x for x in (q, k, values, g, S) if x is not None]
     in_place = not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    S = writable(S) if in_place else S
 
     outputs = []
     for t in range(length):

@@ -105,6 +105,8 @@ def run(
         return
     if model is None:
         raise UsageError("supra convert takes a MODEL: a directory, an alias (supra convert --list) or a hub id")
+    if text == "":
+        raise UsageError("--text is empty; name a file, a folder, a glob or a dataset on the hub, or leave it out")
     options = _options(overrides or ())
     source = hub.resolve(model)
     console.note(f"model: {source}")

@@ -24,7 +24,7 @@ def peek(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in uptrain.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Show the first rows exactly as the model will see them, document by document."""
+    """Show the first rows, the first stage's, exactly as the model will see them, document by document."""
     from supra_cli.core import recipe as recipes
     from supra_cli.core.lookup import lookup
     from supra_cli.core.train.peek import peek as look

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -45,8 +45,16 @@ def run(
     if device not in _DEVICES:
         raise UsageError(f"--device is '{device}', expected one of {', '.join(_DEVICES)}{near_miss(device, _DEVICES)}")
     given = overrides or []
-    run = shlex.join(["uptrain", "--recipe", str(recipe), *chain(*(("--set", one) for one in given))])
-    show(recipes.load(recipe, given, lookup=lookup), json, dtype, device, gpus, run)
+    show(recipes.load(recipe, given, lookup=lookup), json, dtype, device, gpus, command(recipe, given, dtype=dtype))
+
+
+def command(recipe: Path, overrides: Iterable[str], **options: Any) -> str:
+    """`uptrain` as it was typed: `options` by their names, of which one that is None, False or auto was not given."""
+    words = ["uptrain", "--recipe", str(recipe)]
+    for name, value in options.items():
+        if value not in (None, False, "auto"):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join([*words, *chain(*(("--set", one) for one in overrides))])
 
 
 def show(

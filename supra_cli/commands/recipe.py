@@ -45,6 +45,8 @@ def copy(
     path = target / source.name if target.is_dir() else target
     if path.exists():
         raise UsageError(f"{path} exists already; choose another name")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent}; make it, or choose another place")
     path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     console.result(str(path))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import stat
 import sys
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from supra_cli.commands import console
+from supra_cli.commands import console, plan
 
 _LINES_IN_A_STAGE = 20
 
@@ -57,11 +56,14 @@ def run(
             raise UsageError("--resume goes on with what --overwrite would delete; give one of them")
         return recipes.load(recipe, overrides or (), lookup=lookup)
 
-    output = output or Path("runs") / recipe.stem
     if dry_run:
-        _show_plan(parsed(), json, dtype, device, shlex.join(["uptrain", "--recipe", str(recipe)]))
+        given = {"model": model, "output": output, "resume": resume, "overwrite": overwrite}
+        typed = plan.command(recipe, overrides or (), **given, device=device, dtype=dtype)
+        # Of the device that the run would take; where it is left to this machine, of a GPU, as `supra plan` does.
+        plan.show(parsed(), json, dtype, "cpu" if device == "cpu" else "cuda", run=typed)
         return
 
+    output = output or Path("runs") / recipe.stem
     finished = None
     stop = threading.Event()
     with ExitStack() as listening:
@@ -97,13 +99,6 @@ def run(
         console.document(finished)
     elif finished:
         console.result(finished["path"])
-
-
-def _show_plan(recipe: Any, json: bool, dtype: str, device: str, run: str) -> None:
-    """Of the device that the run would take; where it is left to this machine, of a GPU, as `supra plan` does."""
-    from supra_cli.commands import plan
-
-    plan.show(recipe, json, dtype, "cpu" if device == "cpu" else "cuda", run=run)
 
 
 @contextmanager

@@ -82,6 +82,8 @@ class SupraConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SupraConfig:
+        if __name__ == "supra_cli.core.config":  # the class here is ours, and saved it brings no code of an export
+            config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
         if cls is SupraConfig:
             base = config_dict["supra"]["base"]
             return config_class(base).from_dict(_heeded(base, config_dict), **kwargs)

@@ -136,6 +136,15 @@ def open(name: str) -> Path:
     return fetch(resolve(name))
 
 
+def without_weights(source: Source) -> Path:
+    """The model's directory as `fetch` finds it, for what lies beside the weights: of those none is downloaded."""
+    if source.repo is None:
+        check_model(source.path)
+        return source.path
+    with connection.translated(source):
+        return _snapshot(source, _WANTED, connection.online())
+
+
 def config_folder(source: Source) -> Path:
     """The directory with the model's config.json, without any weights; for aliased bases it is in the package."""
     if source.repo is None:

@@ -25,6 +25,9 @@ from supra_cli.core.swap import SwappedAttention, swap, swapped_layers
 Objective = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
 """(hidden [B,T,D], head: hidden -> logits) -> anything."""
 
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""What `from_pretrained` is told of where files are, and so for the config too."""
+
 
 class SupraPreTrainedModel(PreTrainedModel):
     """What models with and without a head share: how one is made of its base, and strict loading.
@@ -59,7 +62,7 @@ class SupraPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        pretrained_model_name_or_path: str,
         *args: Any,
         config: PreTrainedConfig | None = None,
         output_loading_info: bool = False,
@@ -68,8 +71,9 @@ class SupraPreTrainedModel(PreTrainedModel):
         """As transformers does it, but strict: a missing, unexpected or misshapen tensor is a SupraError that names
         it.
         """
+        name = pretrained_model_name_or_path
         if SupraPreTrainedModel in cls.__bases__:
-            config = config or AutoConfig.from_pretrained(name)
+            config = config or AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _WHERE if key in kwargs})
             config = config if isinstance(config, SupraConfig) else SupraConfig.from_base(config)
             cls = model_class(config.swap.base, cls)
             return cls.from_pretrained(name, *args, config=config, output_loading_info=output_loading_info, **kwargs)

@@ -16,6 +16,7 @@ import supra_kernels
 import torch
 from supra_kernels.chunk import chunk_length
 from supra_kernels.delta_chunk import CHANNEL_CHUNK, HEAD_CHUNK
+from supra_kernels.operator import without_autocast as without_autocast
 from torch import Tensor
 
 from supra_cli.core.errors import UsageError, near_miss
@@ -55,6 +56,7 @@ def linear_attention(
     norm_eps: float | None = None,
     denominator_min: float | None = None,
     denominators: bool = False,
+    wide: bool = False,
     path: str | None = None,
 ) -> tuple[Tensor, ...]:
     """S_t = exp(g_t) S_{t-1} + k_t v_tᵀ,  o_t = scale · q_tᵀ S_t,  with S = 0 where a document starts and S kept over
@@ -70,7 +72,8 @@ def linear_attention(
     z_{t-1} + k_t; the state is then [B,H,K,V+1], its last column z. With denominators = True, d [B,T,H] comes third.
     With relu and rope, q and k are φ(q), φ(k) of what is given, φ(x) = rope(ReLU(x)) or what of it is asked for: on a
     GPU in one kernel for a `Rotation`, and within the step when decoding.
-    Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, in fp32.
+    Returns o [B,T,H,V], rounded once, to v's dtype, and the state after each row's last real token, in fp32. With wide
+    = True o stays in fp32, for a mixer that norms or adds to it.
     `path` is a word of SUPRA_KERNEL and stands above it. Which path ran is logged once for each device and dtype.
     Raises UsageError for a SUPRA_KERNEL that is unknown, or triton where it cannot run; a failing kernel is an error,
     never another path.
@@ -100,6 +103,7 @@ def linear_attention(
         norm_eps=norm_eps,
         denominator_min=denominator_min,
         denominators=denominators,
+        wide=wide,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -32,8 +33,12 @@ def zstd(content: bytes) -> bytes:
 
 
 def parquet(**columns: pyarrow.Array) -> bytes:
+    return written(pyarrow.table(columns))
+
+
+def written(table: pyarrow.Table) -> bytes:
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    pyarrow.parquet.write_table(table, sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -117,6 +122,9 @@ BAD = {
         TABLE.replace(b",text", b",txt"),
         "no column 'text' in its first line; did",
     ),
+    "a table with two of the column": ("a.csv", TABLE.replace(b"number", b"text"), "has 2 columns 'text' in its first"),
+    "a table whose first quote is open": ("a.csv", b'number,"text\n' + NOISE * 9, "does not name columns"),
+    "a table of one long line": ("a.csv", NOISE * 9, "does not name columns"),
     "a torn table": ("a.csv", TABLE + b"1,2,3\n", "Expected 2 columns, got 3"),
     "a torn and compressed table": ("a.csv.gz", gzip.compress(TABLE + b"1,2,3\n"), "Expected 2 columns, got 3"),
     "compressed parquet": ("a.parquet.gz", gzip.compress(GOOD["a.parquet"]), "is parquet compressed once more"),
@@ -129,6 +137,11 @@ BAD = {
     "numbers": ("a.jsonl", b"5\n", "is a JSON int, expected an object with the field 'text'"),
     "another field": ("a.jsonl", LINES.replace(b"text", b"txt"), "did you mean 'txt'"),
     "another column": ("a.parquet", parquet(number=COLUMNS["number"]), "has no column 'text'; known: number"),
+    "two columns": (
+        "a.parquet",
+        written(pyarrow.table([COLUMNS["text"]] * 2, names=["text", "text"])),
+        "has 2 columns 'text'; rename all but one",
+    ),
     "a field of numbers": ("a.jsonl", b'{"text": 5}\n', "is int, expected text"),
     "a column of numbers": ("a.parquet", parquet(text=COLUMNS["number"]), "is int64, expected text"),
     "a column of lists": (
@@ -216,6 +229,30 @@ def test_a_folder_of_something_else_is_one_sentence_that_names_a_file_and_what_i
         assert result.code == 3
         assert "among the 1 in it, such as a.png" in result.error
         assert ".jsonl" in result.error
+
+
+def test_a_file_whose_name_is_not_utf_8_is_one_sentence_and_exit_1(both, tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")).write_bytes(LINES)
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        for result in both(path):
+            assert result.code == 1
+            assert r"caf\udce9.jsonl' is not UTF-8; rename it" in result.error
+
+
+@pytest.mark.parametrize("key", ["data.sources.0.path", "data.sources.0.revision", "base", "stages.0.teacher"])
+def test_a_name_of_nothing_as_an_unset_variable_gives_it_is_exit_2(key, supra, recipe, tmp_path):
+    (tmp_path / "a.txt").write_bytes(GOOD["a.txt"])  # in the working directory
+    for verb in (["data", "peek"], ["uptrain", "-o", "run", "-r"]):
+        result = supra(*verb, recipe("a.txt"), "--set", f"{key}=")
+        assert result.code == 2, result.err
+        assert f"{key}: string should have at least 1 character" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_are_not_ranked_by_a_text_without_a_name(supra, base):
+    result = supra("convert", base, "--keep", "auto:1", "--text", "")
+    assert result.code == 2
+    assert "--text is empty" in result.error
 
 
 def test_a_dataset_saved_to_disk_is_one_sentence_that_says_how_to_write_it(both, tmp_path):

@@ -295,6 +295,16 @@ FAULTS: dict[str, tuple[Fault, int, str]] = {
     "end beyond the vocabulary": (config(eos_token_id=[1, 999]), 1, "eos_token_id is [1, 999]"),
     "generation config of garbage": (content("generation_config.json", b"{"), 1, "generation_config.json is not JSON"),
     "generation config of a list": (content("generation_config.json", b"[]"), 1, "generation_config.json holds no"),
+    "generation config that ends by a word": (
+        content("generation_config.json", b'{"eos_token_id": "</s>"}'),
+        1,
+        "generation_config.json says that eos_token_id is '</s>', expected a number or a list of numbers",
+    ),
+    "generation config that ends by a list of lists": (
+        content("generation_config.json", b'{"eos_token_id": [[1]]}'),
+        1,
+        "eos_token_id is [[1]], expected a number",
+    ),
     # Tokenizers.
     "tokenizer of more tokens than the model": (small_vocabulary, 1, "room for 250"),
     "tokenizer of tomorrow": (tokenizer_of_tomorrow, 1, "install the newer tokenizers"),

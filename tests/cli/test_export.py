@@ -17,7 +17,7 @@ import tomli_w
 import torch
 import yaml
 from tiny import save_base
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from supra_cli.core import checkpoint
 from supra_cli.core.archs import archs
@@ -40,6 +40,9 @@ class Nothing:
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 sys.meta_path.insert(0, Nothing())
+"""
+IMPORTS = """
+import sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -47,10 +50,10 @@ torch.set_num_threads(1)
 """
 
 
-def alone(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+def alone(code: str, folder: Path, *arguments: object, begin: str = ALONE) -> subprocess.CompletedProcess:
     """`code` in a process that can import neither this package nor what it asks for beside transformers."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ALONE + code, *map(str, arguments)]
+    command = [sys.executable, "-c", begin + IMPORTS + code, *map(str, arguments)]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL
     )
@@ -76,8 +79,11 @@ def exported(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def test_logits_and_text_are_the_same_bits_without_this_package(tmp_path):
-    """Of every base with one mixer, and of every mixer on one base; padded, packed rows and text in pieces too."""
+    """Of every base with one mixer, and of every mixer on one base; padded, packed rows and text in pieces too. And in
+    bf16, and of weights in bf16 in the format that `supra generate` takes on a CPU.
+    """
     places = [tmp_path / f"{base}-{mixer}" for base, mixer in MODELS]
+    narrow = {tmp_path / "bf16": {}, tmp_path / "bf16 in fp32": {"dtype": torch.float32}}
     ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -86,12 +92,18 @@ def test_logits_and_text_are_the_same_bits_without_this_package(tmp_path):
         export(converted(place, base, mixer), place / "exported")
         model = checkpoint.load(place / "student")
         found = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, **given)
-        torch.save({"ids": ids, "mask": mask, "given": given, "wanted": found}, place / "wanted.pt")
+        torch.save({"ids": ids, "mask": mask, "given": given, "wanted": found, "call": {}}, place / "wanted.pt")
+    for place, call in narrow.items():
+        export(converted(place), place / "exported", dtype=torch.bfloat16)
+        model = checkpoint.load(place / "exported", **call)
+        found = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, **given)
+        torch.save({"ids": ids, "mask": mask, "given": given, "wanted": found, "call": call}, place / "wanted.pt")
+    places += narrow
     done = alone(
         """
 for place in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(f"{place}/exported", trust_remote_code=True).eval()
     kept = torch.load(f"{place}/wanted.pt")
+    model = AutoModelForCausalLM.from_pretrained(f"{place}/exported", trust_remote_code=True, **kept["call"]).eval()
     with torch.no_grad():
         logits = model(kept["ids"], attention_mask=kept["mask"]).logits
         text = model.generate(kept["ids"], attention_mask=kept["mask"], **kept["given"])
@@ -138,6 +150,54 @@ print([str(model.dtype) for model in models])
         other,
     )
     assert done.stdout.strip() == "['torch.float32', 'torch.bfloat16']", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("base", "named"), [("olmo2", {"tokenizer_class": "GPT2Tokenizer"}), ("gpt2", {})])
+def test_the_tokenizer_is_the_one_that_transformers_makes_for_the_base(base, named, tmp_path):
+    """Of the base's type for OLMo 2, whatever is named, and for GPT-2, where nothing is."""
+    plain = save_base(tmp_path / "base", [TEXT], base)
+    described = json.dumps({"model_max_length": 1024, **named})
+    (plain / "tokenizer_config.json").write_text(described)
+    theirs = AutoTokenizer.from_pretrained(plain)
+    student = checkpoint.convert(plain, tmp_path / "student", mixer="supra", options={}, keep="1", seed=0)
+    saved = checkpoint.save(checkpoint.load(student), tmp_path / "saved", source=plain, provenance={})
+    for folder in (student, saved, export(saved, tmp_path / "exported")):
+        for ours in (AutoTokenizer.from_pretrained(folder), checkpoint.load_tokenizer(folder)):
+            assert type(ours) is type(theirs)
+            assert ours(TEXT)["input_ids"] == theirs(TEXT)["input_ids"]
+            assert (ours.special_tokens_map, ours.model_max_length) == (theirs.special_tokens_map, 1024)
+    assert (plain / "tokenizer_config.json").read_text() == described
+
+
+def test_a_model_without_a_tokenizer_is_exported_with_a_warning(student, tmp_path, caplog):
+    bare = checkpoint.save(checkpoint.load(student), tmp_path / "bare", source=None, provenance={})
+    out = export(bare, tmp_path / "out")
+    assert f"{bare} has no tokenizer" in caplog.text
+    assert not list(out.glob("tokenizer*"))
+
+
+def test_it_runs_nothing_of_this_package_where_that_is_installed(exported, tmp_path):
+    done = alone(
+        """
+from importlib.util import find_spec
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model(torch.arange(3, 40)[None])
+print("supra_cli" in sys.modules, find_spec("supra_cli") is not None)
+""",
+        tmp_path,
+        exported,
+        begin="",
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr[-3000:]
+
+
+def test_what_this_package_loads_of_an_export_and_saves_is_a_model_without_code(exported, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "tuned")
+    assert "auto_map" not in json.loads((tmp_path / "tuned" / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_it_is_refused_without_trust(exported, tmp_path):
@@ -259,8 +319,16 @@ def test_the_card_of_a_run_has_its_recipe_its_scores_and_the_licence_of_its_base
     assert (head["license"], head["license_name"], "base_model" in head) == ("other", "mine", False)
     assert (tmp_path / "out" / "LICENSE").read_text() == "Do as you like.\n"
     assert "uptraining: 128 tokens" in body
-    assert re.search(r"\| stdlib_ppl \| nats_per_token \| [\d.]+ \| [\d.]+ \|", body)
+    figure = r"[\d.]+ ± [\d.]+"
+    assert "| task | metric | n-shot | questions | this model | its teacher |" in body
+    assert re.search(rf"\| stdlib_ppl \| nats_per_token \| 0 \| 2 \| {figure} \| {figure} \|", body)
     assert 'path = "text.txt"' in body
+    assert "Taken before" not in body
+    for model, output, dtype in (("run", "same", "float32"), ("run", "narrow", "bf16"), ("out", "again", "bf16")):
+        assert supra("export", model, "-o", output, "--dtype", dtype).code == 0
+        said = card(tmp_path / output)[1]
+        assert ("## Scores\n\nTaken before the weights were written in bfloat16.\n" in said) == (dtype == "bf16")
+        assert re.search(rf"\| {figure} \| {figure} \|", said)
     assert str(tmp_path) not in "".join(file.read_text("utf-8") for file in (tmp_path / "out").glob("*.[pmj][yds]*"))
 
 

@@ -40,7 +40,7 @@ def test_a_prompt_is_put_into_the_chat_template_once(supra, base, tmp_path):
     shutil.copytree(base, tmp_path / "tuned")
     tokenizer = AutoTokenizer.from_pretrained(base)
 
-    def written(template: str) -> tuple[str, ...]:
+    def written(template: str | dict) -> tuple[str, ...]:
         tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path / "tuned")
         return "generate", tmp_path / "tuned", "--max-new-tokens", 8, "--json"
@@ -52,8 +52,19 @@ def test_a_prompt_is_put_into_the_chat_template_once(supra, base, tmp_path):
     by_hand = json.loads(supra(*given, "-p", texts[0], "-p", texts[1]).out)
     for key in ("completions", "prompt_tokens"):
         assert document[key] == by_hand[key]
-    result = supra(*written("{{ raise_exception('no users here') }}"), "--apply-chat-template", "-p", "def")
-    assert (result.code, "no users here" in result.error) == (1, True)
+    given = (*given, "--apply-chat-template", "-p", "def")
+    for template, said in (
+        ("{{ raise_exception('no users here') }}", "no users here"),
+        ("{{ messages[0].content + 1 }}", "the chat template of"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ):
+        written(template)
+        result = supra(*given)
+        assert (result.code, said in result.error) == (1, True), result.err
+    written({"tools": "{{ messages }}"})
+    (tmp_path / "tuned" / "chat_template.jinja").unlink()
+    result = supra(*given)
+    assert (result.code, "no default specified" in result.error) == (1, True), result.err
     result = supra("generate", base, "--apply-chat-template", "-p", "def")
     assert (result.code, "has no chat template" in result.error) == (2, True)
 

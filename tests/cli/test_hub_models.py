@@ -204,6 +204,16 @@ def test_weights_that_the_index_does_not_name_are_not_downloaded(supra, hub, bas
     assert list(hub.bytes_sent) == ["model.safetensors"]
 
 
+def test_the_rows_of_a_recipe_are_shown_without_the_weights_of_its_base(supra, hub, base):
+    hub.add(NAME, base)
+    write_recipe()
+    result = supra("data", "peek", "r.toml")
+    assert result.code == 0, result.err
+    assert "def read" in result.out
+    assert not hub.bytes_sent
+    assert supra("convert", NAME).code == 0  # which fetches what is not here yet
+
+
 def test_a_revision_is_a_branch_or_a_commit_and_stays_the_one_that_is_named(supra, hub, base, large):
     old = hub.add(NAME, large)
     new = hub.add(NAME, base, branch="refined")

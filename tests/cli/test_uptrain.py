@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(supra, recipe, tmp_path):
     assert (document["steps"], document["tokens"]) == (2, 128)
 
 
+def test_the_command_that_a_plan_gives_is_the_one_that_was_typed(supra, recipe):
+    sets = ["--set", "stages.0.lr=1e-4", "--set", "mixer.gain = 'head'"]
+    run = ["--model", "a model", "--output", "out", "--overwrite", "--device", "cuda"]
+    for verb, options in {("plan",): [], ("uptrain", "--dry-run"): run}.items():
+        typed = ["--recipe", str(recipe()), *options, "--dtype", "float32", *sets]
+        document = json.loads(supra(*verb, *typed, "--json").out)
+        commands = [setting["command"] for setting in document["nearest"].values()]
+        assert {tuple(shlex.split(command)) for command in commands} == {("supra", "uptrain", *typed)}
+        assert f"  {commands[0]}\n" in supra(*verb, *typed).out
+
+
 # -- refusals: one sentence, the documented exit code, nothing lost ----------------------------------------------------
 
 
@@ -149,6 +161,7 @@ IMPOSSIBLE = {
     "data.seq_len": (2**63 - 1, 10**30, -1),
     "tokenizer.vocab_size": (2**63 - 1, 10**30, -1),
     "stages.0.seq_len": (2**63 - 1, 10**30, -1),
+    "stages.0.tokens": (10**400, 2**63 - 1, -1),
     "stages.0.batch_tokens": (2**63 - 1, 10**30, -1),
     "stages.0.micro_batch_tokens": (2**63 - 1, 10**30, -1),
     "stages.0.lr": ("nan", "inf", -1),
@@ -290,9 +303,10 @@ def test_shipped_recipes_are_listed_shown_and_copied(supra, tmp_path):
     assert tomllib.loads(shown)["base"] == "tiny"
     assert supra("recipe", "copy", "demo", "mine.toml").out.strip() == "mine.toml"
     assert (tmp_path / "mine.toml").read_text().strip() == shown.strip()
-    again = supra("recipe", "copy", "demo", "mine.toml")
-    assert again.code == 2
-    assert "exists already" in again.error
+    for target, told in {"mine.toml": "exists already", "nowhere/mine.toml": "there is no folder nowhere"}.items():
+        refused = supra("recipe", "copy", "demo", target)
+        assert refused.code == 2
+        assert told in refused.error
 
 
 def test_an_unknown_shipped_recipe_is_exit_2_with_a_near_miss(supra):
@@ -328,6 +342,13 @@ def test_peek_shows_rows_as_the_model_will_see_them(supra, recipe):
     plain = supra("data", "peek", recipe())
     assert plain.code == 0
     assert "row 1 from" in plain.out
+
+
+def test_peek_shows_rows_of_the_first_stage(supra, recipe):
+    stage = {"kind": "finetune", "tokens": 128, "batch_tokens": 64}
+    path = recipe(stages=[stage | {"seq_len": 16}, stage | {"seq_len": 64}])
+    (row,) = json.loads(supra("data", "peek", path, "-n", "1", "--json").out)
+    assert row["tokens"] == 16 == sum(piece["tokens"] for piece in row["documents"])
 
 
 def test_peek_shows_no_document_where_a_cut_row_is_empty(supra, recipe):

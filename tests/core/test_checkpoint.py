@@ -131,6 +131,7 @@ def test_the_converted_model_has_the_bases_values_and_the_companions(base, conve
         assert torch.equal(state[name].cpu(), tensor)
     assert (converted / "chat_template.jinja").is_file()
     assert not (converted / "README.md").exists()
+    assert not (converted / "tokenizer_config.json").exists()
 
 
 def test_new_parameters_follow_the_seed_and_not_what_else_is_swapped(base, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gzip
 import itertools
 import json
@@ -78,6 +79,9 @@ def test_folders_and_globs_are_read_in_name_order(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     assert read(tmp_path) == ["a.txt", "b.txt"]
     assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    (tmp_path / "c" / "c").mkdir(parents=True)
+    (tmp_path / "c" / "c" / "c.txt").write_text("c.txt")
+    assert read(f"{tmp_path}/**/**/*.txt") == ["a.txt", "b.txt", "c.txt"]
 
 
 def laid_out(folder: Path, *names: str) -> Path:
@@ -101,6 +105,16 @@ def test_a_folder_is_its_data_files_and_says_what_it_leaves_out(tmp_path: Path) 
     assert of_split(f"{folder}/**/*.md", "train") == ["README.md"]  # a glob means what it names
     with pytest.raises(NotFoundError, match=r"of a folder .* are read .* among the 3 in it, such as README.md"):
         sources.files(Source(path=str(laid_out(tmp_path / "other", "README.md", "code.py", ".git/config"))), "train")
+
+
+def test_a_folder_has_the_folders_behind_its_links_each_once_however_they_lead(tmp_path: Path) -> None:
+    elsewhere, folder = laid_out(tmp_path / "elsewhere", "b.jsonl"), laid_out(tmp_path / "corpus", "sub/a.jsonl")
+    (elsewhere / "back").symlink_to(folder)
+    for name, target in {"0": "sub", "1": elsewhere, "2": elsewhere, "round": ".", "itself": "itself"}.items():
+        (folder / name).symlink_to(target)
+    found = sources.files(Source(path=str(folder)), "train")
+    assert [str(path.relative_to(folder)) for path in found.paths] == ["1/b.jsonl", "sub/a.jsonl"]
+    assert found.remarks == []
 
 
 @pytest.mark.parametrize(
@@ -146,8 +160,16 @@ def test_a_tokenizer_cannot_be_trained_on_what_is_streamed(tmp_path: Path) -> No
         list(sources.all_texts(Data(sources=[{"path": str(write(tmp_path, "a.jsonl"))}, {"path": "org/set"}])))
 
 
+def test_a_tokenizer_is_trained_on_the_text_of_every_source_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    one, other = str(write(tmp_path, "a.jsonl", TEXTS[:3])), str(write(tmp_path / "sub", "a.jsonl", TEXTS[3:]))
+    drawn = [{"path": one}, {"path": one, "repeat": "text"}, {"path": other, "repeat": "text"}]
+    assert list(sources.all_texts(Data(sources=drawn))) == TEXTS
+    assert list(sources.all_texts(Data(sources=drawn[2:]))) == TEXTS[3:]
+
+
 def test_held_out_text_that_is_trained_on_is_said(tmp_path: Path) -> None:
-    folder = laid_out(tmp_path / "corpus", "train.jsonl", "validation.jsonl")
+    folder = laid_out(tmp_path / "sub" / "corpus", "train.jsonl", "validation.jsonl")
     file = folder / "train.jsonl"
     (tmp_path / "link.jsonl").symlink_to(file)
 
@@ -158,7 +180,7 @@ def test_held_out_text_that_is_trained_on_is_said(tmp_path: Path) -> None:
     assert said({"path": str(folder)}) == []
     assert said({"path": "python-stdlib"}, path="python-stdlib") == []
     assert said({"path": "org/set"}, path="org/set") == []
-    for held_out in (file, tmp_path / "link.jsonl", f"{folder}/*.jsonl"):
+    for held_out in (file, tmp_path / "link.jsonl", f"{folder}/*.jsonl", f"{tmp_path}/**/train.jsonl"):
         assert "both held out and trained on" in said({"path": str(held_out)})[0]
     assert said({"path": "python-stdlib", "split": "train"}, path="python-stdlib")
     assert said({"path": "org/set"}, path="org/set", split="validation")
@@ -230,6 +252,20 @@ def test_the_cache_is_used_and_never_stale(words, tmp_path: Path, monkeypatch: p
     assert len(tokens.tokenised(source, words, "train", 0.0).ends) == 3
     other = tokenizer.train(TEXTS[:2], 290)
     assert tokens.tokenised(source, other, "train", 0.0).digest != first.digest
+
+
+def test_a_tokenizer_has_one_digest_before_and_after_it_encodes_and_another_where_its_tokens_are_others(words) -> None:
+    """tokenizer.json may say how to cut and to pad, which the first text that is encoded without takes out."""
+    cutting, splitting = copy.deepcopy(words), copy.deepcopy(words)
+    cutting.backend_tokenizer.enable_truncation(4)
+    cutting.backend_tokenizer.enable_padding()
+    before = tokens.tokenizer_digest(cutting)
+    assert len(next(tokens.encode(TEXTS, cutting))) > 4
+    assert before == tokens.tokenizer_digest(cutting) == tokens.tokenizer_digest(words)
+    splitting.split_special_tokens = True
+    split, whole = (next(tokens.encode(["a</s>b"], one)) for one in (splitting, words))
+    assert len(split) > len(whole)
+    assert tokens.tokenizer_digest(splitting) != tokens.tokenizer_digest(words)
 
 
 def data(tmp_path: Path, **settings) -> Data:
@@ -392,6 +428,13 @@ def test_text_shorter_than_a_row_is_a_sentence(words, tmp_path: Path) -> None:
         rows.training(Data(seq_len=512, sources=[{"path": str(tmp_path / "a.txt")}]), words, 0)
 
 
+def test_text_shorter_than_a_row_fills_up_a_cut_one(words, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("short")
+    recipe = Data(seq_len=512, documents="cut", sources=[{"path": str(tmp_path / "a.txt")}])
+    (ids,) = tokens.encode(["short"], words)
+    assert rows.training(recipe, words, 0).batch(1, 512).input_ids[0, : len(ids)].tolist() == ids
+
+
 def test_held_out_rows_are_spread_evenly_and_the_same_every_time(words, tmp_path: Path) -> None:
     source = {"path": str(write(tmp_path, "a.jsonl"))}
     stored = tokens.tokenised(Source(**source), words, "train", 0.0)
@@ -537,6 +580,16 @@ def test_held_out_rows_of_a_hub_dataset_come_once(hub: Hub, words) -> None:
     recipe = Data(seq_len=24, sources=[{"path": "org/set"}], validation=[{"path": "org/set"}], validation_tokens=24_000)
     held_out = rows.held_out(recipe, words).input_ids
     assert len(held_out) == sum(len(ids) for ids in tokens.encode(TEXTS, words)) // 24
+
+
+def test_held_out_rows_of_a_hub_dataset_are_those_of_the_commit_that_is_kept(hub: Hub, words) -> None:
+    recipe = Data(seq_len=24, sources=[{"path": "org/set"}], validation=[{"path": "org/set"}], validation_tokens=240)
+    kept: dict[str, str] = {}
+    began = rows.held_out(recipe, words, kept).input_ids
+    assert kept == {"0": "c1"}
+    hub.push("c2", ["other text altogether"] * 99)
+    assert rows.held_out(recipe, words, json.loads(json.dumps(kept))).input_ids.equal(began)
+    assert not rows.held_out(recipe, words).input_ids.equal(began)
 
 
 @pytest.mark.parametrize(

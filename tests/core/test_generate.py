@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import torch
 import torch._inductor.config
 from tiny import of_words, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Tokenizer, LlamaForCausalLM, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from supra_cli.__main__ import main
 from supra_cli.core import generate
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.data.tokens import encode
-from supra_cli.core.errors import SupraError, UsageError
+from supra_cli.core.errors import NonFiniteError, SupraError, UsageError
 from supra_cli.core.generate import Sampling, Stats, Writer, steps, streaming
 
 TEXT = ["the quick brown fox jumps over the lazy dog " * 20, "naïve café, 東京, 🦊 and über " * 20]
@@ -244,12 +246,14 @@ def test_beams_follow_no_setting_of_the_model_and_read_a_prompt_in_pieces(model,
 
 def test_settings_of_the_model_that_are_not_followed_are_named(model, monkeypatch):
     assert generate.unused_settings(model, Sampling()) == {}
-    settings = {"do_sample": True, "temperature": 0.6, "top_p": 1.0, "repetition_penalty": 1.1, "max_length": 99}
-    for name, value in settings.items():
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 50, "repetition_penalty": 1.1}
+    further = {"no_repeat_ngram_size": 1, "min_length": 1}
+    without_effect = {"top_p": 1.0, "min_p": 0.0, "num_return_sequences": 1, "bad_words_ids": [], "max_length": 99}
+    for name, value in (settings | further | without_effect).items():
         monkeypatch.setattr(model.generation_config, name, value)
-    named = {name: settings[name] for name in ("do_sample", "temperature", "repetition_penalty")}
-    assert generate.unused_settings(model, Sampling()) == named
-    assert generate.unused_settings(model, Sampling(temperature=0.6, repetition_penalty=1.1)) == {}
+    assert generate.unused_settings(model, Sampling()) == settings | further
+    asked = Sampling(temperature=0.6, top_k=50, repetition_penalty=1.1)
+    assert generate.unused_settings(model, asked) == further
 
 
 def test_a_repetition_penalty_is_that_of_hugging_face_and_the_same_in_a_batch(model, tokenizer):
@@ -420,6 +424,44 @@ def test_temperature_0_takes_the_most_probable():
     assert frequencies(Sampling(), [0.1, 0.6, 0.3], draws=3).tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(4),
+        Sampling(4, temperature=1.0),
+        Sampling(4, temperature=1.0, top_k=3, top_p=0.9),
+        Sampling(4, repetition_penalty=1.5),
+        Sampling(4, num_beams=2),
+    ],
+    ids=["greedy", "drawn", "cut", "discouraged", "beams"],
+)
+@pytest.mark.parametrize("first", [0, 2])
+def test_logits_that_are_no_numbers_are_told(tokenizer, first, sampling, number):
+    torch.manual_seed(0)
+    model, passes = tiny_model("llama", "supra", **of_words(tokenizer)), itertools.count()
+
+    def spoil(module, inputs, output):
+        if next(passes) >= first:
+            output[..., -1] = number
+
+    with model.lm_head.register_forward_hook(spoil), pytest.raises(NonFiniteError, match="logits are not finite"):
+        generate.complete(model, tokenizer, PROMPTS[:1], sampling)
+
+
+def test_a_penalty_may_leave_the_range_of_numbers(model, tokenizer):
+    assert generate.complete(model, tokenizer, PROMPTS[:1], Sampling(4, repetition_penalty=3e38))[1].new_tokens == 4
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=3, top_p=0.9)])
+def test_choosing_asks_nothing_of_the_device(sampling):
+    """But to take in the numbers that the CPU has drawn."""
+    with FakeTensorMode():
+        logits, seen = torch.empty(2, 9, device="meta"), torch.empty(2, 9, dtype=torch.bool, device="meta")
+        generators = [torch.Generator().manual_seed(row) for row in range(2)]
+        assert generate.choose(logits, sampling, generators, seen).device.type == "meta"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -555,6 +597,17 @@ def test_the_first_space_of_a_completion_is_kept_where_decoders_drop_it(prompt, 
     ids = words(text.removeprefix(" "), add_special_tokens=False)["input_ids"]
     writer = Writer(words, words(prompt)["input_ids"])
     assert "".join([*map(writer.add, ids), writer.close()]) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("ab 東京東", "京都 ab"), ("a 🦊🦊", "🦊 a"), ("京" * 20, "都"), ("東\ufffd京", "都")]
+)
+def test_a_prompt_that_is_cut_within_a_character_spoils_none_of_the_completion(prompt, text):
+    words = sentencepiece()
+    ids, whole = words(prompt)["input_ids"], words(prompt + text)["input_ids"]
+    assert whole[: len(ids)] == ids
+    writer = Writer(words, ids)
+    assert "".join([*map(writer.add, whole[len(ids) :]), writer.close()]) == text
 
 
 @pytest.mark.parametrize(("stop", "expected"), [("é", "ab "), (" 🦊 a", "ab é"), ("\n", "ab é 🦊 a")])

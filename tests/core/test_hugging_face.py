@@ -14,6 +14,7 @@ from transformers import CompileConfig, LlamaForCausalLM
 
 from supra_cli.core import checkpoint
 from supra_cli.core.archs import archs
+from supra_cli.core.modeling import SupraForCausalLM, SupraModel
 
 
 def python(program: str, *arguments: object) -> str:
@@ -52,6 +53,14 @@ print(len(tokenizer), type(write.model).__name__, len(write("def read", max_new_
 """
     words = python(program, student).split()
     assert words[1:] == ["SupraLlamaForCausalLM", "1"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [SupraForCausalLM, SupraModel])
+def test_our_classes_are_told_where_a_model_is_as_transformers_own(student, kind):
+    found = kind.from_pretrained(pretrained_model_name_or_path=student.parent, subfolder=student.name)
+    ids = tokens(1, 9)
+    assert torch.equal(found(ids)[0], kind.from_pretrained(student)(ids)[0])
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ NUMBERS = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("value", [-1, 0, 0.5, 1, 3, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [-1, 0, 0.5, 1, 3, 10**8, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
 def test_a_number_that_an_option_takes_is_one_that_the_mixer_answers_with(name, option, value):
     others = {"branch": "gated_delta"} if (name, option) == ("lolcats", "key_width") else {}
@@ -508,3 +509,79 @@ def test_padding_between_pieces_is_passed_over(name):
     layouts = [None, Layout(torch.cat((segment[:, :3] - 1, segment[:, :17]), dim=1))]
     got = pieces(mixer, *padded, (20, 20), layouts)
     assert_close(torch.cat((got[:, :20], got[:, 23:]), dim=1), expected, **CLOSE)
+
+
+# -- in half precision -------------------------------------------------------------------------------------------------
+
+
+def rounded(mixer, given, dtype):
+    """What the mixer is called with in `dtype`, in which its parameters are from here on, and the o of all that in
+    float64."""
+    given = [*(x.to(dtype) for x in given), lambda heads: heads, None, None]
+    want, _ = mixer.to(dtype).double()(*(x.double() for x in given[:4]), *given[4:])
+    mixer.to(dtype)
+    return given, want
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("retention", {}), ("retention", {"gain": "head"}), ("mamba2", {}), ("gated", {"normaliser": "norm"})],
+)
+def test_normed_heads_have_their_digits_where_values_have_a_mean(name, options, path, dtype, digits, monkeypatch):
+    """Un-normalised they are many times as large as what the norm leaves of them."""
+    if path == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("on a CPU the interpreter runs it, which is off where there is a GPU")
+    mixer, (q, k, v, x) = build(name, **options), inputs()
+    given, want = rounded(mixer, (q, k, v + 30, x), dtype)
+    monkeypatch.setenv("SUPRA_KERNEL", path)
+    o, _ = mixer(*given)
+    assert o.dtype == dtype
+    assert (o - want).norm() <= digits * want.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("softcap", [None, 200.0])
+def test_a_windows_scores_have_their_digits_where_they_are_large(softcap, autocast):
+    mixer = build("window", window=5, sinks=2)
+    mixer.spec = dataclasses.replace(mixer.spec, softcap=softcap)
+    q, k, v, x = inputs()
+    given, want = rounded(mixer, (8 * q + 8, 8 * k + 8, v, x), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        o, _ = mixer(*given)
+    assert (o - want).norm() <= 5e-3 * want.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options", "maps"),
+    [
+        ("gated", {}, ("decay",)),
+        ("gated_delta", {}, ("decay", "write")),
+        ("kda", {}, ("decay", "write")),
+        ("mamba2", {}, ("step",)),
+        ("lolcats", {"branch": "gated"}, ("recurrence.decay",)),
+        ("lolcats", {"branch": "gated_delta"}, ("recurrence.mix", "recurrence.delta.write")),
+    ],
+)
+def test_what_decays_writes_and_shares_hang_on_is_computed_in_fp32(name, options, maps, autocast):
+    """Under autocast, and of weights that are stored in bf16: beside a bias of 6 bf16 does not see a change of 1/64."""
+    mixer = moved(build(name, **options), 0.01)
+    parameters = torch.float32 if autocast else torch.bfloat16
+    mixer, heard = mixer.to(parameters), {}
+    for path in maps:
+        mixer.get_submodule(path).register_forward_hook(lambda *call, path=path: heard.update({path: call[2]}))
+    q, k, v, x = (part.bfloat16() for part in inputs())
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        mixer(q, k, v, x, lambda heads: heads, None, None)
+    assert heard.keys() == set(maps)
+    mixer.double()
+    for path, y in heard.items():
+        assert y.dtype == torch.float32
+        assert_close(y.double(), mixer.get_submodule(path).forward(x.double()), atol=1e-5, rtol=1e-5)

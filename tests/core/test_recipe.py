@@ -11,7 +11,8 @@ import tomli_w
 from tiny import tiny_config
 
 from supra_cli.core import recipe as recipes
-from supra_cli.core.errors import UsageError
+from supra_cli.core.data import sources
+from supra_cli.core.errors import NotFoundError, UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.mixers import parse_options
 from supra_cli.core.modeling import SupraConfig
@@ -79,6 +80,8 @@ def test_steps_are_whole_rows_and_whole_steps() -> None:
         ("stages.0.kind", "transfre", "did you mean 'transfer'?"),
         ("data.seq_len", 1, "data.seq_len: input should be greater than or equal to 2, got 1"),
         ("stages.0.tokens", 0, "stages.0.tokens: input should be greater than 0, got 0"),
+        ("stages.0.tokens", 2**63, "stages.0.tokens: input should be less than or equal to"),
+        ("data.sources.0.path", "", "data.sources.0.path: string should have at least 1 character, got ''"),
         ("stages.0.lr", float("nan"), "stages.0.lr: input should be a finite number"),
         ("stages.0.micro_batch_tokens", 10**6, "more than batch_tokens"),
         ("data.sources", [], "data.sources: tuple should have at least 1 item"),
@@ -210,6 +213,7 @@ def test_paths_of_set_are_relative_to_where_it_is_typed(tmp_path: Path, monkeypa
         "stages.lr=1",
         "base.deep=1",
         "stages.0.tokens.x=1",
+        f"stages.{'9' * 5000}.lr=1",
     ],
 )
 def test_a_wrong_override_is_a_sentence(override: str, tmp_path: Path) -> None:
@@ -217,6 +221,14 @@ def test_a_wrong_override_is_a_sentence(override: str, tmp_path: Path) -> None:
     path.write_text(tomli_w.dumps(RAW))
     with pytest.raises(UsageError, match="--set"):
         recipes.load(path, [override])
+
+
+@pytest.mark.parametrize("key", ["stages.0.betas", "track", "mixer.key_width"])
+def test_what_is_in_a_list_of_values_is_no_table(key: str) -> None:
+    raw = copy.deepcopy(RAW)
+    recipes.override(raw, f"{key}=[1, 2]")
+    with pytest.raises(UsageError, match="'0' is a value, not a table"):
+        recipes.override(raw, f"{key}.0.x=3")
 
 
 def test_local_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
@@ -232,7 +244,28 @@ def test_local_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("content", [b"", b"base = ", b"\xff\xfe", b"[[stages]\n", b"base = 3\nbase = 4"])
+@pytest.mark.parametrize("folder", ["train[1]", "a?b*", "[ab]", "plain"])
+def test_a_folder_of_any_name_may_hold_a_recipe_and_its_text(folder: str, tmp_path: Path) -> None:
+    for place in (tmp_path / folder, tmp_path / "train1", tmp_path / "a"):  # which those names would match as a glob
+        (place / "corpus" / "sub").mkdir(parents=True)
+        (place / "corpus" / "sub" / "a[1].txt").write_text("text")
+    (tmp_path / "a" / "gone.txt").write_text("text")
+    paths = ["corpus", "corpus/*/*.txt", "corpus/sub/a[[]1].txt", "corpus/sub/a[1].txt", "gone.txt"]
+    (tmp_path / folder / "r.toml").write_text(
+        tomli_w.dumps(changed("data.sources", [{"path": path} for path in paths]))
+    )
+    *there, gone = recipes.load(tmp_path / folder / "r.toml").data.sources
+    for source in there:
+        assert sources.files(source, "train").paths == [tmp_path / folder / "corpus" / "sub" / "a[1].txt"]
+    with pytest.raises(NotFoundError, match="no split 'train': none of its files is named for a split"):
+        sources.files(there[1].model_copy(update={"split": "train"}), "train")
+    with pytest.raises(NotFoundError, match="no data at"):
+        sources.files(gone, "train")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"base = ", b"\xff\xfe", b"[[stages]\n", b"base = 3\nbase = 4", b"seed = " + b"9" * 5000]
+)
 def test_a_malformed_file_is_a_sentence(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_bytes(content)

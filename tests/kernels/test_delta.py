@@ -76,6 +76,24 @@ def test_a_prompt_and_then_steps_are_one_pass(decay):
     torch.testing.assert_close(S, end)
 
 
+@pytest.mark.parametrize("form", ["chunk", "step"])
+def test_bf16_queries_are_scaled_in_fp32(form):
+    q, k, v, g, beta, state = inputs("head")
+    q = q.bfloat16()
+    o, _ = delta_rule(q, k, v, g, beta, scale=0.3, state=state.clone(), form=form)
+    want, _ = delta_rule(*(x.double() for x in (q, k, v, g, beta)), scale=0.3, state=state.double(), form="naive")
+    assert (o.double() - want).norm() <= DIGITS[torch.float32] * want.norm()
+
+
+def test_a_state_of_inference_mode_is_left_alone_outside_of_it():
+    *values, state = inputs("head", length=2)
+    want = delta_rule(*values, state=state, form="naive")
+    with torch.inference_mode():
+        made = state.clone()
+    torch.testing.assert_close(delta_rule(*values, state=made, form="step"), want)
+    assert torch.equal(made, state)
+
+
 def test_a_value_written_whole_is_what_its_key_reads():
     """β = 1 and |k| = 1: also where the same key held another value before, which is taken out."""
     k = torch.nn.functional.normalize(torch.randn(1, 1, 1, 8), dim=-1).expand(1, 80, 1, 8)

@@ -32,7 +32,7 @@ def test_the_triton_operator_passes_opcheck(decay, packing):
     pytest.importorskip("triton")
     torch.library.opcheck(
         torch.ops.supra.triton.default,
-        (*arguments(decay, packing, True, 20), 1e-5 if packing else None, None),
+        (*arguments(decay, packing, True, 20), 1e-5 if packing else None, None, not packing),
         test_utils=TESTS,
     )
 
@@ -41,7 +41,9 @@ def test_the_triton_operator_with_a_denominator_passes_opcheck():
     pytest.importorskip("triton")
     q, k, v, g, state = (x.requires_grad_() for x in with_sums(inputs(1, 20, 2, 1, 4, 6, "token")))
     torch.library.opcheck(
-        torch.ops.supra.triton.default, (q, k, v, g, state, documents(packed(1, 20)), 0.5, None, 0.5), test_utils=TESTS
+        torch.ops.supra.triton.default,
+        (q, k, v, g, state, documents(packed(1, 20)), 0.5, None, 0.5, False),
+        test_utils=TESTS,
     )
 
 
@@ -49,10 +51,11 @@ def test_the_decode_step_operator_passes_opcheck():
     pytest.importorskip("triton")
     q, k, v, g, state, _, scale = (x.detach() if torch.is_tensor(x) else x for x in arguments("fixed", False, True, 1))
     torch.library.opcheck(
-        torch.ops.supra.triton_step.default, (q, k, v, g, state, None, None, False, scale, None, None)
+        torch.ops.supra.triton_step.default, (q, k, v, g, state, None, None, False, scale, None, None, True)
     )
     beside = with_sums([q, k, v, g, state])
-    torch.library.opcheck(torch.ops.supra.triton_step.default, (*beside, *tables(1, 1, 4), True, scale, None, 0.5))
+    given = (*beside, *tables(1, 1, 4), True, scale, None, 0.5, False)
+    torch.library.opcheck(torch.ops.supra.triton_step.default, given)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

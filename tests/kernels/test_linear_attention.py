@@ -191,6 +191,18 @@ def test_a_step_without_gradient_overwrites_its_state():
     assert S.data_ptr() == state.data_ptr()
 
 
+def test_a_state_of_inference_mode_is_left_alone_outside_of_it():
+    q, k, v, g, state = inputs(2, 2, 4, 2, 8, 8)
+    want = linear_attention(q, k, v, g, state=state, form="naive")
+    with torch.inference_mode():
+        made = state.clone()
+    torch.testing.assert_close(linear_attention(q, k, v, g, state=made, form="step"), want)
+    assert torch.equal(made, state)
+    with torch.inference_mode():
+        _, S = linear_attention(q, k, v, g, state=made, form="step")
+    assert S.data_ptr() == made.data_ptr()
+
+
 def test_a_step_with_gradient_and_the_chunked_form_leave_the_state_alone():
     q, k, v, g, state = inputs(2, 1, 4, 2, 8, 8)
     before = state.clone()
@@ -294,6 +306,33 @@ def test_bf16_inputs_are_summed_in_fp32(form):
     assert S.dtype == torch.float32
     assert (o.double() - want).pow(2).mean().sqrt() <= 3e-3 * want.pow(2).mean().sqrt()
     assert (S.double() - end).pow(2).mean().sqrt() <= 1e-6 * end.pow(2).mean().sqrt()
+
+
+@pytest.mark.parametrize("form", ["naive", *FAST])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_normed_or_divided_is_rounded_once_and_afterwards(form, dtype):
+    """Beside a mean of 3 the rest of a sum has few digits, and these sums leave fp16's range."""
+    q, k, v, _, _ = inputs(2, 100, 4, 2, 16, 16, "none")
+    q, k, v = (x.to(dtype) for x in (16 * q.relu(), 16 * k.relu(), v + 3))
+    exact = [x.double() for x in (q, k, v)]
+    assert linear_attention(*exact, form="naive")[0].max() > 2 * torch.finfo(torch.float16).max
+    for after in ({"norm_eps": 1e-5}, {"denominator_min": 0.5}):
+        o, _ = linear_attention(q, k, v, form=form, **after)
+        want, _ = linear_attention(*exact, form="naive", **after)
+        assert o.dtype == dtype
+        assert (o.double() - want).pow(2).mean().sqrt() <= 3e-3 * want.pow(2).mean().sqrt()
+
+
+@pytest.mark.parametrize("form", ["naive", *FAST])
+@pytest.mark.parametrize("after", [{}, {"norm_eps": 1e-5}, {"denominator_min": 0.5}])
+def test_a_wide_output_is_not_rounded(form, after):
+    """Nor is anything on the way to it, q times a scale that is no power of 2 among it."""
+    q, k, v, g, _ = (None if x is None else x.bfloat16() for x in with_sums(inputs(2, 100, 4, 2, 16, 16, state=False)))
+    given = {"scale": 0.3, **after}
+    o, _ = linear_attention(q, k, v, g, form=form, wide=True, **given)
+    want, _ = linear_attention(*(x.double() for x in (q, k, v, g)), form="naive", **given)
+    assert o.dtype == torch.float32
+    assert (o.double() - want).pow(2).mean().sqrt() <= 1e-6 * want.pow(2).mean().sqrt()
 
 
 def test_bf16_gradients_agree_with_float64():

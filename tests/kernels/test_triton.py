@@ -81,6 +81,16 @@ def test_the_decode_step_equals_the_recurrence_and_overwrites_its_state(decay):
     torch.testing.assert_close(S, end, atol=1e-5, rtol=1e-5)
 
 
+def test_a_state_of_inference_mode_is_left_alone_outside_of_it():
+    q, k, v, g, state = (x.to(DEVICE) for x in inputs(2, 2, 4, 2, 8, 20))
+    want = linear_attention(q, k, v, g, state=state, form="naive")
+    with torch.inference_mode():
+        made = state.clone()
+    got = linear_attention(q, k, v, g, state=made, form="triton")
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(made, state)
+
+
 def test_prefill_then_steps_equals_one_pass():
     q, k, v, g, _ = (None if x is None else x.to(DEVICE) for x in inputs(1, 70, 2, 1, 8, 8, state=False))
     whole, end = linear_attention(q, k, v, g, form="naive")
@@ -232,6 +242,25 @@ def test_autocast_to_bf16_reaches_the_kernels(monkeypatch):
     assert (o.dtype, S.dtype) == (torch.bfloat16, torch.float32)
     linear_attention(q, k, v, g, form="triton")
     assert taken[2] == (torch.float32,) * 3
+
+
+def test_a_wide_output_is_not_rounded():
+    """Of chunks, in values and gradients, and of the decode step, where autocast rounds q, k and v."""
+    values = [x.bfloat16().float() for x in inputs(1, 70, 2, 1, 16, 16, "token")]
+    q, k, v, g, state = (x.to(DEVICE).requires_grad_() for x in values)
+    times = 1e4 if DEVICE == "cuda" else 10  # where the kernels' own products round what they are given
+    for length in (70, 1):
+        given = [x[:, :length] for x in (q, k, v, g)]
+        want, _ = linear_attention(*(x.double() for x in given), state=state.double(), form="naive")
+        with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(length > 1):
+            o, _ = linear_attention(*given, state=state.detach().clone(), form="triton", wide=True)
+        assert o.dtype == torch.float32
+        assert_agrees([o], [want], torch.float32, times=times)
+        if length > 1:
+            do, leaves = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE), (q, k, v, g)
+            got, wanted = torch.autograd.grad(o, leaves, do), torch.autograd.grad(want, leaves, do.double())
+            for x, y in zip(got, wanted, strict=True):
+                assert (x - y).norm() <= 1e-2 * y.norm()
 
 
 def test_a_rerun_gives_the_same_bits():

@@ -51,6 +51,11 @@ def test_bf16(shape, decay):
     check(narrow(inputs(*shape, decay)), 5e-3)
 
 
+def test_a_wide_output_in_bf16():
+    """Its gradient, which comes in fp32, enters bf16 products."""
+    check(narrow(inputs(*SHAPES[0], "token")), 5e-3, wide=True)
+
+
 @pytest.mark.parametrize("shape", SMALL)
 @pytest.mark.parametrize("decay", ["fixed", "token"])
 def test_uneven_widths_in_bf16(shape, decay):

@@ -187,6 +187,16 @@ def test_beams_find_what_they_find_without_a_cache(case):
     assert torch.equal(found, model.generate(ids, use_cache=False, **search))
 
 
+@torch.no_grad()
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(build, recurrent):
+    model, ids = build("llama", recurrent), tokens(2, PROMPT + 3)
+    with torch.inference_mode():
+        cache = caches.of(model(ids[:, :PROMPT], use_cache=True))
+    name = model.arch.stack(model).cache_keyword
+    steps = [model(token, use_cache=True, **{name: cache}).logits for token in ids[:, PROMPT:].split(1, 1)]
+    assert_close(torch.cat(steps, 1), model(ids, use_cache=False).logits[:, PROMPT:], atol=1e-4, rtol=1e-3)
+
+
 def test_the_draw_lets_every_pair_meet():
     for i, j in combinations(range(len(RANGES)), 2):
         assert {(case[i], case[j]) for case in OTHERS} == set(product(RANGES[i], RANGES[j]))

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tomli_w
 import torch
@@ -28,6 +29,7 @@ from supra_cli.__main__ import main
 from supra_cli.core import checkpoint, parallel
 from supra_cli.core import recipe as recipes
 from supra_cli.core.checkpoint.files import sha256
+from supra_cli.core.data import streamed
 from supra_cli.core.errors import SupraError, UsageError
 from supra_cli.core.lookup import lookup
 from supra_cli.core.train import loop
@@ -288,6 +290,53 @@ def test_a_changed_recipe_is_refused(recipe_file: Callable[..., Path], tmp_path:
     run(recipe_file(), output, stop_after=3)
     with pytest.raises(UsageError, match=r"the recipe is not the one .* differs in seed"):
         run(recipe_file(seed=5), output, resume=True)
+
+
+def test_a_base_whose_tokenizer_is_told_to_cut_makes_a_run_that_goes_on(
+    base: Path, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Encoding takes that out of the tokenizer: the second source would meet another than the first."""
+    shutil.copytree(base, tmp_path / "base")
+    words = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
+    words["truncation"] = {"max_length": 8, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(words))
+    recipe = recipe_file(base=str(tmp_path / "base"))
+    run(recipe, tmp_path / "run", stop_after=1)
+    assert isinstance(run(recipe, tmp_path / "run", resume=True)[-1], Finished)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["its commit saved", "as an older supra saved it"])
+def test_held_out_text_on_the_hub_is_that_of_the_run_whatever_was_pushed_since(
+    known: bool, recipe_file: Callable[..., Path], raw_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = ["c1"]
+
+    def push(commit: str, text: str) -> None:
+        (tmp_path / f"{commit}.jsonl").write_text(json.dumps({"text": text * 500}))
+        head[0] = commit
+
+    def dataset(source: object, split: str, commit: str | None) -> tuple[Any, str]:
+        commit = commit or head[0]
+        files = str(tmp_path / f"{commit}.jsonl")
+        return datasets.load_dataset("json", data_files=files, split="train", streaming=True), commit
+
+    def state(**changes: Any) -> dict[str, Any]:
+        (file,) = (tmp_path / "run").glob("step-*/training/state.json")
+        saved = json.loads(file.read_text())
+        saved["same"] = {key: value for key, value in (saved["same"] | changes).items() if value is not None}
+        file.write_text(json.dumps(saved))
+        return saved["same"]
+
+    monkeypatch.setattr(streamed, "_dataset", dataset)
+    push("c1", "one two three four five ")
+    recipe = recipe_file(data=raw_recipe["data"] | {"validation": [{"path": "org/set"}]})
+    run(recipe, tmp_path / "run", stop_after=1)
+    assert state()["held_out_commits"] == {"0": "c1"}
+    if not known:
+        state(held_out_commits=None)
+        run(recipe, tmp_path / "run", resume=True, stop_after=2)
+    push("c2", "six seven eight nine ten ")
+    assert isinstance(run(recipe, tmp_path / "run", resume=True)[-1], Finished)
 
 
 PROJECT = {

@@ -74,7 +74,7 @@ def read_config(path: Path | str) -> SupraConfig:
     if record is None:
         config = SupraConfig.from_base(base)
     else:
-        config = SupraConfig.from_dict({key: value for key, value in described.items() if key != "auto_map"})
+        config = SupraConfig.from_dict(described)
         config.name_or_path = str(path)
         with describing_a_model(file):
             config.swap.check(config.num_hidden_layers)
@@ -300,12 +300,13 @@ def _what(described: Mapping[str, Any], base_type: str) -> str:
 def _generation(path: Path) -> None:
     """Raise for a generation_config.json that is damaged: transformers would go on without it, and without its end."""
     file = path / "generation_config.json"
-    if not isinstance(read_json(file), dict):
-        raise SupraError(f"{file} holds no JSON object; restore the file, or delete it to do without")
-    with (
-        legible(path) as readable,
-        describing_a_model(file, "restore the file, or delete it to do without", what="makes no sense"),
-    ):
+    described, advice = read_json(file), "restore the file, or delete it to do without"
+    if not isinstance(described, dict):
+        raise SupraError(f"{file} holds no JSON object; {advice}")
+    ends = described.get("eos_token_id")
+    if ends is not None and any(type(token) is not int for token in (ends if isinstance(ends, list) else [ends])):
+        raise SupraError(f"{file} says that eos_token_id is {ends!r}, expected a number or a list of numbers; {advice}")
+    with legible(path) as readable, describing_a_model(file, advice, what="makes no sense"):
         GenerationConfig.from_pretrained(readable)
 
 

@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 
 from supra_cli.core.checkpoint.describing import legible, read_config, skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, link, sha256_once
-from supra_cli.core.checkpoint.reading import tensors
+from supra_cli.core.checkpoint.reading import has_tokenizer, load_tokenizer, tensors
 from supra_cli.core.checkpoint.record import (
     FORMAT,
     PROVENANCE,
@@ -29,7 +29,7 @@ from supra_cli.core.checkpoint.record import (
 )
 from supra_cli.core.checkpoint.slices import shard_names, write_shards
 from supra_cli.core.environment import versions
-from supra_cli.core.files import write_json
+from supra_cli.core.files import read_json, write_json
 from supra_cli.core.folder import INDEX, SINGLE
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.parallel import ALONE, World
@@ -179,7 +179,20 @@ def describe(directory: Path, config: SupraConfig, placed: Mapping[str, str], so
         with legible(source) as readable:
             for file in companions(readable):
                 shutil.copyfile(readable / file, directory / file)
+        if config.swap.any and has_tokenizer(directory):
+            _name_tokenizer(directory, config)
     return files
+
+
+def _name_tokenizer(directory: Path, config: SupraConfig) -> None:
+    """Let the tokenizer's config name the class that transformers makes for the base, whose type it goes by before what
+    is named there; of ours it knows nothing.
+    """
+    file = directory / "tokenizer_config.json"
+    described = read_json(file) if file.exists() else {}
+    name = type(load_tokenizer(directory, config)).__name__
+    if described.get("tokenizer_class") != name:
+        write_json(file, {**described, "tokenizer_class": name})
 
 
 def companions(path: Path) -> list[str]:

@@ -114,8 +114,7 @@ def _refuse(path: Path, head: bytes, container: str | None, kind: str) -> None:
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
     table = pyarrow.parquet.ParquetFile(path)
-    if field not in table.schema_arrow.names:
-        raise SupraError(f"{path} has no column '{field}'{near_miss(field, table.schema_arrow.names)}")
+    _check_column(path, field, table.schema_arrow.names)
     kind = table.schema_arrow.field(field).type
     plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if str(plain) not in ("string", "large_string", "string_view"):
@@ -126,9 +125,13 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
 
 
 def _read_table(stream, path: Path, field: str, head: bytes, delimiter: str) -> Iterator[str]:
-    names = next(csv.reader(head.decode("utf-8-sig", "replace").splitlines(), delimiter=delimiter), [])
-    if field not in names:
-        raise SupraError(f"{path} has no column '{field}' in its first line{near_miss(field, names)}")
+    try:
+        names = next(csv.reader(head.decode("utf-8-sig", "replace").splitlines(), delimiter=delimiter), [])
+    except csv.Error as error:
+        raise SupraError(
+            f"the first line of {path} does not name columns ({error}); close its quotes, or write the file again"
+        ) from None
+    _check_column(path, field, names, " in its first line")
     reader = pyarrow.csv.open_csv(
         stream,
         read_options=pyarrow.csv.ReadOptions(block_size=16 * _BLOCK),  # a record has to fit into it
@@ -137,6 +140,13 @@ def _read_table(stream, path: Path, field: str, head: bytes, delimiter: str) -> 
     )
     for batch in reader:
         yield from batch.column(0).to_pylist()
+
+
+def _check_column(path: Path, field: str, names: list[str], where: str = "") -> None:
+    if field not in names:
+        raise SupraError(f"{path} has no column '{field}'{where}{near_miss(field, names)}")
+    if (count := names.count(field)) > 1:
+        raise SupraError(f"{path} has {count} columns '{field}'{where}; rename all but one")
 
 
 def _read_records(stream, path: Path, field: str, head: bytes, count: Count) -> Iterator[str]:
@@ -174,7 +184,7 @@ def _text_of(record: Any, field: str, where: str) -> str:
 
 
 def _read_text(stream, path: Path) -> Iterator[str]:
-    """A text file is one document; one too long for memory comes in pieces of about a million characters."""
+    """A text file is one document; of one with more than about a million characters, each such piece is."""
     piece: list[str] = []
     length = 0
     for number, line in enumerate(_lines(stream), start=1):

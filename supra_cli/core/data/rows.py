@@ -268,7 +268,7 @@ def training(data: Data, tokenizer, seed: int, longest: int = 0, world: World = 
             continue
         with world.first():
             tokens = tokenised(source, tokenizer, "train", data.skip_share)
-        if len(tokens.ids) < longest:
+        if len(tokens.ids) < longest and data.documents != "cut":  # where every document has rows of its own
             raise SupraError(
                 f"{source.path} has only {len(tokens.ids)} tokens, fewer than one row of {longest}; "
                 "add text or lower seq_len"
@@ -280,20 +280,26 @@ def training(data: Data, tokenizer, seed: int, longest: int = 0, world: World = 
     return Mixture(streams, [source.weight for source in data.sources], _names(data.sources))
 
 
-def held_out(data: Data, tokenizer) -> Batch | None:
-    """The validation rows of a recipe, the same ones at every call: spread evenly over a local source's text."""
-    pairs = []
+def held_out(data: Data, tokenizer, commits: dict[str, str] | None = None) -> Batch | None:
+    """The validation rows of a recipe, the same ones at every call: spread evenly over a local source's text.
+
+    `commits`, by a source's number, are those at which datasets on the hub are read; what it lacks is put there.
+    """
+    pairs, commits = [], {} if commits is None else commits
     for sentence in sources.overlap(data):
         _log.warning(sentence)
-    for source in data.validation:
+    for number, source in enumerate(data.validation):
         wanted = data.validation_tokens // len(data.validation) // data.seq_len
-        pairs += _spread_rows(source, tokenizer, data, wanted)
+        pairs += _spread_rows(source, tokenizer, data, wanted, commits, str(number))
     return collate([ids for ids, _ in pairs], [positions for _, positions in pairs]) if pairs else None
 
 
-def _spread_rows(source: Source, tokenizer, data: Data, wanted: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _spread_rows(
+    source: Source, tokenizer, data: Data, wanted: int, commits: dict[str, str], number: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
     if sources.is_on_hub(source):
-        stream = _open_hub(source, "validation", tokenizer, data.documents)
+        stream = _open_hub(source, "validation", tokenizer, data.documents, commits.get(number))
+        commits[number] = stream.state["commit"]
         drawn = (stream.row(data.seq_len) for _ in range(wanted))
         # A row in which the dataset has started over is left out, and what would follow.
         rows = list(itertools.takewhile(lambda _: stream.state["epoch"] == 0, drawn))
@@ -311,10 +317,10 @@ def _spread_rows(source: Source, tokenizer, data: Data, wanted: int) -> list[tup
     return [row for number, row in enumerate(rows) if number in chosen]
 
 
-def _open_hub(source: Source, split: str, tokenizer, packing: Packing) -> Streamed:
+def _open_hub(source: Source, split: str, tokenizer, packing: Packing, commit: str | None = None) -> Streamed:
     from supra_cli.core.data.streamed import open_hub  # importing datasets takes a second that local text need not pay
 
-    return open_hub(source, split, tokenizer, packing)
+    return open_hub(source, split, tokenizer, packing, commit)
 
 
 def _ordinary(tokenizer) -> np.ndarray:

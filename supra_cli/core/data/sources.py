@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,12 +69,11 @@ def texts(source: Source, split: str, skip_share: float, count: readers.Count | 
 
 
 def all_texts(data: Data) -> Iterator[str]:
-    """Every document of the local training sources, to train a tokenizer on."""
-    for source in data.sources:
+    """Every document of the local training sources, to train a tokenizer on; once where several draw from it."""
+    for source in {(source.path, source.text, source.split): source for source in data.sources}.values():
         if is_on_hub(source):
             raise UsageError(f"a [tokenizer] is trained on text of this machine, and {source.path} is not on it")
-        if source.repeat == "no":
-            yield from texts(source, "train", data.skip_share)
+        yield from texts(source, "train", data.skip_share)
 
 
 def files(source: Source, split: str) -> Files:
@@ -90,14 +91,14 @@ def files(source: Source, split: str) -> Files:
     if path.is_dir():
         paths, remarks = _data_files(path)
     else:
-        path = Path(re.split(r"[*?[]", source.path)[0] + "_").parent  # what no file's name is part of
-        paths = sorted(Path(match) for match in glob.glob(source.path, recursive=True) if Path(match).is_file())
-        remarks = []
+        path, paths, remarks = _fixed_folder(source.path), _matches(source.path), []
     if not paths:
         raise NotFoundError(
             f"no data at '{source.path}': expected a file, a folder, a glob, '{STDLIB}' or a dataset on the hub"
             + (near_miss(source.path, [STDLIB]) if "/" not in source.path and "." not in source.path else "")
         )
+    if unreadable := next((file for file in paths if _fault(str(file))), None):
+        raise SupraError(f"the name of the file {str(unreadable)!r} is not UTF-8; rename it")
     names = [_split_name(file.relative_to(path)) for file in paths]
     known = sorted({name for name in names if name})
     if source.split is None and (None in names or not Path(source.path).is_dir()):
@@ -148,7 +149,7 @@ def _items(source: Source, split: str) -> set[Any]:
     """What a source draws from, such that two sources share text if they share an item."""
     if source.path == STDLIB or is_on_hub(source):
         return {(source.path, source.name, source.revision, source.split or split)}
-    if not Path(source.path).exists() and not glob.glob(source.path):
+    if not Path(source.path).exists() and not _matches(source.path):
         return set()
     return {path.resolve() for path in files(source, split).paths}
 
@@ -161,7 +162,7 @@ def _stdlib_split(split: str) -> corpus.Split:
 
 def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
     """The data files below a folder, and a sentence on the rest. NotFoundError when there is a rest alone."""
-    present = sorted(path for path in folder.rglob("*") if path.is_file())
+    present = sorted(path for path in _below(folder) if path.is_file())
     paths = [path for path in present if _is_data(path.relative_to(folder))]
     rest = [path.relative_to(folder) for path in present if path not in set(paths)]
     if any(path.suffix == ".arrow" and not str(path).startswith(".") for path in rest):
@@ -174,6 +175,34 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
         )
     left = f"{folder}: {len(paths)} data files; {len(rest)} others are left out, such as {shown}"
     return paths, [left] if rest else []
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The files that a glob names, each once: glob itself repeats them where it has two `**`."""
+    return sorted({path for match in glob.glob(pattern, recursive=True) if (path := Path(match)).is_file()})
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files below a folder, in the folders behind links too: each folder once, as links may lead in circles, and by
+    its own name where it lies here.
+    """
+    roots, seen = [folder], set()
+    for root in roots:  # which grow on the way
+        for path, folders, names in os.walk(root):
+            if (place := os.path.realpath(path)) in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            roots += sorted(Path(path, name) for name in folders if Path(path, name).is_symlink())
+            yield from (Path(path, name) for name in names)
+
+
+def _fixed_folder(pattern: str) -> Path:
+    """The folder below which a glob varies. What `glob.escape` has put into brackets does not."""
+    escaped = r"\[([*?[])\]"
+    parts = Path(pattern).parent.parts
+    fixed = itertools.takewhile(lambda part: not re.search("[*?[]", re.sub(escaped, "", part)), parts)
+    return Path(*(re.sub(escaped, r"\1", part) for part in fixed))
 
 
 def _is_data(path: Path) -> bool:

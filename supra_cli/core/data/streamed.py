@@ -30,13 +30,21 @@ class Streamed:
     that it was started with, whatever was pushed since. A record without text is passed over.
     """
 
-    def __init__(self, open_at: OpenAt, source: Source, split: str, tokenizer, packing: Packing = "separate"):
+    def __init__(
+        self,
+        open_at: OpenAt,
+        source: Source,
+        split: str,
+        tokenizer,
+        packing: Packing = "separate",
+        commit: str | None = None,
+    ):
         self._open_at = open_at
         self._path, self._field = source.path, source.text
         self._identity = [source.path, source.name, split, source.text, tokenizer_digest(tokenizer)]
         self._tokenizer = tokenizer
         self._packing = packing
-        self._open(None)
+        self._open(commit)
         self.state = {"commit": self._commit, "dataset": self._start, "offset": 0, "epoch": 0}
 
     @property
@@ -119,13 +127,13 @@ def _told(path: str) -> Iterator[None]:
         ) from error
 
 
-def open_hub(source: Source, split: str, tokenizer, packing: Packing) -> Streamed:
-    """The stream of a hub dataset, pinned to the commit that its revision names now.
+def open_hub(source: Source, split: str, tokenizer, packing: Packing, commit: str | None = None) -> Streamed:
+    """The stream of a hub dataset, pinned to `commit` or else to the one that its revision names now.
 
     Raises NotFoundError when it cannot be reached or does not exist, NotAuthorisedError when it is gated.
     """
     split = source.split or split
-    return Streamed(lambda commit: _dataset(source, split, commit), source, split, tokenizer, packing)
+    return Streamed(lambda commit: _dataset(source, split, commit), source, split, tokenizer, packing, commit)
 
 
 def _dataset(source: Source, split: str, commit: str | None) -> tuple[datasets.IterableDataset, str]:

@@ -77,9 +77,14 @@ def encode(texts: Iterable[str], tokenizer) -> Iterable[list[int]]:
 
 
 def tokenizer_digest(tokenizer) -> str:
+    """Of what decides the tokens of a text; the same before the first text is encoded as after it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()  # as whoever encodes without either does, to this very tokenizer
+        backend.no_padding()
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{state}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+    split = "\0split" if tokenizer.split_special_tokens else ""  # of which the backend's state says nothing
+    return hashlib.sha256(f"{state}\0{tokenizer.eos_token_id}{split}".encode()).hexdigest()
 
 
 def _read(folder: Path) -> tuple[np.ndarray, np.ndarray, Count] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from supra_cli.core import checkpoint
+from supra_cli.core.checkpoint.reading import has_tokenizer
 from supra_cli.core.checkpoint.slices import DTYPES, Entry, write_shards
 from supra_cli.core.errors import NotFoundError, UsageError
 from supra_cli.core.export.card import card
 from supra_cli.core.export.code import code
+
+log = logging.getLogger(__name__)
 
 
 def export(path: Path | str, output: Path | str, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
@@ -34,13 +38,16 @@ def export(path: Path | str, output: Path | str, *, dtype: torch.dtype | None = 
         raise UsageError(f"{path} has no recurrent layer: it is a plain {config.swap.base}, which needs no export")
     with suppress(NotFoundError):  # what others have saved has no hashes, and its headers were read just now
         checkpoint.verify(path)
+    if not has_tokenizer(path):
+        log.warning("%s has no tokenizer, which the export's card loads; copy the base's there and export again", path)
     files, config.auto_map = code(config.swap.base, config.swap.mixer)
-    files["README.md"] = card(path, config, output.absolute().name)
     config.dtype = dtype or config.dtype or torch.float32
     stored = checkpoint.tensors(path)
     # By the files that hold them, in whose order they are read.
     stored = dict(sorted(stored.items(), key=lambda item: item[1].file))
     described = {name: torch.empty(x.shape, dtype=DTYPES[x.dtype], device="meta") for name, x in stored.items()}
+    other = dtype is not None and any(tensor.dtype != dtype for tensor in described.values())
+    files["README.md"] = card(path, config, output.absolute().name, dtype if other else None)
     with checkpoint.atomic_directory(output, overwrite=overwrite) as directory:
         placed, _ = write_shards(described, directory, "model", values=_read(path, stored), dtype=dtype)
         checkpoint.describe(directory, config, placed, path)

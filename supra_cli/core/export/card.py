@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 import yaml
 
 from supra_cli import __version__
@@ -19,13 +20,27 @@ from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import SOFTMAX
 
 
-def card(path: Path, config: SupraConfig, name: str) -> str:
+def card(path: Path, config: SupraConfig, name: str, dtype: torch.dtype | None = None) -> str:
     """What the model is, what it was made of, what was measured, how to load it. An export's own card goes on with it,
-    since nothing else knows what it was made of.
+    since nothing else knows what it was made of. `dtype` is that of the weights where they are written in another one
+    than they have had, in which nobody has scored them.
     """
-    record, swap = checkpoint.read_provenance(path), config.swap
+    record = checkpoint.read_provenance(path)
     if not record and "supra" in (_head(path / "README.md").get("tags") or ()):
-        return (path / "README.md").read_text(encoding="utf-8", errors="replace")
+        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+    else:
+        text = _new(path, config, name, record)
+    if dtype is None:
+        return text
+    before = f"Taken before the weights were written in {str(dtype).removeprefix('torch.')}."
+    return text.replace(f"{_SCORES}\n", f"{_SCORES}\n\n{before}\n", 1)
+
+
+_SCORES = "## Scores"
+
+
+def _new(path: Path, config: SupraConfig, name: str, record: Mapping[str, Any]) -> str:
+    swap = config.swap
     base = hub.repo_of(record.get("base") or "")  # nothing of this machine's folders
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["supra"]}
     if base is not None:
@@ -94,18 +109,24 @@ def _scores(path: Path) -> Iterator[str]:
     weights = checkpoint.identity(path)
     found = report.results(folder_of(path, weights, owned=True), path)
     rows = [
-        f"| {task} | {metric} | {row['student']:.3f} | {_figure(row.get('teacher'))} |"
+        f"| {task} | {metric} | {_shots(result)} | {result['samples']} "
+        f"| {_figure(row, 'student', 'stderr')} | {_figure(row, 'teacher', 'teacher_stderr')} |"
         for task, result in sorted(found.items())
         for metric, row in result["metrics"].items()
     ]
     if rows:
-        yield "\n".join(
-            ["## Scores", "", "| task | metric | this model | its teacher |", "| --- | --- | --- | --- |", *rows, ""]
-        )
+        header = "| task | metric | n-shot | questions | this model | its teacher |"
+        yield "\n".join([_SCORES, "", header, "| --- | --- | --- | --- | --- | --- |", *rows, ""])
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _shots(result: Mapping[str, Any]) -> str:
+    return "mixed" if result["num_fewshot"] is None else str(result["num_fewshot"])
+
+
+def _figure(row: Mapping[str, Any], value: str, error: str) -> str:
+    if row.get(value) is None:
+        return "–"
+    return f"{row[value]:.3f}" + ("" if row.get(error) is None else f" ± {row[error]:.3f}")
 
 
 def _recipe(recipe: Any) -> Iterator[str]:

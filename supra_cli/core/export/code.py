@@ -7,7 +7,8 @@ import ...` alone. So each module is copied as it stands, but for its imports of
     from supra_cli.core import cache as caches     from .supra_cache import __name__ as _caches
                                                    caches = sys.modules[_caches]
 
-What is imported inside `try` may be missing: it stays as it is and is not brought along.
+What is imported inside `try` may be missing, and under `if __name__ ...` it is for this package alone: both stay as
+they are and are not brought along.
 """
 
 from __future__ import annotations
@@ -106,11 +107,11 @@ def _reached(modules: list[str], packages: set[str]) -> dict[str, str]:
 
 
 def _imports(module: str, source: str, packages: set[str]) -> Iterator[Import]:
-    """Every import from `packages` outside of `try`. UsageError for one of anything else that may not be there."""
+    """Every import from `packages` that is brought along. UsageError for one of anything else that may not be there."""
     todo: list[ast.AST] = [ast.parse(source)]
     while todo:
         node = todo.pop()
-        if isinstance(node, ast.Try):
+        if isinstance(node, ast.Try) or (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)):
             continue
         todo += ast.iter_child_nodes(node)
         names, others, whole = [], [], set()

@@ -58,16 +58,21 @@ def _is_temperature(value: float) -> bool:
 def choose(
     logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Tensor | None = None
 ) -> Tensor:
-    """The next token [B] from logits [B,vocab]: the first maximum, or a draw by each row's own generator.
+    """The next token [B] from logits [B,vocab]: the first maximum, or a draw by each row's own generator. A row whose
+    logits are not finite has −1, so that the device need not be asked for that besides.
 
     seen [B,vocab], the tokens that `sampling` discourages, is then marked with those chosen.
     """
+    finite = logits.isfinite().all(-1)
     if seen is not None:
-        token = choose(discourage(logits, seen, sampling.repetition_penalty), sampling, generators)
+        logits = discourage(logits, seen, sampling.repetition_penalty)
+    token = logits.argmax(-1) if sampling.temperature == 0 else _draw(logits, sampling, generators)
+    if seen is not None:
         seen.scatter_(1, token[:, None], True)
-        return token
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
+    return token.where(finite, -1)
+
+
+def _draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     ordered, order = (logits.float() / sampling.temperature).sort(stable=True, dim=-1, descending=True)
     probability = ordered[:, : sampling.top_k].softmax(-1)
     upto = probability.cumsum(-1)
@@ -77,7 +82,7 @@ def choose(
     # One uniform number a row, drawn on the CPU, so that a seed means the same on every device.
     drawn = torch.stack([torch.rand((), generator=generator) for generator in generators])
     index = torch.searchsorted(upto, drawn.to(upto.device)[:, None] * upto[:, -1:], right=True)
-    last = (probability > 0).sum(-1, keepdim=True) - 1
+    last = (probability > 0).sum(-1, keepdim=True).clamp(min=1) - 1
     return order.gather(-1, index.minimum(last))[:, 0]
 
 

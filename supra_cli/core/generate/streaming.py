@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from supra_cli.core import cache as caches
+from supra_cli.core.checkpoint.describing import theirs
 from supra_cli.core.data.tokenizer import check_chat_template, check_ids, token_ids
-from supra_cli.core.errors import SupraError, UsageError, first_line
+from supra_cli.core.errors import NonFiniteError, SupraError, UsageError, first_line
 from supra_cli.core.generate.sampling import Sampling, choose
 from supra_cli.core.generate.steps import PIECE, cache_bytes, compiled, decode, grown, prefill
 from supra_cli.core.generate.writer import Writer
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+_NOT_FINITE = "the model's logits are not finite; check the model's weights and dtype"
 
 
 class Piece(NamedTuple):
@@ -81,7 +84,7 @@ def stream(
     A batch gives what each prompt alone would. `stats` is filled on the way. With `compile` the decode step is compiled
     first, which a beam search takes none of. UsageError for a prompt without any token, for more tokens than the model
     has positions, and for prompts whose positions would depend on each other's length; SupraError for a token that the
-    model does not have.
+    model does not have; NonFiniteError for logits that are no numbers.
     """
     stats = stats if stats is not None else Stats()
     input_ids, mask = encode(tokenizer, prompts, model.device)
@@ -152,7 +155,9 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     try:
         return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
+    except Exception as error:
+        if not (isinstance(error, jinja2.TemplateError) or theirs(error)):
+            raise
         raise SupraError(
             f"the chat template of {tokenizer.name_or_path} fails ({first_line(error)}); restore its file"
         ) from error
@@ -192,6 +197,7 @@ def unused_settings(model: PreTrainedModel, sampling: Sampling) -> dict[str, Any
     The tokens that end a text are used, see `eos_ids`; how long it may grow is asked of the user alone.
     """
     own = model.generation_config.to_diff_dict()
+    without_effect = GenerationConfig._get_default_generation_params() | {"top_k": 0}  # the default, 50, has one
     used = asdict(sampling) | {"do_sample": sampling.temperature > 0}
     return {
         name: value
@@ -199,7 +205,7 @@ def unused_settings(model: PreTrainedModel, sampling: Sampling) -> dict[str, Any
         if not name.startswith("_")
         and not name.endswith("token_id")
         and name not in ("transformers_version", "use_cache", "max_length")
-        and (value is True or value not in (None, False, 0, 1, "", [], {}))
+        and value not in (without_effect.get(name, False), None, "", [], {})
         and used.get(name) != value
     }
 
@@ -220,7 +226,7 @@ def _tokens(
     text, switch = input_ids, model.config.switch()
     seen = _seen(input_ids, mask, logits.shape[-1]) if sampling.repetition_penalty != 1 else None
     token = choose(logits, sampling, generators, seen)
-    chosen = token.tolist()
+    chosen = _on_host(token)
     stats.prefill_seconds = time.perf_counter() - began
     position = torch.full_like(token, input_ids.shape[1]) if mask is None else mask.sum(-1)
     if SOFTMAX not in model.supra.layers:
@@ -247,10 +253,18 @@ def _tokens(
             logits, cache = step(model, token, position, mask, cache)
         position = position + 1
         token = choose(logits, sampling, generators, seen)
-        chosen = token.tolist()
+        chosen = _on_host(token)
         stats.decode_seconds += time.perf_counter() - began
     stats.cache_bytes = cache_bytes(cache)
     yield chosen
+
+
+def _on_host(token: Tensor) -> list[int]:
+    """What `choose` chose, which says in the same numbers where there was nothing to choose from."""
+    chosen = token.tolist()
+    if -1 in chosen:
+        raise NonFiniteError(_NOT_FINITE)
+    return chosen
 
 
 def _beams(
@@ -274,12 +288,17 @@ def _beams(
     )
     # transformers fills what a call leaves open from the model's own settings, which no other route here follows.
     own, model.generation_config = model.generation_config, settings
+    finite: list[Tensor] = []
+    look = model.register_forward_hook(lambda _, __, output: finite.append(output.logits[:, -1].isfinite().all()))
     try:
         output = model.generate(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids) if mask is None else mask
         )
     finally:
+        look.remove()
         model.generation_config = own
+    if not torch.stack(finite).all():
+        raise NonFiniteError(_NOT_FINITE)
     new = output.sequences[:, input_ids.shape[1] :]
     stats.decode_seconds = time.perf_counter() - began
     if (cache := caches.of(output)) is not None:

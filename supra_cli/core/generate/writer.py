@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class Writer:
     """One completion's text from its tokens: whole characters only, and nothing of a stop string."""
 
-    # Tokens of the prompt that are decoded along, because some decoders drop the space at the start of a text.
+    # Tokens of the prompt that are decoded along, because some decoders drop the space at the start of a text; more
+    # where they would begin within a character, with which some decoders lose the bytes of all that follow.
     _CONTEXT = 8
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()):
@@ -21,6 +22,8 @@ class Writer:
         # Special tokens of the prompt decode to nothing, so they would leave the completion at the start of a text.
         ordinary = (token for token in reversed(prompt) if not self._special(token))
         self._ids = [*itertools.islice(ordinary, self._CONTEXT)][::-1]
+        while self._text(self._ids).startswith("\ufffd") and (token := next(ordinary, None)) is not None:
+            self._ids.insert(0, token)
         self._shown_from, self._shown_to = 0, len(self._ids)
         self._stop = tuple(stop)
         self._held: list[tuple[str, bool]] = []  # (character, whether it is shown)

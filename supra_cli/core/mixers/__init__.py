@@ -102,11 +102,11 @@ def options_of_layer(options: Mixer.Options, layer: int) -> Mixer.Options:
 def parse_options(name: str, given: Mapping[str, Any]) -> Mixer.Options:
     """The options of the mixer `name` from plain values; an unknown key or a wrong value is a UsageError."""
     kind = mixers.get(name).Options
-    try:
+    if __name__.startswith("supra_cli."):
         from supra_cli.core.recipe.options import read
-    except ImportError:  # in an exported model, whose options were read when it was written
-        return kind(**given)
-    options, problems = read(kind, given, "mixer")
-    if problems:
-        raise UsageError(f"wrong options of mixer '{name}': {', '.join(problems)}")
-    return options
+
+        options, problems = read(kind, given, "mixer")
+        if problems:
+            raise UsageError(f"wrong options of mixer '{name}': {', '.join(problems)}")
+        return options
+    return kind(**given)  # in an exported model, whose options were read when it was written

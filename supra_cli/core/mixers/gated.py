@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.parts import HeadNorm, HedgehogMap, MatrixMixer, MatrixState, nearly_none, wide
+from supra_cli.core.mixers.parts import HeadNorm, HedgehogMap, MatrixMixer, MatrixState, in_fp32, nearly_none
 from supra_cli.core.ops import linear_attention
 
 
@@ -55,7 +55,7 @@ class Gated(MatrixMixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
         q, k = self.phi_q(rope(q)), self.phi_k(rope(k))
-        g = nn.functional.logsigmoid(wide(self.decay(x)))
+        g = nn.functional.logsigmoid(in_fp32(self.decay, x))
         S = None if state is None else state.S
         if self.norm is not None:
             o, S = linear_attention(q, k, v, g, state=S, layout=layout, norm_eps=self.norm.eps)

@@ -13,10 +13,20 @@ from torch import Tensor, nn
 from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import entries, mixers
-from supra_cli.core.mixers.parts import HeadMap, MatrixMixer, MatrixState, ShortConv, fit_gain, gain_moments, wide
+from supra_cli.core.mixers.parts import (
+    HeadMap,
+    MatrixMixer,
+    MatrixState,
+    ShortConv,
+    fit_gain,
+    gain_moments,
+    in_fp32,
+    wide,
+)
 from supra_cli.core.ops import delta_rule
 
 RMS_EPS = 1e-5
+_MOST = 1 << 10
 
 
 class DeltaState(NamedTuple):
@@ -29,10 +39,10 @@ class DeltaState(NamedTuple):
 
 
 def check_width(given: float | Sequence[float]) -> None:
-    """UsageError for an option key_width that is less than 1, or none."""
+    """UsageError for an option key_width that is out of bounds, or none."""
     for width in entries(given):
-        if not 1 <= width < math.inf:
-            raise UsageError(f"mixer.key_width is {width}, expected a number of 1 or more")
+        if not 1 <= width <= _MOST:
+            raise UsageError(f"mixer.key_width is {width}, expected a number from 1 to {_MOST}")
 
 
 @mixers.register("gated_delta")
@@ -79,8 +89,8 @@ class GatedDelta(MatrixMixer):
 
         def __post_init__(self) -> None:
             check_width(self.key_width)
-            if self.short_conv < 0 or self.short_conv == 1:
-                raise UsageError(f"mixer.short_conv is {self.short_conv}, expected 0 for none, or 2 tokens or more")
+            if self.short_conv != 0 and not 2 <= self.short_conv <= _MOST:
+                raise UsageError(f"mixer.short_conv is {self.short_conv}, expected 0 for none, or from 2 to {_MOST}")
 
         @property
         def most_written(self) -> int:
@@ -163,7 +173,7 @@ class GatedDelta(MatrixMixer):
         if self.options.rotary:
             q, k = rope(q), rope(k)
         q, k = self._feature(self.phi_q(q)), self._feature(self.phi_k(k))
-        beta = wide(self.write(x)).sigmoid() * self.options.most_written
+        beta = in_fp32(self.write, x).sigmoid() * self.options.most_written
         g = self._log_decay(x)
         o, S = delta_rule(q, k, v, g, beta, state=S, layout=layout)
         if self.options.norm == "rms":
@@ -179,7 +189,7 @@ class GatedDelta(MatrixMixer):
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """[B,T,H], or [B,T,H,·] with a number a channel."""
-        rate = nn.functional.softplus(wide(self.decay(x))).unflatten(-1, (self.spec.heads, -1))
+        rate = nn.functional.softplus(in_fp32(self.decay, x)).unflatten(-1, (self.spec.heads, -1))
         g = -wide(self.A_log).exp().unsqueeze(-1) * rate
         return g.squeeze(-1)
 

@@ -14,7 +14,7 @@ from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
 from supra_cli.core.mixers.gated_delta import DeltaState, GatedDelta, check_width
-from supra_cli.core.mixers.parts import HedgehogMap, ReluMap, nearly_none, wide
+from supra_cli.core.mixers.parts import HedgehogMap, ReluMap, in_fp32, nearly_none, wide
 from supra_cli.core.mixers.window import Sight, Window, WindowState
 from supra_cli.core.ops import linear_attention
 
@@ -72,7 +72,7 @@ class Attended(nn.Module):
         kept = (part[:, : -self.window] for part in (sight.kept_k, sight.kept_v))
         leaving_k, leaving_v = (sight.rows.scatter(part, tokens) for part in kept)
         keys = self.phi_k(leaving_k).masked_fill(~left[..., None, None], 0)
-        g = None if self.decay is None else nn.functional.logsigmoid(wide(self.decay(x)))
+        g = None if self.decay is None else nn.functional.logsigmoid(in_fp32(self.decay, x))
         asked = {"layout": inputs.layout, "denominator_min": 1e-6, "denominators": True}
         past, S, d = linear_attention(self.phi_q(sight.q), keys, leaving_v, g, state=S, **asked)
         recurrence = wide(self.log_f).exp() * d
@@ -102,7 +102,7 @@ class Corrected(nn.Module):
     def forward(self, inputs: Inputs, sight: Sight, left: Tensor, memory: tuple[Tensor, ...]) -> Answer:
         *call, layout = inputs
         past, memory = self.delta(*call, DeltaState(*memory), layout)
-        return past, (wide(self.mix(inputs.x)) - wide(self.mass) * sight.log_mass()).sigmoid(), memory
+        return past, (in_fp32(self.mix, inputs.x) - wide(self.mass) * sight.log_mass()).sigmoid(), memory
 
 
 @mixers.register("lolcats")

@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import mixers
-from supra_cli.core.mixers.parts import HeadNorm, MatrixMixer, MatrixState, gain_moments, wide
+from supra_cli.core.mixers.parts import HeadNorm, MatrixMixer, MatrixState, gain_moments, in_fp32, wide
 from supra_cli.core.ops import linear_attention
 
 SLOWEST, FASTEST = 1e-3, 1e-1
@@ -64,11 +64,11 @@ class Mamba2(MatrixMixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rope: Rotate, state: MatrixState | None, layout: Layout | None
     ) -> tuple[Tensor, MatrixState]:
         k, v = (heads.repeat_interleave(self.spec.heads // self.spec.kv_heads, dim=2) for heads in (rope(k), v))
-        step = softplus(wide(self.step(x)))
+        step = softplus(in_fp32(self.step, x))
         g, scaled = -wide(self.A_log).exp() * step, v * step.unsqueeze(-1).to(v.dtype)
-        S = None if state is None else state.S
-        o, S = linear_attention(rope(q), k, scaled, g, scale=self.spec.head_dim**-0.5, state=S, layout=layout)
-        o = self.norm(o + self.D * v)
+        S, scale = None if state is None else state.S, self.spec.head_dim**-0.5
+        o, S = linear_attention(rope(q), k, scaled, g, scale=scale, state=S, layout=layout, wide=True)
+        o = self.norm(o + wide(self.D) * v, v.dtype)
         if self.gate is not None:
             o = o * 2 * self.gate(x).sigmoid().view(o.shape)
         return o, MatrixState(S)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from supra_cli.core.layout import HeadSpec, Layout, Rotate
 from supra_cli.core.mixers import Mixer
-from supra_cli.core.ops import linear_attention
+from supra_cli.core.ops import linear_attention, without_autocast
 
 SlopeRule = Literal["alibi", "retnet", "none"]
 
@@ -149,8 +151,9 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.empty(heads, 1)) if gain == "head" else None
 
-    def forward(self, o: Tensor) -> Tensor:
-        return self.scaled(nn.functional.layer_norm(wide(o), o.shape[-1:], eps=self.eps).to(o.dtype))
+    def forward(self, o: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rounded to `dtype`, or as o is, before the gain: of a sum that is wide, so that a mean takes no digits."""
+        return self.scaled(nn.functional.layer_norm(wide(o), o.shape[-1:], eps=self.eps).to(dtype or o.dtype))
 
     def scaled(self, normed: Tensor) -> Tensor:
         """Heads that are normalised already, times the gain."""
@@ -190,6 +193,27 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """x in fp32, or as it is where it is finer."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def in_fp32(module: nn.Module, x: Tensor) -> Tensor:
+    """`module`, a linear map or several, of x in fp32 or finer: what a decay, a write strength or a share is made of.
+
+    Where decays begin, from 4 to 8, bf16 has a number every 1/32: a step of 3 % of log σ(x). The module itself is
+    called, adapters and all, without autocast. Weights that are stored in half precision have lost their digits, and no
+    more are lost: products, sums and biases are fp32's.
+    """
+    halved = any(parameter.itemsize < 4 for parameter in module.parameters())
+    with without_autocast(x.device.type), _Widened() if halved else nullcontext():
+        return module(wide(x))
+
+
+class _Widened(TorchFunctionMode):
+    """While this lasts, linear maps compute in fp32 or finer, whatever their weights are stored in."""
+
+    def __torch_function__(self, called, types, args=(), kwargs=None):
+        if called is nn.functional.linear:
+            args = tuple(None if x is None else wide(x) for x in args)
+        return called(*args, **(kwargs or {}))
 
 
 def over_heads(module: nn.Module, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from supra_cli.core.errors import UsageError
 from supra_cli.core.layout import Layout, Rotate
 from supra_cli.core.mixers import Mixer, entries, mixers
 from supra_cli.core.mixers.parts import capped, wide
+from supra_cli.core.ops import without_autocast
 
 BLOCK = 16
 """Fewest queries in a block, unless there are fewer tokens."""
@@ -82,23 +83,23 @@ class Window(Mixer):
         tokens, window, sinks = q.shape[1], self.options.window, self.options.sinks
         block = min(tokens, max(window - 1, BLOCK))
         rows, asked = read_rows(layout, state.seen, tokens, block), q
-        q, k, v = (rows.gather(heads) for heads in (q * self.spec.scale, k, v))
+        q, k, v = (rows.gather(heads) for heads in (wide(q) * self.spec.scale, k, v))
         kept_k, kept_v = join(state.recent_k, k), join(state.recent_v, v)
         near_k, near_v = kept_k[:, self.beyond :], kept_v[:, self.beyond :]
         far_k, far_v = join(state.sink_k, k), join(state.sink_v, v)
         sink_at = rows.sinks(state.seen, sinks)
 
         q = q.unflatten(2, (self.spec.kv_heads, -1)).unflatten(1, (-1, block))
-        near = torch.einsum("bncgrk,bnlgk->bncgrl", q, bands(near_k, window, block))
+        with without_autocast(q.device.type):  # a score of 40 in bf16 is off by up to 1/8, its weight by an eighth
+            near = torch.einsum("bncgrk,bnlgk->bncgrl", q, bands(wide(near_k), window, block))
+            far = torch.einsum("bncgrk,bncsgk->bncgrs", q, take(wide(far_k), sink_at).unflatten(1, (-1, block)))
         near = hide(capped(near, self.spec.softcap), rows.in_window(state.seen, window, block))
-        far = torch.einsum("bncgrk,bncsgk->bncgrs", q, take(far_k, sink_at).unflatten(1, (-1, block)))
         # A sink inside the window is in the band already.
         beyond = torch.arange(sinks, device=q.device) <= rows.position[..., None] - window
         far = hide(capped(far, self.spec.softcap), beyond.unflatten(1, (-1, block)))
 
-        in_fp32 = torch.promote_types(v.dtype, torch.float32)  # or finer
         scores = torch.cat((near, far), dim=-1)
-        weights = scores.softmax(-1, dtype=in_fp32)
+        weights = scores.softmax(-1)
         near, far = weights.to(v.dtype).split((near.shape[-1], sinks), dim=-1)
         o = torch.einsum("bncgrl,bnlgv->bncgrv", near, bands(near_v, window, block))
         o = o + torch.einsum("bncgrs,bncsgv->bncgrv", far, take(far_v, sink_at).unflatten(1, (-1, block)))
@@ -122,10 +123,10 @@ class Sight(NamedTuple):
     o: Tensor
     """[B, T, H, V]."""
     scores: Tensor
-    """[B, blocks, queries of a block, G, H / G, ·], of the window and the sinks; the format's least number where
-    a key is not seen."""
+    """[B, blocks, queries of a block, G, H / G, ·] in fp32 or finer, of the window and the sinks; the format's least
+    number where a key is not seen."""
     weights: Tensor
-    """Their softmax, in fp32 or finer."""
+    """Their softmax."""
     kept_k: Tensor
     """[B, window - 1 + beyond + T, G, K], the state's recent tokens and the call's, each row's real ones first."""
     kept_v: Tensor
@@ -133,7 +134,7 @@ class Sight(NamedTuple):
 
     def log_mass(self) -> Tensor:
         """log Σ_j exp(s_ij) of every query's scores s_ij, [B, T, H]."""
-        return self._by_query(wide(self.scores).amax(-1, keepdim=True)) + self.denominator().log()
+        return self._by_query(self.scores.amax(-1, keepdim=True)) + self.denominator().log()
 
     def denominator(self) -> Tensor:
         """Σ_j exp(s_ij - max_j s_ij) of every query's scores s_ij, [B, T, H]: the inverse of the largest weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def anchor(raw: dict[str, Any], folder: Path) -> None:
     for table, key in [(raw, "base"), *named]:
         name = table.get(key) if isinstance(table, dict) else None
         if isinstance(name, str) and name and "\0" not in name:
-            path = Path(os.path.expanduser(name)) if name.startswith("~") else folder / name
+            local = os.path.expanduser(name)
+            path = folder / local
+            if key == "path" and not _exists(path):  # then it is read as a glob, of which the folder is no part
+                path = Path(glob.escape(str(folder)), local)
             table[key] = str(path) if looks_local(name) or _exists(path) else name
 
 

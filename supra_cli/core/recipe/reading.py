@@ -37,10 +37,10 @@ def load(path: Path, overrides: Iterable[str] = (), *, lookup: Lookup | None = N
         raise UsageError(f"no recipe at {path}; `supra recipe list` names the shipped ones") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder, expected a recipe; name the TOML file in it") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid TOML: {first_line(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # tomllib's own, or a number of more digits than Python reads
+        raise UsageError(f"{path} is not valid TOML: {first_line(error)}") from None
     anchor(raw, path.resolve().parent)
     for assignment in overrides:
         override(raw, assignment)
@@ -95,7 +95,7 @@ def override(raw: dict[str, Any], assignment: str) -> None:
         table = _descend(table, part, key)
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         parsed = value
     if isinstance(table, list):
         table[_index(table, last, key)] = parsed
@@ -104,15 +104,13 @@ def override(raw: dict[str, Any], assignment: str) -> None:
 
 
 def _descend(table: Any, part: str, key: str) -> Any:
-    if isinstance(table, list):
-        return table[_index(table, part, key)]
-    child = table.setdefault(part, {})
+    child = table[_index(table, part, key)] if isinstance(table, list) else table.setdefault(part, {})
     if not isinstance(child, dict | list):
         raise UsageError(f"--set {key}: '{part}' is a value, not a table")
     return child
 
 
 def _index(table: list, part: str, key: str) -> int:
-    if not part.isdecimal() or int(part) >= len(table):
+    if part not in map(str, range(len(table))):
         raise UsageError(f"--set {key}: '{part}' is not one of the {len(table)} entries there, counted from 0")
     return int(part)

@@ -18,6 +18,9 @@ UsageError for an unknown name."""
 
 Packing = Literal["separate", "joined", "cut"]
 Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
+"""Of what lies somewhere: an empty one, as a shell makes of a variable that is not set, would be the working directory.
+"""
 Row = Annotated[int, Field(ge=2, le=2**24)]
 MOST_LAYERS = 1024
 """Of a model from scratch: each is built before anything can be said of the whole."""
@@ -45,23 +48,23 @@ class Mixer(OpenTable):
 
 
 class Source(Table):
-    path: str
+    path: Name
     """A file, folder or glob (relative to the recipe), the built-in source `python-stdlib`, or a dataset on the
     hub. A folder stands for its data files (.txt, .jsonl, .ndjson, .json, .parquet, .csv, .tsv; also .gz, .zst, .bz2),
     hidden ones left out; a glob for every file that it names."""
-    text: str = "text"
+    text: Name = "text"
     """Field or column that holds the text, where records have fields."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of the training rows drawn from this source, relative to the other sources' weights."""
     repeat: Literal["no", "text", "random"] = "no"
     """For learning to recall, rows in which passages come twice instead of this source's documents: `text` repeats
     passages of the source, `random` passages of random tokens between which its text stands."""
-    name: str | None = None
+    name: Name | None = None
     """Configuration of a hub dataset."""
-    split: str | None = None
+    split: Name | None = None
     """Split of a hub dataset, of a built-in source, or of a folder whose files or sub-folders are named for splits
     (train, validation, test); `train` for sources and `validation` for validation when left out."""
-    revision: str | None = None
+    revision: Name | None = None
     """Commit or tag of a hub dataset."""
 
     @model_validator(mode="after")
@@ -123,7 +126,7 @@ class Checkpoint(Table):
 class Stage(OpenTable):
     kind: str
     """Registered name of the loss: transfer, distill or finetune; further keys of the table are its options."""
-    tokens: Positive
+    tokens: Annotated[int, Field(gt=0, le=2**60)]
     """Tokens to train on in this stage."""
     batch_tokens: Annotated[int, Field(gt=0, le=2**30)] = 4096
     """Tokens in an optimizer step, rounded down to whole rows."""
@@ -152,7 +155,7 @@ class Stage(OpenTable):
     """AdamW's decoupled weight decay, on matrices only."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """The gradient is scaled down to this global norm."""
-    teacher: str | None = None
+    teacher: Name | None = None
     """Model to learn from, where the stage has one; the run's base when left out."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
@@ -170,7 +173,7 @@ class Stage(OpenTable):
 
 
 class Recipe(Table):
-    base: str | None = None
+    base: Name | None = None
     """Model to start from: a directory, an alias or a hub id."""
     model: dict[str, Any] | None = None
     """Instead of `base`: the Hugging Face configuration of a model to train from scratch, `model_type` included."""

@@ -81,13 +81,13 @@ class Opening:
     def begin(self, model: Path | None, dtype: torch.dtype | None) -> Standing:
         """A new run, in `dtype` or what suits the device, from a converted `model` or what the recipe names."""
         world, recipe = self.world, self.recipe
-        dtype, counters = dtype or devices.dtype("auto", str(self.device)), Counters()
+        dtype, counters, commits = dtype or devices.dtype("auto", str(self.device)), Counters(), {}
         if recipe.base is None and model is None:  # a tokenizer is trained, which one rank does for all
             start = world.shared(origin.look(recipe, self.run, model) if world.leads else None)
         else:
             with world.first():
                 start = origin.look(recipe, self.run, model)
-        material = self._material(start.tokenizer, start.config, start.base, counters)
+        material = self._material(start.tokenizer, start.config, start.base, counters, commits)
         if start.base is not None and material.held_out is not None:
             teacher = frozen(hub.open(start.base), world, self.device, dtype)
             counters.teacher_loss = held_out_loss(teacher, material.held_out, self.device, dtype, world)
@@ -101,7 +101,8 @@ class Opening:
                 found = origin.begin(start, recipe, beside, model)
             models = origin.identities(recipe, start.base)
             weights = {role: identity for role, (_, identity) in models.items()}
-            began = found, {"dtype": _word(dtype), "held_out": _digest(material.held_out), "models": weights}
+            text = {"held_out": _digest(material.held_out), "held_out_commits": commits}
+            began = found, {"dtype": _word(dtype), **text, "models": weights}
         found, same = world.shared(began)
         return Standing(counters, found, dtype, same, material)
 
@@ -127,7 +128,8 @@ class Opening:
         began = origin.Origin(known.get("base"), known.get("parent"), known.get("tokens_before") or 0)
         found = world.shared(origin.same_models(self.recipe, began, same["models"], counters.stage) if leads else None)
         tokenizer = checkpoint.load_tokenizer(self.run.tokenizer)
-        material = self._material(tokenizer, config, found.base, counters)
+        commits = same.setdefault("held_out_commits", {})  # which an older supra did not save
+        material = self._material(tokenizer, config, found.base, counters, commits)
         material.mixture.restore(data)
         _same_sums(same, dtype, material.held_out)
         if leads:
@@ -138,9 +140,16 @@ class Opening:
         return Standing(counters, found, dtype, same, material, path)
 
     def _material(
-        self, tokenizer: PreTrainedTokenizerBase, config: SupraConfig, base: str | None, counters: Counters
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SupraConfig,
+        base: str | None,
+        counters: Counters,
+        commits: dict[str, str],
     ) -> Material:
-        """Open the data, and raise whatever else would end the run later than it could be known."""
+        """Open the data, held-out text at its `commits` or into them, and raise whatever else would end the run later
+        than it could be known.
+        """
         recipe = self.recipe
         with self.world.first():
             check_stages(recipe.stages[counters.stage :], config, tokenizer, base, self.world)
@@ -153,7 +162,7 @@ class Opening:
                 "which documents in one row can be on both sides; lower data.seq_len, or set data.documents = 'joined'"
             )
         mixture = rows.training(recipe.data, tokenizer, recipe.seed, longest, self.world)
-        held_out = rows.held_out(recipe.data, tokenizer) if self.world.leads else None
+        held_out = rows.held_out(recipe.data, tokenizer, commits) if self.world.leads else None
         held_out = self.world.shared(held_out)
         # Only here can a token that was added without an embedding be met: on a GPU it would end the process.
         known = partial(_check_ids, tokenizer, config)

@@ -165,7 +165,9 @@ def _lies_here(name: str | None) -> bool:
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The base's tokenizer; for a shape without a base, one trained on the training text now."""
-    return _own_shape(recipe).tokenizer if recipe.base is None else checkpoint.load_tokenizer(hub.open(recipe.base))
+    if recipe.base is None:
+        return _own_shape(recipe).tokenizer
+    return checkpoint.load_tokenizer(hub.without_weights(hub.resolve(recipe.base)))
 
 
 def _own_shape(recipe: Recipe) -> Start:
