@@ -17,7 +17,7 @@ from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import automatic
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.optimizer import moment_bytes
-from supra_cli.core.train.sharding import STAY_WHOLE, rounded, traveling_bytes
+from supra_cli.core.train.sharding import rounded, staying_whole
 
 if TYPE_CHECKING:
     from supra_cli.core import recipe as recipes
@@ -74,20 +74,16 @@ class Numbers:
     wide: int
     """What stays fp32 of it: mixer, norms, experts."""
     rest: int
-    stay_whole: int = 0
-    """Bytes of all blocks, where they are so few that several GPUs have them whole between forward and backward."""
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype, moving: bool = False) -> Numbers:
-        """Computing in `dtype`. `moving`: of those alone that move."""
+    def of(cls, model: nn.Module, moving: bool = False) -> Numbers:
+        """`moving`: of those alone that move."""
         counted = {p for p in model.parameters() if p.requires_grad or not moving}
         blocks = [[p for p in block.parameters() if p in counted] for block in model.arch.layers(model)]
         sizes = [sum(p.numel() for p in block) for block in blocks]
         total, largest = sum(p.numel() for p in counted), sizes.index(max(sizes))
         wide = sum(p.numel() for p in set(blocks[largest]) - rounded(model))
-        traveling = traveling_bytes(model, dtype)
-        whole = traveling if traveling <= STAY_WHOLE else 0
-        return cls(total, total - sum(sizes), wide, sizes[largest] - wide, whole)
+        return cls(total, total - sum(sizes), wide, sizes[largest] - wide)
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,8 @@ class StagePlan:
     rounded: int
     """Numbers that move and that an offloading optimizer leaves on one device in the computing dtype."""
     teacher: Numbers | None
+    whole: tuple[int, int]
+    """Bytes of the student's and the teacher's blocks where several GPUs have them all whole at once, else 0."""
     figures: Figures
 
     def flops(self, gpus: int = 1) -> int:
@@ -146,10 +144,9 @@ class StagePlan:
         if sharded:
             two, outside = 2 * (item * student.rest + 4 * student.wide), 4 * student.root
             if teacher:
-                outside += item * teacher.root + (teacher.stay_whole or 2 * item * (teacher.rest + teacher.wide))
-            gathered = two + outside
-            if not (stage_of(spec).inside or spec.activation_checkpointing):
-                gathered = max(two, student.stay_whole) + outside
+                outside += item * teacher.root + (self.whole[1] or 2 * item * (teacher.rest + teacher.wide))
+            resharded = stage_of(spec).inside or spec.activation_checkpointing
+            gathered = max(two, 0 if resharded else self.whole[0]) + outside
             unreduced = 2 * 4 * (trained.rest + trained.wide) + 4 * trained.root
             last_gathered = two + outside + unreduced
 
@@ -222,10 +219,12 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16, device: Li
         sizes = tuple(parameter.numel() for parameter in moving)
         if stage.teacher == "separate" and (name := spec.teacher or recipe.base) is not None:
             configs.append(checkpoint.outline(hub.resolve(name)))
-        teacher = Numbers.of(checkpoint.skeleton(configs[1], dtype), dtype) if configs[1:] else None
-        found = extrapolated(partial(figures, recipe, spec, dtype, device), configs)
-        whole, trained = Numbers.of(student, dtype), Numbers.of(student, dtype, moving=True)
-        stages.append(StagePlan(recipe, spec, dtype, whole, trained, sizes, held_rounded, teacher, Figures(*found)))
+        taught = checkpoint.skeleton(configs[1], dtype) if configs[1:] else None
+        teacher = taught and Numbers.of(taught)
+        found = Figures(*extrapolated(partial(figures, recipe, spec, dtype, device), configs))
+        every, trained = Numbers.of(student), Numbers.of(student, moving=True)
+        whole = staying_whole(student, dtype), staying_whole(taught, dtype) if taught else 0
+        stages.append(StagePlan(recipe, spec, dtype, every, trained, sizes, held_rounded, teacher, whole, found))
     return Plan(size, device, str(dtype).removeprefix("torch."), tuple(stages))
 
 

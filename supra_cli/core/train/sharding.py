@@ -54,7 +54,7 @@ def shard(
     unit = partial(
         fully_shard,
         mesh=world.mesh,
-        reshard_after_forward=inside or recomputed or traveling_bytes(model, dtype) > STAY_WHOLE,
+        reshard_after_forward=inside or recomputed or not staying_whole(model, dtype),
         # Inputs stay as they are: autocast rounds them where one rank's would be rounded.
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
         **({"offload_policy": CPUOffloadPolicy(pin_memory=world.mesh.device_type == "cuda")} if offload else {}),
@@ -86,11 +86,12 @@ def shard(
             part.set_force_sum_reduction_for_comms(True)
 
 
-def traveling_bytes(model: SupraForCausalLM, dtype: torch.dtype) -> int:
-    """Of the blocks' weights, sent in `dtype` where that rounds them and else as they are."""
+def staying_whole(model: SupraForCausalLM, dtype: torch.dtype) -> int:
+    """Bytes of the blocks' weights, sent in `dtype` where that rounds them and else as they are; 0 for too many."""
     sent_rounded = rounded(model)
     blocks = {parameter for block in model.arch.layers(model) for parameter in block.parameters()}
-    return sum(p.numel() * (dtype.itemsize if p in sent_rounded else p.itemsize) for p in blocks)
+    size = sum(p.numel() * (dtype.itemsize if p in sent_rounded else p.itemsize) for p in blocks)
+    return size if size <= STAY_WHOLE else 0
 
 
 def rounded(model: SupraForCausalLM) -> set[nn.Parameter]:
