@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from typer.core import TyperCommand, TyperOption
 import supra_cli.commands
 from supra_cli.core.environment import versions
 from supra_cli.core.errors import ResourceError, SupraError, UsageError, first_line
+from supra_cli.core.files import cache_folder
 
 # The order of `supra --help`: the path a model takes, then everything else by name.
 _PATH = ("convert", "uptrain", "eval", "generate")
@@ -37,12 +39,12 @@ _REFUSALS = {
     errno.EDQUOT: "the disk quota is used up; free some space and run again",
     errno.EFBIG: "a file would be larger than is allowed here (see ulimit -f); choose another place or allow more",
     errno.EACCES: "permission denied; choose a place you may write to",
-    errno.EPERM: "operation not permitted",
-    errno.EROFS: "the file system is read-only; choose another place with -o",
-    errno.ENOTDIR: "a file stands where a directory is needed",
-    errno.EISDIR: "a directory stands where a file is needed",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.EIO: "the disk reported an input/output error",
+    errno.EPERM: "operation not permitted; choose a place you may write to",
+    errno.EROFS: "the file system is read-only; choose a place you may write to",
+    errno.ENOTDIR: "a file stands where a directory is needed; move it or choose another place",
+    errno.EISDIR: "a directory stands where a file is needed; move it or choose another place",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EIO: "the disk reported an input/output error; check it or choose another place",
 }
 
 
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_utf8(arguments)
         with _unwinding():
             code = build()(arguments, prog_name="supra", standalone_mode=False)
+        if code == 130:  # what typer makes of a KeyboardInterrupt in a verb, without a word
+            raise KeyboardInterrupt
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
@@ -245,14 +249,25 @@ def _verdict(error: Exception, arguments: list[str]) -> tuple[str, int]:
             "use a smaller batch, a shorter sequence, a smaller --dtype or a larger device",
             ResourceError.exit_code,
         )
-    if "No space left on device" in str(error):  # also how safetensors and tokenizers word it
-        return f"{_REFUSALS[errno.ENOSPC]} ({error})", SupraError.exit_code
     if _is_link_to_itself(error):
         return f"a link leads back to itself ({first_line(error)}); name another place", UsageError.exit_code
     if isinstance(error, OSError) and error.errno in _REFUSALS:
-        where = f"{error.filename}: " if error.filename else ""
-        return where + _REFUSALS[error.errno], SupraError.exit_code
+        return _refusal(error), SupraError.exit_code
+    if "No space left on device" in str(error):  # as safetensors and tokenizers word it
+        return f"{_REFUSALS[errno.ENOSPC]} ({error})", SupraError.exit_code
     return _internal(error, arguments), SupraError.exit_code
+
+
+def _refusal(error: OSError) -> str:
+    """What the operating system refused and where; no option moves supra's cache, so there its variable is named."""
+    why = _REFUSALS[error.errno]
+    if not isinstance(error.filename, str):
+        return why
+    refused, cache = Path(error.filename).absolute(), cache_folder().absolute()
+    is_missing_parent = cache.is_relative_to(refused) and not refused.exists()
+    if refused.is_relative_to(cache) or is_missing_parent:
+        why = f"{why.partition(';')[0]}; set SUPRA_CACHE to a folder where you may write and there is room"
+    return f"{error.filename}: {why}"
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,10 +151,39 @@ def test_every_kind_of_failure_has_its_exit_code_and_a_sentence(supra, failing, 
     failing(error)
     result = supra("fail")
     assert result.code == code
-    if code != 130:
-        assert len(result.error.split()) > 1
-        assert "internal error" not in result.error
+    assert len(result.error.split()) > 1
+    assert "internal error" not in result.error
     assert "Traceback" not in result.err
+
+
+def test_ctrl_c_in_a_running_verb_is_told_once():
+    command = [sys.executable, "-m", "supra_cli", "generate", "tiny", "-p", "class Reader:", "--max-new-tokens", "2000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.read(1)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert told.splitlines()[-1] == "error: interrupted"
+    assert told.count("interrupted") == 1
+
+
+@pytest.mark.parametrize("refused", ["cache/tokens/x", "cache/tokens", "cache", "."])
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_refusal_in_the_cache_names_what_moves_the_cache(supra, failing, monkeypatch, tmp_path, refused, code):
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "new" / "cache"))
+    failing(OSError(code, os.strerror(code), str(tmp_path / "new" / refused)))
+    result = supra("fail")
+    assert result.code == 1
+    assert "set SUPRA_CACHE to a folder" in result.error
+    assert " -o" not in result.error
+
+
+def test_a_refusal_elsewhere_does_not_speak_of_the_cache(supra, failing, monkeypatch, tmp_path):
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "cache"))
+    failing(OSError(errno.EROFS, "Read-only file system", str(tmp_path / "student")))
+    assert supra("fail").error.endswith("the file system is read-only; choose a place you may write to")
+    failing(OSError(errno.EISDIR, "Is a directory", str(tmp_path)))  # in which the cache lies, too
+    assert "SUPRA_CACHE" not in supra("fail").error
 
 
 def test_cuda_running_out_of_memory_is_exit_5(supra, failing):

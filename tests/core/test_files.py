@@ -69,6 +69,15 @@ def test_a_full_disk_is_never_called_unreadable(named: str | None, model: Path) 
     assert contents(model.parent) == {"model/config.json": OLD}
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_where_writing_is_forbidden_room_is_not_asked_for(code: int, model: Path) -> None:
+    with (
+        pytest.raises(SupraError, match=f"^cannot write {model} .*; choose another output$"),
+        atomic_directory(model, overwrite=True),
+    ):
+        raise OSError(code, os.strerror(code), str(model.parent))
+
+
 def test_what_cannot_be_replaced_stays(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename = Path.rename
 

@@ -52,12 +52,18 @@ def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
     except OSError as error:
         if (read := _read_failure(error, path, temporary)) is not None:
             raise SupraError(f"cannot read {read} ({error.strerror}), so {path} was not written; restore it") from error
-        raise SupraError(f"cannot write {path} ({first_line(error)}); make room or choose another output") from error
+        raise SupraError(unwritten(path, error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):  # one that is not empty is there to stay
             for folder in made:
                 folder.rmdir()
+
+
+def unwritten(path: Path, error: OSError) -> str:
+    """What to say of a file or directory that could not be written; room helps only where writing is allowed."""
+    forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return f"cannot write {path} ({first_line(error)}); {'' if forbidden else 'make room or '}choose another output"
 
 
 def _sweep(path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from supra_cli.core.checkpoint.files import unwritten
 from supra_cli.core.checkpoint.record import Hashes, entry
 from supra_cli.core.errors import SupraError, first_line
 from supra_cli.core.files import sha256
@@ -157,7 +158,7 @@ def _write(
                 file.write(len(text).to_bytes(8, "little") + text)
                 file.truncate(8 + len(text) + end)
         except OSError as error:
-            fault = _unwritten(path, error)
+            fault = unwritten(path, error)
     if (fault := world.shared(fault)) is None:
         try:
             # Not opened to be read: an NFS client then writes whole pages, with its own idea of other ranks' bytes.
@@ -175,13 +176,9 @@ def _write(
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            fault = _unwritten(path, error)
+            fault = unwritten(path, error)
     if fault := next(filter(None, world.gathered(fault)), None):
         raise SupraError(fault)
-
-
-def _unwritten(path: Path, error: OSError) -> str:
-    return f"cannot write {path} ({first_line(error)}); make room or choose another output"
 
 
 def headers(directory: Path, files: Iterable[str]) -> dict[str, Entry]:
