@@ -1,12 +1,9 @@
 """What `supra bench` measures, on a machine that has only torch, triton and transformers, and beside what is asked:
 
-    python benchmarks/measure.py operator --tokens 2048 8192 32768 131072 --output benchmarks/results/operator-cpu.json
-    python benchmarks/measure.py delta --rounds 7 --output benchmarks/results/delta-cpu.json
-    python benchmarks/measure.py decode [--compile] --output benchmarks/results/decode[-compiled]-cpu.json
-    python benchmarks/measure.py train --output benchmarks/results/train-cpu.json
+    python benchmarks/measure.py operator|delta|step|decode|train [--rounds 20] [--output FILE]
 
-`step` is the operator's decode step alone, `delta` the delta rule's operator. What the other scripts here share stands
-below.
+docs/performance.md has the lines by which benchmarks/results/ was written. `step` is the operator's decode step alone,
+`delta` the delta rule's operator. What the other scripts here share stands below.
 """
 
 from __future__ import annotations

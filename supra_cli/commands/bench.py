@@ -15,7 +15,9 @@ app = typer.Typer(help="Time the operator, decoding and training here, with the 
 
 _Model = Annotated[str, typer.Argument(help="Directory, alias or hub id; only its shape counts, weights are drawn.")]
 _Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-_Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Build only so many, where memory is small.")]
+_Layers = Annotated[
+    int | None, typer.Option("--layers", min=1, help="Build only so many, where memory is small.", show_default="all")
+]
 _Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Interleaved rounds; medians are shown.")]
 _Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -23,7 +25,10 @@ _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout
 
 @app.command("operator")
 def operator(
-    lengths: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="A length; repeatable.")] = None,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--tokens", min=1, help="A length; repeatable.", show_default="2048, 8192, 32768"),
+    ] = None,
     device: _Device = "auto",
     rounds: _Rounds = 7,
     output: _Output = None,
@@ -32,7 +37,8 @@ def operator(
     """Time linear attention, forward and backward, beside softmax attention."""
     from supra_cli.core import bench
 
-    _show(bench.operator(_device(device), lengths or [2048, 8192, 32768], rounds), output, json)
+    here = _ready(device, output)
+    _show(bench.operator(here, lengths or [2048, 8192, 32768], rounds), output, json)
 
 
 @app.command("decode")
@@ -41,10 +47,15 @@ def decode(
     positions: Annotated[
         list[int] | None,
         typer.Option(
-            "--position", min=1, help="Tokens before the timed one; repeatable. [CPU: 100, 16000; GPU: 32768]"
+            "--position",
+            min=1,
+            help="Tokens before the timed one; repeatable.",
+            show_default="100, 16000; on a GPU 32768",
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Texts at once. [CPU: 1; GPU: 16]")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Texts at once.", show_default="1; on a GPU 16")
+    ] = None,
     layers: _Layers = None,
     compile: Annotated[bool, typer.Option("--compile", help="Time the step of generate --compile.")] = False,
     device: _Device = "auto",
@@ -55,7 +66,7 @@ def decode(
     """Time one more token at each position, beside the softmax base; on a GPU in a CUDA graph."""
     from supra_cli.core import bench
 
-    here = _device(device)
+    here = _ready(device, output)
     usual = ([100, 16000], 1) if here == "cpu" else ([32768], 16)
     _show(bench.decode(here, model, positions or usual[0], batch or usual[1], layers, compile, rounds), output, json)
 
@@ -64,9 +75,15 @@ def decode(
 def train(
     model: _Model = "tiny",
     shapes: Annotated[
-        list[str] | None, typer.Option("--shape", help="Batch and tokens, like 8x512; repeatable.")
+        list[str] | None,
+        typer.Option("--shape", help="Batch and tokens; repeatable.", show_default="8x512, 1x4096"),
     ] = None,
-    mixers: Annotated[list[str] | None, typer.Option("--mixer", help="Repeatable. [softmax, supra, t2r]")] = None,
+    mixers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mixer", help="Repeatable; a converted model keeps its own.", show_default="softmax, supra, t2r"
+        ),
+    ] = None,
     layers: _Layers = None,
     device: _Device = "auto",
     rounds: _Rounds = 5,
@@ -77,17 +94,20 @@ def train(
     from supra_cli.core import bench
 
     wanted, named = [_shape(shape) for shape in shapes or ["8x512", "1x4096"]], mixers or ["softmax", "supra", "t2r"]
-    _show(bench.train(_device(device), model, wanted, layers, named, rounds), output, json)
+    _show(bench.train(_ready(device, output), model, wanted, layers, named, rounds), output, json)
 
 
-def _device(name: str) -> str:
+def _ready(name: str, output: Path | None) -> str:
+    """The device to time, once it is known that the figures can be written."""
     from supra_cli.core import device as devices
 
     found = devices.resolve(name)
     if name == "auto" and found == "mps":
-        return "cpu"
+        found = "cpu"
     if found not in ("cpu", "cuda"):
         raise UsageError(f"--device is '{name}', but only cpu and cuda can be timed")
+    if output is not None:
+        console.make_room(output)
     return found
 
 
@@ -102,8 +122,8 @@ def _show(found: dict[str, Any], output: Path | None, json: bool) -> None:
     from supra_cli.core.files import write_json
 
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, found)
+        console.note(f"written to {output}")
     if json:
         console.document(found)
         return

@@ -6,10 +6,13 @@ Tables have rules and colours on a terminal (`NO_COLOR` is respected) and are pl
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from supra_cli.core.errors import UsageError
 from supra_cli.core.files import dumps
 
 
@@ -38,6 +41,22 @@ def raw(text: str) -> None:
 def document(value: Any) -> None:
     """The result as one JSON document on stdout; paths and other objects as their text, no NaN."""
     print(dumps(value, indent=2, ensure_ascii=not _is_utf8(sys.stdout)))
+
+
+def make_room(output: Path) -> None:
+    """Make the folder of a file that --output names; UsageError if it cannot be written, now and not after hours."""
+    try:
+        if output.is_dir():
+            raise UsageError(f"--output {output} is a folder, expected a file to write")
+        places = [output]
+        if output.is_file() or not output.exists():  # not /dev/stdout, beside which nothing is written
+            places.append(output.resolve().parent)
+            places[-1].mkdir(parents=True, exist_ok=True)
+        if not all(os.access(place, os.W_OK) for place in places if place.exists()):
+            raise UsageError(f"--output {output} cannot be written: permission denied; choose another place")
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+        raise UsageError(f"--output {output} cannot be written ({reason}); choose another place") from error
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] | None = None, title: str | None = None) -> None:

@@ -51,6 +51,33 @@ def test_the_table_names_the_machine(capfd):
     assert "1 rounds" in out
 
 
+@pytest.mark.parametrize("verb", ["operator", "decode", "train"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(verb, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(f"supra_cli.core.bench.{verb}", lambda *_: pytest.fail("timed"))
+    assert main(["bench", verb, "--device", "cpu", "-o", str(tmp_path)]) == 2
+    assert "is a folder, expected a file to write" in capfd.readouterr().err
+
+
+def test_where_the_figures_were_written_is_told(capfd, monkeypatch, tmp_path):
+    found = {"rows": [{"ms": 1.0}], "hardware": {"gpus": [], "cpu": "a CPU"}, "clock": "a clock", "rounds": 1}
+    monkeypatch.setattr("supra_cli.core.bench.operator", lambda *_: found)
+    assert main(["bench", "operator", "--device", "cpu", "-o", str(tmp_path / "found.json")]) == 0
+    assert f"written to {tmp_path / 'found.json'}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["operator", "decode", "train"])
+def test_the_help_names_what_is_timed_by_default(verb, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["bench", verb, "--help"]) == 0
+    shown = capfd.readouterr().out
+    for default in {
+        "operator": ("2048, 8192, 32768",),
+        "decode": ("100, 16000; on a GPU 32768", "1; on a GPU 16"),
+        "train": ("8x512, 1x4096", "softmax, supra, t2r"),
+    }[verb]:
+        assert f"[default: ({default})]" in shown
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
