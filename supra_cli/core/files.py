@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,28 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(path, dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def replace_json(path: Path, value: Any) -> None:
-    """As `write_json`, the file there being the old one or the new one at any moment."""
-    beside = path.with_name(f".{path.name}.new")
-    write_json(beside, value)
-    beside.replace(path)
+def write(path: Path, text: str) -> None:
+    """Write `text`; the file there is the old one or the new one at any moment, and nothing else stays.
+
+    A link is written where it leads, and what is no file, as /dev/stdout may be, as it stands.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)  # where a disk of a network is full, this may be the first to say so
+        beside.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink()
 
 
 def check_whole(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from supra_cli.core import files
 from supra_cli.core.checkpoint import atomic_directory
 from supra_cli.core.errors import SupraError, UsageError
 
@@ -110,6 +111,31 @@ def test_folders_that_were_made_for_an_output_go_with_it(error: BaseException, t
     with pytest.raises((SupraError, KeyboardInterrupt)), atomic_directory(tmp_path / "a" / "b" / "model"):
         raise error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(there: bool, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "scores.json"
+    if there:
+        file.write_text(OLD)
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        files.write_json(file, {"new": 1})
+    assert contents(tmp_path) == ({"scores.json": OLD} if there else {})
+
+
+def test_a_file_is_written_where_its_link_leads_and_what_is_no_file_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    for _ in range(2):
+        files.write_json(tmp_path / "link.json", [])
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "there.json").read_text() == "[]\n"
+    files.write_json(Path(os.devnull), [])
+    assert not Path(os.devnull).is_file()
 
 
 def ended() -> int:

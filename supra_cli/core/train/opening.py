@@ -25,7 +25,7 @@ from supra_cli.core.data.packing import Batch
 from supra_cli.core.data.tokenizer import check_ids
 from supra_cli.core.environment import environment
 from supra_cli.core.errors import SupraError, UsageError
-from supra_cli.core.files import read_json, replace_json, write_json
+from supra_cli.core.files import read_json, write_json
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.parallel import World
 from supra_cli.core.train import origin, state
@@ -136,7 +136,7 @@ class Opening:
             origin.same_start(self.run, found, model)
             yield from self._same_machine()
             self.run.trim_metrics(counters.step)
-            replace_json(self.run.path / "env.json", self._conditions())
+            write_json(self.run.path / "env.json", self._conditions())
         return Standing(counters, found, dtype, same, material, path)
 
     def _material(
