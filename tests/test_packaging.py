@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,17 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     )
     assert built.returncode == 0, built.stderr[-2000:]
     return zipfile.ZipFile(next((tree / "dist").glob("*.whl")))
+
+
+@pytest.mark.parametrize("page", ["mixer", "stage"])
+def test_the_example_of_a_page_is_code_as_the_linter_wants_it(page: str) -> None:
+    text = (ROOT / "docs" / f"adding-a-{page}.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for verb in (["check"], ["format", "--check"]):
+        given = [*verb, "--stdin-filename", f"supra_cli/core/{page}s/example.py", "-"]
+        ruff = [sys.executable, "-m", "ruff", *given]
+        done = subprocess.run(ruff, input=example, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def python(code: str, **environment: str) -> str:

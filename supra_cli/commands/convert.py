@@ -63,7 +63,10 @@ def run(
         ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Option of the mixer: --set mixer.key=value, repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Option of the mixer: --set mixer.key=value, repeatable; supra recipe options lists them."
+        ),
     ] = None,
     keep: Annotated[
         str,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from supra_cli.commands import console
+from supra_cli.core.files import dumps, write
 
-app = typer.Typer(help="List, show, copy and validate recipes; print their schema.")
+app = typer.Typer(help="List, show, copy and validate recipes; print their schema and the options of mixers.")
 
 
 @app.command("list")
@@ -47,7 +50,7 @@ def copy(
         raise UsageError(f"{path} exists already; choose another name")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent}; make it, or choose another place")
-    path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    write(path, source.read_text(encoding="utf-8"))
     console.result(str(path))
 
 
@@ -76,6 +79,36 @@ def schema() -> None:
     from supra_cli.core import recipe as recipes
 
     console.document(recipes.Recipe.model_json_schema())
+
+
+@app.command()
+def options(
+    name: Annotated[str | None, typer.Argument(help="Mixer or stage.", show_default="all")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Print the options of mixers and stages: the further keys of [mixer] and [[stages]], with what each means."""
+    from supra_cli.core.errors import UsageError, near_miss
+    from supra_cli.core.mixers import mixers
+    from supra_cli.core.recipe.options import describe
+    from supra_cli.core.stages import stages
+
+    known = {(registry.kind, one): registry.get(one) for registry in (mixers, stages) for one in registry}
+    found = {key: item for key, item in known.items() if name in (None, key[1])}
+    if not found:
+        raise UsageError(f"no mixer or stage '{name}'{near_miss(name, [one for _, one in known])}")
+    if json:
+        document: dict[str, dict[str, Any]] = {}
+        for (kind, one), item in found.items():
+            document.setdefault(kind, {})[one] = describe(item.Options)
+        console.document(document)
+        return
+    for (kind, one), item in found.items():
+        about = (inspect.getmodule(item).__doc__ or "").strip().split("\n")[0]
+        console.result(f"{kind} {one}: {about}")
+        for key, option in describe(item.Options).items():
+            values = ", ".join(map(str, option["choices"] or ())) or option["type"]
+            console.result(f"  {key} = {dumps(option['default'])}  ({values})")
+            console.result(textwrap.fill(option["help"], 100, initial_indent="      ", subsequent_indent="      "))
 
 
 def _about(path: Path) -> str:

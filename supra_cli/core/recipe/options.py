@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
-from itertools import groupby
-from typing import Any, TypeVar
+from itertools import groupby, pairwise
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -43,6 +46,36 @@ def read(
             path = meant["loc"] if len(errors) == 1 else (*key, *meant["loc"][2:])
             problems.append(".".join(map(str, (where, *path))) + f": {message(meant)}")
     return (None if problems else options), problems
+
+
+def describe(kind: type) -> dict[str, dict[str, Any]]:
+    """Name → {"type", "choices", "default", "help"} of each option of the dataclass `kind`; the help is the text that
+    stands under the field in its source, empty where there is none.
+    """
+    hints, told = get_type_hints(kind), _texts(kind)
+    return {
+        field.name: {
+            "type": str(field.type),
+            "choices": get_args(hint) if get_origin(hint := hints[field.name]) is Literal else None,
+            "default": None if field.default is dataclasses.MISSING else field.default,
+            "help": told.get(field.name, ""),
+        }
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _texts(kind: type) -> dict[str, str]:
+    """Field → the text under it, on one line; those of the classes that `kind` extends, too."""
+    found: dict[str, str] = {}
+    for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        try:
+            source = textwrap.dedent(inspect.getsource(part))
+        except (OSError, TypeError):  # a package that was installed without its source
+            continue
+        for field, text in pairwise(ast.parse(source).body[0].body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return found
 
 
 def message(item: Mapping[str, Any]) -> str:

@@ -43,8 +43,8 @@ class OpenTable(Table):
 
 class Mixer(OpenTable):
     name: str = "supra"
-    """Registered name of the mixer that replaces softmax attention; every other key of the table is one of its options.
-    """
+    """Registered name of the mixer that replaces softmax attention; every other key of the table is one of its options,
+    which `supra recipe options` lists."""
 
 
 class Source(Table):
@@ -125,7 +125,8 @@ class Checkpoint(Table):
 
 class Stage(OpenTable):
     kind: str
-    """Registered name of the loss: transfer, distill or finetune; further keys of the table are its options."""
+    """Registered name of the loss: transfer, distill or finetune; further keys of the table are its options, which
+    `supra recipe options` lists."""
     tokens: Annotated[int, Field(gt=0, le=2**60)]
     """Tokens to train on in this stage."""
     batch_tokens: Annotated[int, Field(gt=0, le=2**30)] = 4096

@@ -19,6 +19,7 @@ class Finetune(Stage):
     @dataclass(frozen=True)
     class Options:
         z_loss: float = 0.0
+        """Weight of (log Z_t)², which keeps the sum of a token's exponentiated logits near 1; the paper's is 1e-4."""
 
         def __post_init__(self) -> None:
             if not 0 <= self.z_loss <= 1:
