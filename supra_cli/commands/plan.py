@@ -64,13 +64,16 @@ def show(
     device: str = "cuda",
     gpus: int | None = None,
     run: str = "uptrain --recipe RECIPE",
+    model: Path | None = None,
 ) -> None:
-    """Print the plan of `recipe`, computed in `dtype` on devices of that kind; `run` is the command that follows."""
+    """Print the plan of `recipe`, begun with its base or a converted `model`, computed in `dtype` on devices of that
+    kind; `run` is the command that follows.
+    """
     from supra_cli.core import accounting
     from supra_cli.core import device as devices
     from supra_cli.core.train.step import check_dtype
 
-    plan = accounting.plan(recipe, check_dtype(devices.dtype(dtype, device)), device)
+    plan = accounting.plan(recipe, check_dtype(devices.dtype(dtype, device)), device, model)
     kinds = {} if device == "cpu" else accounting.GPUS
     counts = accounting.COUNTS if gpus is None else (gpus,)
     nearest = {gpu: accounting.nearest(plan, gpu, counts) for gpu in kinds}
@@ -181,7 +184,7 @@ def model_rows(plan: ModelPlan) -> list[tuple[str, str]]:
     """A model's size as rows for a table."""
     swapped = sum(kind != "softmax" for kind in plan.layers)
     rows = [
-        ("layers", f"{len(plan.layers)}: {_kinds(plan.layers)}"),
+        ("layers", f"{len(plan.layers)}: {_kinds(plan)}"),
         ("parameters", console.number(plan.parameters)),
         ("new parameters", console.number(plan.new_parameters)),
         ("weights", f"{console.size(plan.weight_bytes)} in {plan.dtype}"),
@@ -203,16 +206,18 @@ def model_document(plan: ModelPlan) -> dict[str, Any]:
     """A model's size for --json."""
     return {
         **asdict(plan),
+        "layers": plan.layers if plan.ranked else None,
         "break_even_tokens": plan.break_even_tokens,
         "cache_bytes": {str(tokens): plan.cache_bytes(tokens) for tokens in _CONTEXTS},
         "base_cache_bytes": {str(tokens): plan.base_cache_bytes(tokens) for tokens in _CONTEXTS},
     }
 
 
-def _kinds(layers: tuple[str, ...]) -> str:
+def _kinds(plan: ModelPlan) -> str:
     """`supra`, or `24 supra, 8 softmax (3, 7, ...)`."""
-    counts = Counter(layers)
+    counts = Counter(plan.layers)
     if len(counts) == 1:
-        return layers[0]
-    softmax = ", ".join(str(index) for index, kind in enumerate(layers) if kind == "softmax")
-    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) + f" (softmax: {softmax})"
+        return plan.layers[0]
+    numbers = ", ".join(str(index) for index, kind in enumerate(plan.layers) if kind == "softmax")
+    which = f"softmax: {numbers}" if plan.ranked else "chosen by need at conversion"
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) + f" ({which})"

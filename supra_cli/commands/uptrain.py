@@ -26,7 +26,9 @@ def run(
     ],
     model: Annotated[
         Path | None,
-        typer.Option("--model", "-m", help="Converted model to start from, instead of converting the base."),
+        typer.Option(
+            "--model", "-m", help="Directory of a converted model to start from, instead of converting the base."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run directory.", show_default="runs/<recipe's name>")
@@ -60,7 +62,7 @@ def run(
         given = {"model": model, "output": output, "resume": resume, "overwrite": overwrite}
         typed = plan.command(recipe, overrides or (), **given, device=device, dtype=dtype)
         # Of the device that the run would take; where it is left to this machine, of a GPU, as `supra plan` does.
-        plan.show(parsed(), json, dtype, "cpu" if device == "cpu" else "cuda", run=typed)
+        plan.show(parsed(), json, dtype, "cpu" if device == "cpu" else "cuda", run=typed, model=model)
         return
 
     output = output or Path("runs") / recipe.stem

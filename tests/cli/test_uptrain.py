@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import tomllib
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import tomli_w
+
+from supra_cli.core.mixers import mixers
+from supra_cli.core.stages import stages
 
 TEXT = "def read(self, size=-1):\n    return self.buffer[:size]\n" * 100
 
@@ -106,7 +110,29 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(supra, recipe, tmp_path):
     assert (document["steps"], document["tokens"]) == (2, 128)
 
 
-def test_the_command_that_a_plan_gives_is_the_one_that_was_typed(supra, recipe):
+def test_layers_that_are_chosen_by_need_are_not_planned_by_number(supra, recipe, base):
+    path = recipe(keep="auto:2")
+    for verb in (("plan",), ("uptrain", "--dry-run")):
+        assert "4: 2 supra, 2 softmax (chosen by need at conversion)" in supra(*verb, "--recipe", path).out
+        assert json.loads(supra(*verb, "--recipe", path, "--json").out)["model"]["layers"] is None
+    assert "keep is 'auto:5' and the model has 4 layers" in supra("plan", "-r", recipe(keep="auto:5")).error
+    assert supra("convert", base, "--keep", "0,2", "-o", "hybrid").code == 0
+    planned = supra("uptrain", "--recipe", recipe(keep="auto:2"), "--model", "hybrid", "--dry-run")
+    assert "(softmax: 0, 2)" in planned.out, planned.err
+
+
+@pytest.mark.parametrize("more", [("-o", "out"), ("--dry-run",)])
+def test_a_model_that_is_no_student_is_refused_with_what_makes_one(supra, recipe, base, more):
+    for model, code in (("nope", 3), ("tiny", 3), (base, 2)):
+        refused = supra("uptrain", "--recipe", recipe(), "--model", model, *more)
+        assert refused.code == code
+        assert str(model) in refused.error
+        assert "`supra convert " in refused.error
+        assert "leave --model out" in refused.error
+
+
+def test_the_command_that_a_plan_gives_is_the_one_that_was_typed(supra, recipe, base):
+    assert supra("convert", base, "--set", "mixer.gain=head", "-o", "a model").code == 0
     sets = ["--set", "stages.0.lr=1e-4", "--set", "mixer.gain = 'head'"]
     run = ["--model", "a model", "--output", "out", "--overwrite", "--device", "cuda"]
     for verb, options in {("plan",): [], ("uptrain", "--dry-run"): run}.items():
@@ -309,6 +335,20 @@ def test_shipped_recipes_are_listed_shown_and_copied(supra, tmp_path):
         assert told in refused.error
 
 
+def test_a_copy_that_the_disk_has_no_room_for_leaves_nothing_in_the_way(supra, monkeypatch, tmp_path):
+    def fill(path: Path, text: str, **options: str) -> None:
+        path.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", fill)
+        refused = supra("recipe", "copy", "demo")
+    assert refused.code == 1
+    assert "demo.toml: the disk is full" in refused.error
+    assert list(tmp_path.iterdir()) == []
+    assert supra("recipe", "copy", "demo").code == 0
+
+
 def test_an_unknown_shipped_recipe_is_exit_2_with_a_near_miss(supra):
     for verb in ("show", "copy"):
         result = supra("recipe", verb, "dmo")
@@ -331,6 +371,22 @@ def test_the_schema_says_what_every_key_means(supra):
     for title, table in {"recipe": schema, **schema["$defs"]}.items():
         assert [name for name, key in table["properties"].items() if not key.get("description")] == [], title
     assert schema["$defs"]["Stage"]["properties"]["optimizer"]["enum"] == ["adamw", "adamw8bit", "adamw-offload"]
+
+
+def test_every_option_of_a_mixer_and_of_a_stage_says_what_it_means(supra):
+    found = json.loads(supra("recipe", "options", "--json").out)
+    assert {kind: set(named) for kind, named in found.items()} == {"mixer": set(mixers), "stage": set(stages)}
+    for name, options in [*found["mixer"].items(), *found["stage"].items()]:
+        assert [key for key, option in options.items() if not option["help"]] == [], name
+    assert found["mixer"]["supra"]["gain"]["choices"] == ["none", "head"]
+    shown = supra("recipe", "options", "lolcats").out
+    assert shown.startswith("mixer lolcats: A softmax window")
+    assert '  branch = "hedgehog"  (hedgehog, t2r, gated, gated_delta)\n      The recurrent branch' in shown
+    assert "  window = 64  (int | tuple[int, ...])\n      Tokens that a query" in shown  # of the class it extends
+    assert "\nmixer" not in shown
+    unknown = supra("recipe", "options", "lolcat")
+    assert unknown.code == 2
+    assert "did you mean 'lolcats'" in unknown.error
 
 
 def test_peek_shows_rows_as_the_model_will_see_them(supra, recipe):

@@ -40,6 +40,8 @@ class ModelPlan:
     base_windows: tuple[int | None, ...]
     dropped: tuple[str, ...]
     """What of the base's attention the swapped layers do without, in words."""
+    ranked: bool = True
+    """Whether it is known which layers are softmax; until `keep = auto:N` has chosen them, the last of `layers` are."""
 
     def cache_bytes(self, tokens: int) -> int:
         """Recurrent state and the remaining layers' keys and values after `tokens` tokens."""

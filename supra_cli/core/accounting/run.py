@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +18,7 @@ from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import automatic
 from supra_cli.core.train.build import prepare, stage_of
 from supra_cli.core.train.optimizer import moment_bytes
+from supra_cli.core.train.origin import converted
 from supra_cli.core.train.sharding import rounded, staying_whole
 
 if TYPE_CHECKING:
@@ -201,23 +203,32 @@ class Plan:
         return self.flops(gpus) / (gpus * GPUS[gpu][1] * 1e12 * UTILISATION)
 
 
-def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16, device: Literal["cpu", "cuda"] = "cuda") -> Plan:
-    """What running `recipe` takes on devices that compute in `dtype`, masters in fp32; touches no weights.
+def plan(
+    recipe: recipes.Recipe,
+    dtype: torch.dtype = torch.bfloat16,
+    device: Literal["cpu", "cuda"] = "cuda",
+    model: Path | None = None,
+) -> Plan:
+    """What running `recipe` takes on devices that compute in `dtype`, masters in fp32; touches no weights. `model` is
+    the converted one that it starts from, None for its base.
 
     The operator takes the device's form. All else runs as a CPU does it, so that a GPU's autocast, which keeps other
     operations in fp32, and its kernels of softmax attention may take a little more or less; what CUDA and NCCL take
     themselves and the gaps between tensors is not counted. Needs the configurations of the base and the teachers, which
     are bundled for the aliased models.
     """
-    config = student_config(recipe)
+    config = student_config(recipe, model)
+    base = recipe.base if model is None else checkpoint.read_provenance(model).get("base")
     size, stages = measure(config, getattr(torch, recipe.checkpoint.dtype)), []
+    if model is None and automatic(recipe.keep):
+        size = replace(size, ranked=False)
     student = checkpoint.skeleton(config, torch.float32)
     for spec in recipe.stages:
         stage, configs = stage_of(spec), [student.config]
         moving = [parameter for _, parameter in prepare(student, stage, spec)]
         held_rounded = sum(parameter.numel() for parameter in rounded(student).intersection(moving))
         sizes = tuple(parameter.numel() for parameter in moving)
-        if stage.teacher == "separate" and (name := spec.teacher or recipe.base) is not None:
+        if stage.teacher == "separate" and (name := spec.teacher or base) is not None:
             configs.append(checkpoint.outline(hub.resolve(name)))
         taught = checkpoint.skeleton(configs[1], dtype) if configs[1:] else None
         teacher = taught and Numbers.of(taught)
@@ -228,11 +239,16 @@ def plan(recipe: recipes.Recipe, dtype: torch.dtype = torch.bfloat16, device: Li
     return Plan(size, device, str(dtype).removeprefix("torch."), tuple(stages))
 
 
-def student_config(recipe: recipes.Recipe) -> SupraConfig:
-    """The configuration of the model that `recipe` trains; UsageError for an unknown mixer, option or `keep`."""
+def student_config(recipe: recipes.Recipe, model: Path | None = None) -> SupraConfig:
+    """The configuration of what `recipe` trains, begun with its base or a converted `model`; UsageError for an unknown
+    mixer, option or `keep`, and for a `model` that is not the recipe's.
+    """
+    if model is not None:
+        return converted(model, recipe)
     if recipe.base is not None:
         base = checkpoint.outline(hub.resolve(recipe.base))
     else:
         base = checkpoint.own_shape({"vocab_size": recipe.tokenizer.vocab_size, **recipe.model})
     chosen = automatic(recipe.keep)  # layers that nobody knows yet; the last cost as much
-    return base.with_mixer(recipe.mixer.name, recipe.mixer.options, f"last:{chosen}" if chosen else recipe.keep)
+    keep = f"last:{chosen}" if 0 < chosen <= base.num_hidden_layers else recipe.keep
+    return base.with_mixer(recipe.mixer.name, recipe.mixer.options, keep)

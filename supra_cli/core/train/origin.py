@@ -14,7 +14,7 @@ from supra_cli.core import checkpoint, device, hub
 from supra_cli.core.checkpoint.writing import companions
 from supra_cli.core.data import sources
 from supra_cli.core.data import tokenizer as bpe
-from supra_cli.core.errors import ResourceError, UsageError
+from supra_cli.core.errors import NotFoundError, ResourceError, UsageError
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
 from supra_cli.core.recipe import Recipe, dumps
 from supra_cli.core.train.build import stage_of
@@ -58,11 +58,9 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
         return _own_shape(recipe)
     source = hub.resolve(recipe.base) if model is None else None
     folder = hub.fetch(source) if model is None else model
-    config = checkpoint.read_config(folder)
+    config = checkpoint.read_config(folder) if model is None else converted(folder, recipe)
     _apart(run, [str(folder), checkpoint.read_provenance(folder).get("base")])
     if model is not None:
-        checkpoint.check(config, folder)
-        _same_swap(folder, config, _swapped(config, recipe))
         weights, base = folder, checkpoint.read_provenance(folder).get("base")
     elif recipe.init == "scratch":
         config, weights, base = _swapped(config, recipe), None, None
@@ -71,6 +69,23 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
         config = checkpoint.planned(folder, mixer=recipe.mixer.name, options=recipe.mixer.options, keep=recipe.keep)
         weights, base = folder, hub.lasting_name(source, folder)
     return Start(config, checkpoint.load_tokenizer(folder), _beside(folder), weights, base)
+
+
+def converted(model: Path, recipe: Recipe) -> SupraConfig:
+    """The config of a student that is given in place of the base; UsageError for one that is not the recipe's."""
+    _is_there(model)
+    config = checkpoint.read_config(model)
+    checkpoint.check(config, model)
+    _same_swap(model, config, _swapped(config, recipe))
+    return config
+
+
+def _is_there(model: Path) -> None:
+    if not model.is_dir():
+        raise NotFoundError(
+            f"--model {model} is no directory here, expected a student that `supra convert` has written: write one by "
+            "`supra convert MODEL -o STUDENT`, or leave --model out to have the recipe's base converted"
+        )
 
 
 def _apart(run: RunDirectory, needed: Iterable[str | None]) -> None:
@@ -151,6 +166,7 @@ def same_start(run: RunDirectory, origin: Origin, model: Path | None) -> None:
     """
     if model is None:
         return
+    _is_there(model)
     if checkpoint.identity(model) != origin.parent:
         raise UsageError(f"{model} is not the converted model that this run began with; resume without --model")
     converted = run.path / "converted"
@@ -200,6 +216,11 @@ def _swapped(config: SupraConfig, recipe: Recipe) -> SupraConfig:
 
 def _same_swap(folder: Path, config: SupraConfig, wanted: SupraConfig) -> None:
     has, asked = config.swap, wanted.swap
+    if asked.any and not has.any:
+        raise UsageError(
+            f"{folder} is not converted, and the recipe asks for {_summary(asked.layers)}; write a student by "
+            f"`supra convert {folder} -o STUDENT` and give that, or leave --model out to have the base converted"
+        )
     if has.layers != asked.layers or (has.any and has.options != asked.options):
         raise UsageError(
             f"{folder} has {_summary(has.layers)} with {has.options}, the recipe asks for "
