@@ -220,6 +220,7 @@ def test_what_is_no_file_is_one_sentence_and_exit_3(name, both, tmp_path):
     for result in both(tmp_path / name):
         assert result.code == 3, result.err
         assert f"no data at '{tmp_path / name}'" in result.error
+        assert ("the folder holds no file; put .txt" in result.error) == ((tmp_path / name).is_dir())
 
 
 def test_a_folder_of_something_else_is_one_sentence_that_names_a_file_and_what_is_read(both, tmp_path):

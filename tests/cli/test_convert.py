@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import tomllib
 
@@ -258,6 +259,14 @@ def test_plan_refuses_a_recipe_that_is_none(supra, tmp_path):
     assert result.code == 2
     assert "seq_len" in result.err
     assert tomllib.loads(RECIPE)
+
+
+def test_a_base_without_a_tokenizer_is_converted_with_a_sentence(supra, base, tmp_path):
+    shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    converted = supra("convert", "bare", "-o", "student")
+    assert converted.code == 0
+    assert "bare has no tokenizer, without which student cannot be trained, scored or asked for text" in converted.err
+    assert "no tokenizer" not in supra("convert", base, "-o", "whole").err
 
 
 def test_the_neediest_layers_of_a_student_are_softmax_again(supra, base, tmp_path):

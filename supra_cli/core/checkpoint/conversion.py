@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +14,15 @@ from torch import Tensor
 from supra_cli.core.checkpoint.describing import skeleton
 from supra_cli.core.checkpoint.files import atomic_directory, known_sha256
 from supra_cli.core.checkpoint.randomness import OwnNumbers
-from supra_cli.core.checkpoint.reading import examine, load, tensors
+from supra_cli.core.checkpoint.reading import examine, has_tokenizer, load, tensors
 from supra_cli.core.checkpoint.record import digest
 from supra_cli.core.checkpoint.slices import MOST_THREADS, THREADS, write_shards
 from supra_cli.core.checkpoint.writing import finish, link_shards
 from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import Mixer
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
+
+log = logging.getLogger(__name__)
 
 MIXER_SHARD_BYTES = 256 * 2**20
 """Of a file of new parameters: the disk is at work on one while the next is drawn."""
@@ -68,6 +71,13 @@ def convert(
             "tokens": 0,
         }
         finish(directory, config, placed, known, source=source, provenance=provenance)
+    if not has_tokenizer(source):
+        log.warning(
+            "%s has no tokenizer, without which %s cannot be trained, scored or asked for text; copy the tokenizer's "
+            "files there",
+            source,
+            output,
+        )
     return output
 
 

@@ -161,8 +161,12 @@ def _stdlib_split(split: str) -> corpus.Split:
 
 
 def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The data files below a folder, and a sentence on the rest. NotFoundError when there is a rest alone."""
+    """The data files below a folder, and a sentence on the rest. NotFoundError where there is none."""
     present = sorted(path for path in _below(folder) if path.is_file())
+    if not present:
+        raise NotFoundError(
+            f"no data at '{folder}': the folder holds no file; put {', '.join(FORMATS)} files there or name others"
+        )
     paths = [path for path in present if _is_data(path.relative_to(folder))]
     rest = [path.relative_to(folder) for path in present if path not in set(paths)]
     if any(path.suffix == ".arrow" and not str(path).startswith(".") for path in rest):
