@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import logging
 import math
 import os
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -16,7 +19,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from supra_cli.core import checkpoint, corpus, evaluate
+from supra_cli.core import checkpoint, corpus, evaluate, files
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import NonFiniteError, NotFoundError, SupraError, UsageError
 from supra_cli.core.evaluate import batch, keys, run, store, tasks
@@ -473,6 +476,23 @@ def test_a_damaged_file_of_scores_is_scored_again(tmp_path):
     assert kept.find("t", {"k": 1}) is None
 
 
+def test_what_cannot_be_kept_is_said_once_and_leaves_nothing(tmp_path, monkeypatch, caplog):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept = store.Store(tmp_path)
+    kept.add("t", {"k": 1}, {"metrics": {}})
+    assert kept.place == str(tmp_path)
+    before = (tmp_path / "t.json").read_text()
+    monkeypatch.setattr(files, "sync", full)
+    monkeypatch.setattr(logging.getLogger("supra_cli"), "propagate", True)
+    for task in ("t", "u"):
+        kept.add(task, {"k": 2}, {"metrics": {}})
+    assert kept.place is None
+    assert caplog.text.count("cannot be kept") == 1
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("t.json", before)]
+
+
 # ------------------------------------------------------------------ as lm-eval scores
 
 SUMS = [{"question": f"{n} + {n} =", "answer": str(2 * n)} for n in range(12)]
@@ -878,6 +898,35 @@ def test_a_key_names_no_place_and_nothing_that_is_not_read(pair, sums, tmp_path)
         torch.set_num_threads(threads)
 
 
+def test_a_task_that_makes_its_documents_is_known_by_them_not_by_what_it_was_told(tmp_path):
+    folder = write_task(tmp_path / "own", "sums")
+    told = ({"tokenizer": name, "max_seq_lengths": [length]} for name, length in (("a", 1), ("b", 2)))
+    first, second = (evaluate.find(["sums"], folder, metadata=each).leaves["sums"] for each in told)
+    assert keys.task_key(first, FEW, 0) == keys.task_key(second, FEW, 0)
+
+
+DRAWN = """
+import random
+import numpy
+from datasets import Dataset
+def make(**_):
+    return {"test": Dataset.from_list([{"q": str(random.random()), "a": str(numpy.random.rand())}])}
+"""
+
+
+def test_documents_that_are_drawn_are_the_same_each_time_and_disturb_no_other_draw(tmp_path):
+    """As RULER's are, from the generators that all share."""
+    (tmp_path / "drawn.py").write_text(DRAWN)
+    (tmp_path / "drawn.yaml").write_text(
+        "task: drawn\ncustom_dataset: !function drawn.make\ntest_split: test\noutput_type: generate_until\n"
+        "doc_to_text: q\ndoc_to_target: a\nmetric_list:\n  - metric: exact_match\n"
+    )
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    seen = {json.dumps(evaluate.find(["drawn"], tmp_path).leaves["drawn"].eval_docs[0]) for _ in range(2)}
+    assert len(seen) == 1
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
 def test_a_changed_generation_config_is_scored_again(pair, words, tmp_path):
     (student, loads), _ = pair
     found = evaluate.find(["sums"], write_task(tmp_path / "own", "sums"))
@@ -912,6 +961,11 @@ EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": Tru
         ({**CHOSEN, "metric_list": [{"metric": "bleu"}]}, "'bleu' of metric_list is not one that.*multiple_choice"),
         ({"metric_list": [{**EXACT, "metric": "exact_mach"}]}, "'exact_mach'.*did you mean 'exact_match'"),
         ({"metric_list": [{**EXACT, "aggregation": "meen"}]}, "aggregation 'meen'.*did you mean 'mean'"),
+        ({"metric_list": [{"metric": "exact_mach"}]}, "'exact_mach'.*did you mean 'exact_match'"),
+        (
+            {"process_results": "!function boom.results", "metric_list": [{"metric": "mine"}]},
+            "metric_list names no aggregation for 'mine'.*`aggregation: mean`",
+        ),
         ({"filter_list": [{"name": "x", "filter": [{"function": "regx"}]}]}, "filter_list: Unknown filter 'regx'"),
         ({"process_results": "!function boom.results"}, r"process_results: boom\.py, line 5, raised LookupError: late"),
         ({"generation_kwargs": {"do_sampl": False}}, "generation_kwargs has 'do_sampl'.*did you mean 'do_sample'"),

@@ -2,43 +2,20 @@
 
 lm-eval takes a word that is no column as the text itself, a null as the text "None", an unknown metric as none at all,
 and shows what is raised inside it as it came. `check` asks all this of a few documents before any weights are read;
-`told` words what only the rest of the documents, or a model's answers, bring out.
+`telling.told` words what only the rest of the documents, or a model's answers, bring out.
 """
 
 from __future__ import annotations
 
 import re
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError, first_line, near_miss
+from supra_cli.core.errors import SupraError, UsageError, near_miss
+from supra_cli.core.evaluate.telling import NO_CHOICE, TEMPLATES, told, unknown_metric, where
 
-_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _DOCUMENTS_TRIED = 8
-_NO_CHOICE = "doc_to_target is no choice in the documents tried; expected the number of a choice, from 0, or its text"
-
-# A method of lm-eval's tasks → the field of a task file that it reads.
-_FIELDS = {
-    **{name: name for name in (*_TEMPLATES, "process_results", "process_docs")},
-    "doc_to_prefix": "gen_prefix",
-    "resolve_field": "description or gen_prefix",
-    "download": "dataset_path or dataset_kwargs",
-    "training_docs": "training_split",
-    "validation_docs": "validation_split",
-    "test_docs": "test_split",
-    "fewshot_docs": "fewshot_split or fewshot_config",
-    "fewshot_context": "num_fewshot",
-    "get_filter": "filter_list",
-    "build_filter_ensemble": "filter_list",
-    "apply_filters": "filter_list",
-    "get_metric": "metric_list",
-    "_model_generate": "generation_kwargs",
-    "_compute_task_aggregations": "metric_list",
-}
 
 
 def check(name: str, task, path: Path | None) -> None:
@@ -49,11 +26,11 @@ def check(name: str, task, path: Path | None) -> None:
     with told(name, path):
         documents = task.eval_docs
         if len(documents) == 0:
-            raise SupraError(f"{_where(name, path)}: there is not one document to ask in its data")
+            raise SupraError(f"{where(name, path)}: there is not one document to ask in its data")
         if getattr(task, "UNSAFE_CODE", False):
-            raise SupraError(f"{_where(name, path)} runs code that a model writes, which supra does not do")
+            raise SupraError(f"{where(name, path)} runs code that a model writes, which supra does not do")
         if getattr(task, "MULTIMODAL", False):
-            raise SupraError(f"{_where(name, path)} shows images or sound; supra's models read text alone")
+            raise SupraError(f"{where(name, path)} shows images or sound; supra's models read text alone")
         if hasattr(task, "features"):  # else a task in Python, without fields
             _check_fields(name, task, path)
             _check_metrics(name, task, path)
@@ -69,7 +46,7 @@ def check_settings(name: str, task, path: Path | None, shots: int, max_length: i
             pool, asked = len(list(task.fewshot_docs() or ())), _draws_from_what_is_asked(task)
         if pool < shots + asked:
             raise UsageError(
-                f"{_where(name, path)} has {pool} documents to draw examples from, too few for {shots} examples"
+                f"{where(name, path)} has {pool} documents to draw examples from, too few for {shots} examples"
                 f"{' and a question' if asked else ''}; give a smaller --num-fewshot"
             )
     if task.OUTPUT_TYPE == "generate_until":
@@ -78,7 +55,7 @@ def check_settings(name: str, task, path: Path | None, shots: int, max_length: i
         wanted = normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]
         if wanted >= max_length:
             raise UsageError(
-                f"{_where(name, path)} generates up to {wanted} tokens, which leaves no room for a prompt in "
+                f"{where(name, path)} generates up to {wanted} tokens, which leaves no room for a prompt in "
                 f"{max_length} tokens of context; give a larger --max-length"
             )
 
@@ -94,143 +71,30 @@ def _draws_from_what_is_asked(task) -> bool:
     return not (examples.split or examples.samples or task.has_training_docs() or task.has_validation_docs())
 
 
-@contextmanager
-def told(name: str, path: Path | None, others: tuple[str, ...] = (), *, model: Any = None) -> Iterator[None]:
-    """What lm-eval, the data's library or the task's own Python raises, as a SupraError.
-
-    NotAuthorisedError and NotFoundError for data; errors from inside the forward pass of `model`, a `harness.Model`,
-    are not the task's and go through.
-    """
-    import datasets.exceptions
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
-    try:
-        yield
-    except (SupraError, MemoryError):
-        raise
-    except Exception as error:  # the one place where another's Python runs: it may raise what it likes
-        out_of_memory = isinstance(error, RuntimeError) and "memory" in str(error)
-        if out_of_memory or (model is not None and model.is_computing):
-            raise
-        if isinstance(error, GatedRepoError) or (isinstance(error, OSError) and "gated" in str(error)):
-            raise NotAuthorisedError(
-                f"the data of task '{name}' is gated: accept its terms on the hub, then run `hf auth login` or set "
-                "HF_TOKEN"
-            ) from error
-        offline = (ConnectionError, TimeoutError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError)
-        if isinstance(error, offline):
-            raise NotFoundError(
-                f"the data of task '{name}' is neither on this machine nor reachable ({first_line(error)}); "
-                f"run `supra prefetch --tasks {','.join(others or (name,))}` on a connected machine with the same "
-                "Hugging Face cache"
-            ) from error
-        if isinstance(error, ImportError) and path is not None and path.parent.name == "ruler":
-            raise SupraError(
-                f"task '{name}' is of RULER, whose packages are not installed; `pip install 'supra[ruler]'` brings them"
-            ) from error
-        if isinstance(error, ImportError) and _python_line(error) is None:
-            raise SupraError(
-                f"{_where(name, path)} needs a package that is not installed: {first_line(error)}"
-            ) from error
-        kind = NotFoundError if isinstance(error, FileNotFoundError) else SupraError
-        raise kind(f"{_where(name, path)}: {_sentence(error)}") from error
-
-
-def _where(name: str, path: Path | None) -> str:
-    return f"task '{name}' ({path})" if path else f"task '{name}'"
-
-
-def _sentence(error: Exception) -> str:
-    """Field, cause and, where the task's own Python raised, its line."""
-    import datasets.exceptions
-    import jinja2
-
-    field, task = _frame(error)
-    if isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ is not None:
-        error = error.__cause__  # theirs says only that "an error occurred while generating the dataset"
-    begin = f"{field}: " if field else ""
-    columns = list(getattr(task, "features", ()) or ())
-    if isinstance(error, jinja2.UndefinedError) and (name := re.match(r"'(\w+)' is undefined", str(error))):
-        return f"{begin}the documents have no '{name[1]}'{near_miss(name[1], columns)}"
-    if line := _python_line(error):
-        return f"{begin}{line} raised {type(error).__name__}: {first_line(error)}"
-    if isinstance(error, TypeError) and (name := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
-        return f"there is no field '{name[1]}'{near_miss(name[1], _known_fields())}"
-    if field in _TEMPLATES and isinstance(error, TypeError) and not str(error):
-        return f"{field} is missing, or neither text, list nor function"
-    if isinstance(error, StopIteration) and field == _FIELDS["download"]:
-        return f"{begin}there is not one document in the data"
-    if isinstance(error, IndexError) and field is None:  # lm-eval tries the choices of the first document
-        return "doc_to_choice: a choice has no text" if "string index" in str(error) else _NO_CHOICE
-    if isinstance(error, KeyError) and field == "filter_list":
-        return f"{begin}{str(error.args[0]).splitlines()[0]}"
-    if isinstance(error, KeyError):
-        known = list(task.dataset) if field and field.endswith("_split") and hasattr(task, "dataset") else columns
-        return f"{begin}there is no {error}{near_miss(str(error.args[0]) if error.args else '', map(str, known))}"
-    return f"{begin}{first_line(error)} ({type(error).__name__})" if str(error) else f"{begin}{type(error).__name__}"
-
-
-def _frame(error: BaseException) -> tuple[str | None, Any]:
-    """(the field, the task) of the deepest frame inside lm-eval that reads a field."""
-    from lm_eval.api.task import Task
-
-    field = task = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if "lm_eval" in frame.f_code.co_filename and frame.f_code.co_name in _FIELDS:
-            field = _FIELDS[frame.f_code.co_name]
-        if isinstance(owner := frame.f_locals.get("self"), Task):
-            task = owner
-    return field, task
-
-
-def _python_line(error: BaseException) -> str | None:
-    """`file.py, line 7` of the deepest frame in Python that is neither installed nor ours."""
-    ours = str(Path(__file__).parents[2])
-    lines = [
-        f"{Path(frame.f_code.co_filename).name}, line {number},"
-        for frame, number in traceback.walk_tb(error.__traceback__)
-        if not re.search(r"[/\\](site|dist)-packages[/\\]|^<|[/\\]lib[/\\]python3", frame.f_code.co_filename)
-        and not frame.f_code.co_filename.startswith(ours)
-        and frame.f_code.co_filename.endswith(".py")
-    ]
-    return lines[-1] if lines else None
-
-
-def _known_fields() -> list[str]:
-    from dataclasses import fields
-
-    from lm_eval.config.task import TaskConfig
-
-    return [field.name for field in fields(TaskConfig)]
-
-
 def _check_fields(name: str, task, path: Path | None) -> None:
-    for field in _TEMPLATES:
+    for field in TEMPLATES:
         value = getattr(task.config, field)
         if isinstance(value, str) and _WORD.fullmatch(value) and value not in task.features:
             raise SupraError(
-                f"{_where(name, path)}: {field} names '{value}', which the documents do not have"
+                f"{where(name, path)}: {field} names '{value}', which the documents do not have"
                 f"{near_miss(value, task.features)}"
             )
 
 
 def _check_metrics(name: str, task, path: Path | None) -> None:
     """lm-eval keeps None for a metric or an aggregation that it does not know."""
-    from lm_eval.api.registry import aggregation_registry, metric_registry
+    from lm_eval.api.registry import aggregation_registry
 
     if task.config.process_results is None:
         for metric, function in task._metric_fn_list.items():
             if function is None:
-                raise SupraError(
-                    f"{_where(name, path)}: metric_list names the metric '{metric}', which lm-eval does not know"
-                    f"{near_miss(metric, metric_registry)}"
-                )
+                raise SupraError(f"{where(name, path)}: {unknown_metric(metric)}")
     for metric, function in task._aggregation_list.items():
         if function is None:
             entry = next(entry for entry in task.config.metric_list if entry["metric"] == metric)
             wrong = str(entry.get("aggregation", "none"))
             raise SupraError(
-                f"{_where(name, path)}: metric_list has the aggregation '{wrong}' for '{metric}', which lm-eval does "
+                f"{where(name, path)}: metric_list has the aggregation '{wrong}' for '{metric}', which lm-eval does "
                 f"not know{near_miss(wrong, aggregation_registry)}"
             )
 
@@ -248,7 +112,7 @@ def _check_nulls(name: str, task, path: Path | None) -> None:
     if not partly:
         return
     strict = env.overlay(finalize=_no_null)
-    for field in _TEMPLATES:
+    for field in TEMPLATES:
         value = getattr(task.config, field)
         if not isinstance(value, str):
             continue
@@ -264,7 +128,7 @@ def _check_nulls(name: str, task, path: Path | None) -> None:
                 _no_null(document[missing] if template is None else template.render(**document))
             except _NullError:
                 raise SupraError(
-                    f"{_where(name, path)}: {field} asks for '{missing}', which document {number} does not have (it is "
+                    f"{where(name, path)}: {field} asks for '{missing}', which document {number} does not have (it is "
                     "null); give it one, or leave the document out"
                 ) from None
 
@@ -280,7 +144,7 @@ def _check_generation(name: str, task, path: Path | None) -> None:
     for option in normalize_gen_kwargs(task.config.generation_kwargs or {}):
         if option not in known:
             raise SupraError(
-                f"{_where(name, path)}: generation_kwargs has '{option}', which transformers does not know"
+                f"{where(name, path)}: generation_kwargs has '{option}', which transformers does not know"
                 f"{near_miss(option, known)}"
             )
 
@@ -309,14 +173,14 @@ def _rehearse(name: str, task, path: Path | None) -> None:
         requests = requests if isinstance(requests, list) else [requests]
         for request in requests:
             if request.request_type.startswith("loglikelihood") and request.args[-1] == "":
-                raise SupraError(f"{_where(name, path)}: document {index} has an empty text to score")
+                raise SupraError(f"{where(name, path)}: document {index} has an empty text to score")
         if task.OUTPUT_TYPE == "multiple_choice":
             tried += 1
             outside += is_outside(task, document)
         if index == 0:
             _take(name, task, path, document, requests)
     if tried and outside == tried:
-        raise SupraError(f"{_where(name, path)}: {_NO_CHOICE}")
+        raise SupraError(f"{where(name, path)}: {NO_CHOICE}")
 
 
 def is_outside(task, document) -> bool:
@@ -360,6 +224,6 @@ def _take(name: str, task, path: Path | None, document, requests: list) -> None:
         missing := [key for key in task._metric_fn_list if key not in metrics]
     ):
         raise SupraError(
-            f"{_where(name, path)}: the metric '{missing[0]}' of metric_list is not one that output_type "
+            f"{where(name, path)}: the metric '{missing[0]}' of metric_list is not one that output_type "
             f"{task.OUTPUT_TYPE} gives; it would be left out"
         )

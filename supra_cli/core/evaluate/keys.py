@@ -102,7 +102,9 @@ def definition(task) -> dict[str, Any]:
     for name in ("num_fewshot", "dataset_kwargs"):
         fields.pop(name, None)
     if isinstance(fields.get("metadata"), dict):
-        fields["metadata"].pop("config_source", None)
+        # The last two are what a task that makes its own documents was told for it; the documents say it themselves.
+        for name in ("config_source", "tokenizer", "max_seq_lengths"):
+            fields["metadata"].pop(name, None)
     return {"class": type(task).__qualname__, **fields}
 
 

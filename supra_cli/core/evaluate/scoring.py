@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from supra_cli.core.errors import SupraError
-from supra_cli.core.evaluate import checks
+from supra_cli.core.evaluate import checks, telling
 
 # lm-eval draws 100,000 samples again for the error of a metric that is no mean (f1, mcc, a perplexity), minutes for a
 # dozen questions. Two hundred know the error to 5 %; for bleu, chrf and ter it takes a hundred by itself.
@@ -74,7 +74,7 @@ def score(
 
     task = tasks.leaves[name]
     lm.begin(name, progress)
-    with checks.told(name, tasks.file(name), model=lm), _quietly(), _in_one_process(), _asked(task, settings):
+    with telling.told(name, tasks.file(name), model=lm), _quietly(), _in_one_process(), _asked(task, settings):
         answer = evaluator.evaluate(
             lm=lm,
             task_dict={"tasks": {name: task}, "groups": {}},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,9 @@ import yaml
 
 from supra_cli.core import connection
 from supra_cli.core.errors import NotFoundError, SupraError, UsageError, near_miss
-from supra_cli.core.evaluate import checks
+from supra_cli.core.evaluate import checks, telling
 from supra_cli.core.evaluate.keys import definition
+from supra_cli.core.evaluate.measures import measures
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,12 @@ def _is_whole(name: str, index: dict) -> bool:
 
 
 def _unknown(name: str, known: Iterable[str]) -> NotFoundError:
-    hint = near_miss(name, known)
+    hint = near_miss(name, [*known, *measures])
     if hint.startswith("; known"):
-        hint = "; no name is similar: `lm_eval ls tasks` lists them all, supra's own are stdlib_cloze and stdlib_ppl"
+        hint = (
+            "; no name is similar: `lm_eval ls tasks` lists them all, supra's own are "
+            f"{', '.join([*sorted(_bundled_names()), *measures])}"
+        )
     return NotFoundError(f"unknown task '{name}'{hint}")
 
 
@@ -193,17 +198,28 @@ def _load(manager, name: str, asked: Sequence[str]) -> dict:
         _check_data(name, entry)
     local = entry.yaml_path is not None and entry.yaml_path.parent == bundled()
     reading = nullcontext() if local else _without_waiting()
-    with checks.told(name, entry.yaml_path, tuple(asked)), reading, redirect_stdout(io.StringIO()):  # RULER prints
+    nowhere = io.StringIO()
+    # RULER prints, and its nltk tells stderr where there is no network, which those that fetch nothing do not need.
+    quiet = redirect_stderr(nowhere) if entry.yaml_path and entry.yaml_path.parent.name == "ruler" else nullcontext()
+    with telling.told(name, entry.yaml_path, tuple(asked)), reading, redirect_stdout(nowhere), quiet, _seeded():
         return manager.load([name])
+
+
+def is_of_lengths(task) -> bool:
+    """Whether the task has made documents of the lengths that were asked for, and says of each which."""
+    return "max_length" in getattr(_made(task), "column_names", ())
+
+
+def _made(task):
+    return task.dataset.get(task.config.test_split) if isinstance(getattr(task, "dataset", None), dict) else None
 
 
 def _alternate(task, lengths: Sequence[int]) -> None:
     """Put a question of each length in turn, where a task has made as many of each, one length after the other: any
     `--limit` then asks all lengths alike.
     """
-    split = task.config.test_split
-    documents = task.dataset.get(split) if isinstance(getattr(task, "dataset", None), dict) else None
-    if documents is not None and "max_length" in documents.column_names:
+    if is_of_lengths(task):
+        documents, split = _made(task), task.config.test_split
         of = {length: [n for n, found in enumerate(documents["max_length"]) if found == length] for length in lengths}
         order = [number for numbers in zip(*of.values(), strict=False) for number in numbers]
         task.dataset[split] = documents.select(order)
@@ -233,6 +249,24 @@ def _flat(value) -> list[str]:
 def _file(manager, name: str) -> Path | None:
     entry = manager.task_index.get(name)
     return entry.yaml_path if entry is not None else None
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The seeds that lm-eval's command line sets before it loads tasks: RULER draws its questions from them, and they
+    are to be the same when they are asked again. Nothing of it is left to the caller.
+    """
+    import numpy as np
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    before, others_before = random.getstate(), np.random.get_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(others_before)
 
 
 @contextmanager
