@@ -39,14 +39,15 @@ _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def demo() -> str:
     found = _found("demo")
     header = ["", "teacher", "student before", "student after", "recovery"]
-    names = {"nats_per_token": "nats per token"}
+    names = {"acc": "acc", "acc_norm": "acc_norm", "perplexity": "perplexity", "nats_per_token": "nats per token"}
     body = [
         [
-            f"`{line['task']}` {names.get(line['metric'], line['metric'])}",
+            f"`{line['task']}` {names[line['metric']]}",
             *(_figure(line[key]) for key in ("teacher", "before", "after")),
             "" if line["recovery"] is None else f"{100 * line['recovery']:.0f} %",
         ]
         for line in found["report"]["lines"]
+        if line["metric"] in names
     ]
     nats, tokens, seconds = found["nats_per_token"], found["tokens"]["student"], found["seconds"]["student"]
     told = (

@@ -1,13 +1,16 @@
-"""`supra report`: one table of a run."""
+"""`supra report`: all that was scored in a run, in tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from supra_cli.commands import console
+from supra_cli.commands import console, scores
+
+if TYPE_CHECKING:
+    from supra_cli.core.report import Line
 
 
 def run(
@@ -25,20 +28,27 @@ def run(
     if json:
         console.document(asdict(found))
         return
-    console.table(
-        [
-            [line.task, line.metric, *map(_figure, (line.teacher, line.before, line.after)), _share(line.recovery)]
-            for line in found.lines
-        ],
-        ["task", "metric", "teacher", "before", "after", "recovery"],
-    )
+    if found.lines:
+        header = ["task", "metric", "n-shot", "questions", "teacher", "before", "after", "recovery"]
+        console.table(map(_cells, found.lines), header)
+    for figures in (found.measures, found.letters):
+        if figures:
+            scores.show_figures(figures, ("teacher", "before", "after"))
     spent = f"{console.number(found.tokens)} tokens of uptraining in {console.duration(found.seconds)}"
     console.result(f"\n{spent}; recovery is (student − chance) / (teacher − chance)")
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}" if value < 100 else f"{value:,.0f}"
+def _cells(line: Line) -> list[str]:
+    from supra_cli.core.evaluate import showing
 
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    figures = [
+        showing.figure(value, deviation)
+        for value, deviation in (
+            (line.teacher, line.teacher_stderr),
+            (line.before, line.before_stderr),
+            (line.after, line.after_stderr),
+        )
+    ]
+    questions = "–" if line.questions is None else str(line.questions)
+    recovery = showing.recovery(line.metric, vars(line))
+    return [line.task, line.metric, showing.shots(line.num_fewshot), questions, *figures, recovery]

@@ -1,9 +1,9 @@
-"""What a run was worth: its scores before and after uptraining beside the teacher's, and what was spent."""
+"""What a run was worth: all that was scored, before and after uptraining beside the teacher, and what was spent."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,38 @@ from supra_cli.core import checkpoint
 from supra_cli.core.errors import NotFoundError
 from supra_cli.core.files import read_json
 
+Figures = dict[str, dict[str, dict[str, dict[str, float]]]]
+"""{measure: {label: {"teacher", "before", "after" or a baseline: {value, low, high, n}}}}"""
+
+_BEFORE = "before training"
+
 
 @dataclass(frozen=True)
 class Line:
-    """One figure. `recovery` is None where it has no meaning (perplexities) or nothing to compare with."""
+    """One metric of a task, with its standard errors. None is what was not scored or has no meaning."""
 
     task: str
     metric: str
+    num_fewshot: int | None
+    questions: int | None
     teacher: float | None
+    teacher_stderr: float | None
     before: float | None
-    after: float | None
+    before_stderr: float | None
+    after: float
+    after_stderr: float | None
     recovery: float | None
+    recovery_stderr: float | None
+    difference: float | None
+    """Nats per token above the teacher's."""
+    difference_stderr: float | None
 
 
 @dataclass(frozen=True)
 class Report:
     lines: list[Line]
+    measures: Figures
+    letters: Figures
     tokens: int
     """Tokens of uptraining."""
     seconds: float
@@ -39,7 +55,8 @@ def read(run: Path) -> Report:
     """The report of a run directory from what `supra eval` left in it. NotFoundError before anything was scored.
 
     Of all that was scored in the run, the figures of the model that `last` is, whichever step was scored last; from
-    before uptraining those of the same questions, asked in the same way.
+    before uptraining those of the same questions, asked in the same way, by an evaluation of `converted` or as a
+    baseline of this one.
     """
     provenance = run / "last" / "supra.json"
     if not provenance.is_file():
@@ -48,19 +65,28 @@ def read(run: Path) -> Report:
     if not after:
         raise NotFoundError(f"{run / 'last'} was not scored yet; run `supra eval {run / 'last'}` first")
     before = results(run / "converted" / "eval", run / "converted")
-    lines, notes = [], []
+    # Where the run began with a trained model, the baseline is what that one was before it.
+    is_new = not checkpoint.read_provenance(run / "converted").get("tokens")
+    spent = checkpoint.read_provenance(run / "last")
+    found = Report([], {}, {}, spent["tokens"], spent["seconds"], [])
     for task, result in sorted(after.items()):
         other = before.get(task, {})
-        if other and other["questions"] != result["questions"]:
-            notes.append(
+        is_same = other.get("questions") == result["questions"]
+        lines = _lines(task, result, other if is_same else {}, is_new)
+        figures, letters = (
+            _beside(result.get(kind, {}), other.get(kind, {}) if is_same else {}, is_new)
+            for kind in ("figures", "letters")
+        )
+        found.lines.extend(lines)
+        found.measures.update({task: figures} if figures else {})
+        found.letters.update({task: letters} if letters else {})
+        is_left_out = any(line.before is None for line in lines) or any("before" not in row for row in figures.values())
+        if other and not is_same and is_left_out:
+            found.notes.append(
                 f"{task}: {run / 'converted'} was asked other questions, or in another way; "
                 "score both with the same options"
             )
-            other = {}
-        for name, row in result["metrics"].items():
-            lines += _lines(task, name, row, other.get("metrics", {}).get(name, {}))
-    spent = checkpoint.read_provenance(run / "last")
-    return Report(lines, spent["tokens"], spent["seconds"], notes)
+    return found
 
 
 def results(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
@@ -71,10 +97,50 @@ def results(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
     return {task: result for task, result in results.items() if result}
 
 
-def _lines(task: str, metric: str, row: dict[str, Any], before: dict[str, Any]) -> list[Line]:
-    """A metric that can be recovered, or nats per token and the perplexity that they are; others are in the records."""
-    figures = row.get("teacher"), before.get("student"), row["student"]
-    if metric == "nats_per_token":
-        perplexities = (None if value is None else math.exp(value) for value in figures)
-        return [Line(task, "perplexity", *perplexities, None), Line(task, metric, *figures, None)]
-    return [Line(task, metric, *figures, row["recovery"])] if row.get("recovery") is not None else []
+def _lines(task: str, result: dict[str, Any], before: dict[str, Any], is_new: bool) -> list[Line]:
+    """Of each metric a line; before nats per token the perplexity that they are, unless the task has one of its own."""
+    lines, metrics = [], result.get("metrics", {})
+    for metric, row in metrics.items():
+        was = before.get("metrics", {}).get(metric, {})
+        baseline = row.get("baselines", {}).get(_BEFORE, {}) if is_new else {}
+        line = Line(
+            task,
+            metric,
+            num_fewshot=result.get("num_fewshot"),
+            questions=result.get("samples"),
+            teacher=row.get("teacher"),
+            teacher_stderr=row.get("teacher_stderr"),
+            before=was.get("student", baseline.get("score")),
+            before_stderr=was.get("stderr", baseline.get("stderr")),
+            after=row["student"],
+            after_stderr=row.get("stderr"),
+            recovery=row.get("recovery"),
+            recovery_stderr=row.get("recovery_stderr"),
+            difference=row.get("difference"),
+            difference_stderr=row.get("difference_stderr"),
+        )
+        lines += [_perplexity(line)] if metric == "nats_per_token" and "perplexity" not in metrics else []
+        lines.append(line)
+    return lines
+
+
+def _perplexity(nats: Line) -> Line:
+    """exp of nats per token; its error is perplexity × theirs."""
+    found: dict[str, Any] = {"metric": "perplexity", "difference": None, "difference_stderr": None}
+    for name in ("teacher", "before", "after"):
+        value, deviation = getattr(nats, name), getattr(nats, f"{name}_stderr")
+        found[name] = None if value is None else math.exp(value)
+        found[f"{name}_stderr"] = None if deviation is None else found[name] * deviation
+    return replace(nats, **found)
+
+
+def _beside(after: dict[str, dict], before: dict[str, dict], is_new: bool) -> dict[str, dict[str, dict[str, float]]]:
+    """{label: {role: figure}} of a measure, with the student's own and what it was before under these names."""
+    found = {}
+    for label, row in after.items():
+        others = dict(row)
+        figures = {"teacher": others.pop("teacher", None), "after": others.pop("student", None)}
+        baseline = others.pop(_BEFORE, None) if is_new else None
+        figures["before"] = before.get(label, {}).get("student", baseline)
+        found[label] = {role: figure for role, figure in {**figures, **others}.items() if figure is not None}
+    return found

@@ -310,7 +310,7 @@ def test_the_card_of_a_run_has_its_recipe_its_scores_and_the_licence_of_its_base
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe), encoding="utf-8")
     for verb in (
         ("uptrain", "-r", "recipe.toml", "-o", "run", "--device", "cpu"),
-        ("eval", "run", "--tasks", "stdlib_ppl", "--limit", "2", "--device", "cpu"),
+        ("eval", "run", "--tasks", "stdlib_ppl,repeats", "--lengths", "0", "--limit", "2", "--device", "cpu"),
         ("export", "run", "-o", "out"),
     ):
         result = supra(*verb)
@@ -322,6 +322,8 @@ def test_the_card_of_a_run_has_its_recipe_its_scores_and_the_licence_of_its_base
     figure = r"[\d.]+ ± [\d.]+"
     assert "| task | metric | n-shot | questions | this model | its teacher |" in body
     assert re.search(rf"\| stdlib_ppl \| nats_per_token \| 0 \| 2 \| {figure} \| {figure} \|", body)
+    assert "| measure | of | n | this model | its teacher | untrained window | before training |" in body
+    assert re.search(r"\| repeats \| random, gap 0 \| 2 \|( [\d.]+ \[[\d.]+, [\d.]+\] \|){4}", body)
     assert 'path = "text.txt"' in body
     assert "Taken before" not in body
     for model, output, dtype in (("run", "same", "float32"), ("run", "narrow", "bf16"), ("out", "again", "bf16")):

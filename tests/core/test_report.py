@@ -59,6 +59,33 @@ def test_figures_of_other_questions_do_not_stand_in_one_row(run: Path) -> None:
     assert found.notes[0].startswith("cloze:")
 
 
+def interval(value: float) -> dict:
+    return {"value": value, "low": value, "high": value, "n": 4}
+
+
+@pytest.mark.parametrize("tokens", [0, 64])
+def test_all_that_was_scored_is_shown(run: Path, tokens: int) -> None:
+    """Measures, letters, metrics without a recovery; before training by a baseline, where the run began untrained."""
+    last, converted = run / "last", run / "converted"
+    (converted / "supra.json").write_text(json.dumps({"tokens": tokens}))
+    baseline = {"before training": {"score": 0.1, "stderr": 0.2}}
+    beside = {"student": interval(0.5), "teacher": interval(0.1), "before training": interval(0.9)}
+    niah = {"512": {"student": 0.5, "stderr": 0.1, "teacher": None, "recovery": None, "baselines": baseline}}
+    weights = f"sha256:{checkpoint.identity(last)}"
+    kept = Store(run / "eval")
+    kept.note("niah", weights, {"metrics": niah, "letters": {"A": beside}, "questions": "q", "samples": 8})
+    kept.note("repeats", weights, {"figures": {"gap 0": beside}, "questions": "q"})
+    note(converted / "eval", "repeats", {}, converted, questions="others")
+    found = report.read(run)
+    (line,) = (line for line in found.lines if line.task == "niah")
+    assert (line.after, line.after_stderr, line.questions) == (0.5, 0.1, 8)
+    assert (line.before, line.before_stderr) == ((None, None) if tokens else (0.1, 0.2))
+    before = {"before training" if tokens else "before": interval(0.9)}
+    figures = {"teacher": interval(0.1), "after": interval(0.5), **before}
+    assert (found.measures, found.letters) == ({"repeats": {"gap 0": figures}}, {"niah": {"A": figures}})
+    assert [text.partition(":")[0] for text in found.notes] == (["repeats"] if tokens else [])
+
+
 def test_a_run_without_a_model_or_without_scores_is_a_sentence(run: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="supra uptrain"):
         report.read(tmp_path / "nothing")

@@ -3,7 +3,7 @@
 from supra_cli.core.evaluate.batch import rows_that_fit
 from supra_cli.core.evaluate.comparison import compare
 from supra_cli.core.evaluate.measures import Material, measures
-from supra_cli.core.evaluate.measuring import baselines, material, measure
+from supra_cli.core.evaluate.measuring import baselines, check_lengths, material, measure
 from supra_cli.core.evaluate.nats import Perplexity, mean, next_tokens, perplexity, token_nats
 from supra_cli.core.evaluate.run import Subject, context_length, evaluate
 from supra_cli.core.evaluate.scoring import Settings, language_model, score
@@ -17,6 +17,7 @@ __all__ = [
     "Tasks",
     "baselines",
     "bundled",
+    "check_lengths",
     "compare",
     "context_length",
     "evaluate",

@@ -16,9 +16,11 @@ from supra_cli.core import checkpoint
 from supra_cli.core.environment import versions
 from supra_cli.core.errors import UsageError
 from supra_cli.core.evaluate import keys
-from supra_cli.core.evaluate.measures import NEED_TEACHER, Material, measures
+from supra_cli.core.evaluate.measures import NEED_TEACHER, OF_ONE_LENGTH, Material, measures
 from supra_cli.core.evaluate.run import Progress, Subject, about, known, positions
 from supra_cli.core.evaluate.scoring import Settings
+from supra_cli.core.evaluate.store import Store
+from supra_cli.core.evaluate.tasks import Tasks, is_of_lengths
 from supra_cli.core.files import dumps
 from supra_cli.core.mixers import mixers
 from supra_cli.core.recipe.keep import SOFTMAX
@@ -65,6 +67,15 @@ def baselines(student: Subject, base: Subject | None) -> dict[str, Subject]:
     for branch in mixers.get(swap.mixer).branches:
         found[f"{branch} only"] = _only(student, branch)
     return found
+
+
+def check_lengths(names: Sequence[str], tasks: Tasks) -> None:
+    """UsageError where neither the measures `names` nor the tasks heed `--lengths`."""
+    if not any(map(is_of_lengths, tasks.leaves.values())) and not set(names) - set(OF_ONE_LENGTH):
+        heeding = ", ".join(name for name in measures if name not in OF_ONE_LENGTH)
+        raise UsageError(
+            f"--lengths is for {heeding} and RULER's tasks, none of which is asked; leave it out or name one in --tasks"
+        )
 
 
 def material(
@@ -126,22 +137,24 @@ def measure(
     """(the figures, what is known of each subject) of `subjects`, {role: model}, on the measures `names`.
 
     One model is in memory at a time, and the teacher beside it once a measure has compared the two. What was measured
-    before for the same weights and rows is not measured again, unless `fresh`. UsageError for a measure that has no
-    figure.
+    before for the same weights and rows is not measured again, unless `fresh`; the figures of all are left beside the
+    student's own. UsageError for a measure that has no figure.
     """
     figures: Figures = {name: {} for name in names}
     told: dict[str, dict[str, Any]] = {}
-    of_rows = _key(material)
+    stores: dict[str, Store] = {}
+    rows = _key(material)
     taught = subjects.get("teacher")
     of_teacher = known(taught, progress)[1] if taught and set(names) & set(NEED_TEACHER) else None
+    questions = {
+        name: {**rows, "measure": name} | ({"teacher": of_teacher} if name in NEED_TEACHER else {}) for name in names
+    }
     teacher = None
     for role, subject in subjects.items():
         asked = [name for name in names if name not in NEED_TEACHER or (taught and role != "teacher")]
         weights, of_model, store = known(subject, progress)
-        key = {
-            name: {**of_model, **of_rows, "measure": name} | ({"teacher": of_teacher} if name in NEED_TEACHER else {})
-            for name in asked
-        }
+        stores[role] = store
+        key = {name: {**of_model, **questions[name]} for name in asked}
         records = {} if fresh else {name: record for name in asked if (record := store.find(name, key[name]))}
         reused, model = list(records), None
         for name in asked:
@@ -165,6 +178,11 @@ def measure(
             for label, value in records[name]["values"].items():
                 figures[name].setdefault(label, {})[role] = value
         told[role] = about(subject, weights, store, reused)
+    if store := stores.get("student"):
+        for name in names:
+            what = {"figures": figures[name], "questions": keys.digest(dumps(questions[name], sort_keys=True))}
+            store.note(name, told["student"]["weights"], {**what, "subjects": told})
+        told["student"]["records"] = store.place
     return figures, told
 
 

@@ -71,13 +71,13 @@ def evaluate(
     for name, task in tasks.leaves.items():
         checks.check_settings(name, task, tasks.file(name), examples[name], settings.max_length)
     asked = {name: keys.task_key(task, settings, examples[name]) for name, task in tasks.leaves.items()}
-    ours, about_student = _scores(student, tasks, settings, asked, fresh, progress)
+    ours, about_student, store = _scores(student, tasks, settings, asked, fresh, progress)
     theirs, about_teacher = None, None
     if teacher is not None:
-        theirs, about_teacher = _scores(teacher, tasks, settings, asked, fresh, progress)
+        theirs, about_teacher, _ = _scores(teacher, tasks, settings, asked, fresh, progress)
     results, others, scored = compare(tasks, ours, theirs), {}, {}
     for role, subject in (baselines or {}).items():
-        scored[role], others[role] = _scores(subject, tasks, settings, asked, fresh, progress)
+        scored[role], others[role], _ = _scores(subject, tasks, settings, asked, fresh, progress)
         for task, rows in compare(tasks, scored[role], None).items():
             for metric, row in rows.items():
                 beside = results[task][metric].setdefault("baselines", {})
@@ -95,7 +95,8 @@ def evaluate(
             "seconds": round(time.monotonic() - start, 1),
         }
     )
-    _note(document, tasks, asked)
+    _note(store, document, tasks, asked)
+    document["student"]["records"] = store.place
     return document
 
 
@@ -126,7 +127,7 @@ def _check_model(subject: Subject, settings: Settings) -> None:
 
 def _scores(
     subject: Subject, tasks: Tasks, settings: Settings, asked: dict[str, dict], fresh: bool, progress: Progress
-) -> tuple[Records, dict]:
+) -> tuple[Records, dict, Store]:
     weights, of_model, store = known(subject, progress)
     key = {name: {**of_model, **of_task} for name, of_task in asked.items()}
     records = {} if fresh else {name: record for name in key if (record := store.find(name, key[name]))}
@@ -150,7 +151,7 @@ def _scores(
             store.add(name, key[name], {"model": subject.name, **records[name]})
         del lm
         gc.collect()
-    return {name: records[name] for name in key}, about(subject, weights, store, reused)
+    return {name: records[name] for name in key}, about(subject, weights, store, reused), store
 
 
 def known(subject: Subject, progress: Progress) -> tuple[str, dict[str, Any], Store]:
@@ -170,7 +171,7 @@ def about(subject: Subject, weights: str, store: Store, reused: list[str]) -> di
         "weights": f"sha256:{weights}",
         "device": subject.device,
         "dtype": subject.dtype,
-        "records": str(store.folder),
+        "records": store.place,
         "reused": reused,
         **({"changes": subject.changes} if subject.changes else {}),
     }
@@ -180,17 +181,13 @@ def _how(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in ("samples", "num_fewshot", "bos", "cut", "outside", "choices")}
 
 
-def _note(document: dict[str, Any], tasks: Tasks, asked: dict[str, dict]) -> None:
+def _note(store: Store, document: dict[str, Any], tasks: Tasks, asked: dict[str, dict]) -> None:
     """Leave each comparison beside the student's records, with the hash of what was asked: only figures of the same
     questions can stand in one row of a report.
     """
-    store = Store(Path(document["student"]["records"]))
     for name, rows in document["results"].items():
         leaves = [name] if name in asked else [task.task_name for task in tasks.groups[name].get_all_tasks()]
         about = {part: document[part] for part in ("student", "teacher", "settings", "versions")}
         questions = keys.digest(dumps([asked[leaf] for leaf in leaves], sort_keys=True))
-        store.note(
-            name,
-            document["student"]["weights"],
-            {"metrics": rows, **document["tasks"][name], "questions": questions, **about},
-        )
+        what = {"metrics": rows, "letters": document["letters"].get(name, {}), **document["tasks"][name]}
+        store.note(name, document["student"]["weights"], {**what, "questions": questions, **about})

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
-from supra_cli.core.files import cache_folder, dumps
+from supra_cli.core.files import cache_folder, dumps, write
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +30,19 @@ def folder_of(path: Path, weights: str, *, owned: bool) -> Path:
 class Store:
     """The records in one folder, one file a task: {"task", "results", "records": {hash of the key: record}}.
 
-    The steps of a run share a file, so `results`, the newest comparison for people and for `supra report`, is kept
-    for each model by the hash of its weights.
+    The steps of a run share a file, so `results`, the newest comparison for people, for `supra report` and for a card,
+    is kept for each model by the hash of its weights: {"metrics": ..., "questions": hash of what was asked, ...} of a
+    task, {"figures": ..., "questions": ...} of a measure.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._refused = False
+
+    @property
+    def place(self) -> str | None:
+        """The folder, None once something could not be kept there."""
+        return None if self._refused else str(self.folder)
 
     def find(self, task: str, key: dict[str, Any]) -> dict[str, Any] | None:
         return self._read(task)["records"].get(_hash(key))
@@ -58,7 +64,7 @@ class Store:
         empty = {"task": task, "results": {}, "records": {}}
         try:
             content = json.loads(self._path(task).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return empty
         except ValueError:
             log.warning("%s is damaged; its scores are taken again", self._path(task))
@@ -70,15 +76,14 @@ class Store:
         return {**content, "results": results if by_weights else {}}
 
     def _write(self, task: str, content: dict[str, Any]) -> None:
-        """A score that cannot be kept is still a score: said, not raised."""
-        path = self._path(task)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        """A score that cannot be kept is still a score: said, once a folder, and not raised."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside.write_text(dumps(content), encoding="utf-8")
-            beside.replace(path)
+            write(self._path(task), dumps(content))
         except OSError as error:
-            log.warning("the scores of %s could not be kept in %s (%s)", task, self.folder, error.strerror)
+            if not self._refused:
+                log.warning("scores cannot be kept in %s (%s) and will be taken again", self.folder, error.strerror)
+            self._refused = True
 
 
 def _hash(key: dict[str, Any]) -> str:

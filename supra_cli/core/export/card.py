@@ -15,6 +15,7 @@ import yaml
 
 from supra_cli import __version__
 from supra_cli.core import checkpoint, hub, report
+from supra_cli.core.evaluate import showing
 from supra_cli.core.evaluate.store import folder_of
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import SOFTMAX
@@ -73,8 +74,9 @@ model = AutoModelForCausalLM.from_pretrained("THIS", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("THIS", trust_remote_code=True)
 ```
 
-The code beside the weights needs torch and transformers. On a GPU it takes the Triton kernels of the package `supra`
-where that is installed and has one for the mixer, and elsewhere PyTorch's operations, which are several times slower.
+The code beside the weights needs torch and transformers. On a GPU it takes supra's Triton kernels where a clone of its
+repository is installed (`supra_kernels`; what PyPI calls `supra` is another project) and has one for the mixer, and
+elsewhere PyTorch's operations, which are several times slower.
 """
 
 
@@ -109,24 +111,29 @@ def _scores(path: Path) -> Iterator[str]:
     weights = checkpoint.identity(path)
     found = report.results(folder_of(path, weights, owned=True), path)
     rows = [
-        f"| {task} | {metric} | {_shots(result)} | {result['samples']} "
-        f"| {_figure(row, 'student', 'stderr')} | {_figure(row, 'teacher', 'teacher_stderr')} |"
+        [
+            *(task, metric, showing.shots(result["num_fewshot"]), result["samples"]),
+            showing.figure(row["student"], row.get("stderr")),
+            showing.figure(row["teacher"], row.get("teacher_stderr")),
+        ]
         for task, result in sorted(found.items())
-        for metric, row in result["metrics"].items()
+        for metric, row in result.get("metrics", {}).items()
     ]
-    if rows:
-        header = "| task | metric | n-shot | questions | this model | its teacher |"
-        yield "\n".join([_SCORES, "", header, "| --- | --- | --- | --- | --- | --- |", *rows, ""])
+    measures = {name: result["figures"] for name, result in sorted(found.items()) if "figures" in result}
+    tables = [_table(["task", "metric", "n-shot", "questions", *_NAMES.values()], rows)] if rows else []
+    if measures:
+        roles, lines = showing.measured(measures, tuple(_NAMES))
+        tables.append(_table(["measure", "of", "n", *(_NAMES.get(role, role) for role in roles)], lines))
+    if tables:
+        yield "\n\n".join([_SCORES, *tables]) + "\n"
 
 
-def _shots(result: Mapping[str, Any]) -> str:
-    return "mixed" if result["num_fewshot"] is None else str(result["num_fewshot"])
+_NAMES = {"student": "this model", "teacher": "its teacher"}
 
 
-def _figure(row: Mapping[str, Any], value: str, error: str) -> str:
-    if row.get(value) is None:
-        return "–"
-    return f"{row[value]:.3f}" + ("" if row.get(error) is None else f" ± {row[error]:.3f}")
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _recipe(recipe: Any) -> Iterator[str]:

@@ -110,6 +110,8 @@ Measure = Callable[..., dict[str, Value]]
 
 measures: Registry[Measure] = Registry("measure", package=__name__, group="supra.measures")
 NEED_TEACHER = ("agreement",)
+OF_ONE_LENGTH = ("agreement",)
+"""Those that do not heed `Material.lengths`."""
 
 
 def ratio(above: Tensor, below: Tensor | None = None) -> Value:
@@ -126,5 +128,5 @@ def ratio(above: Tensor, below: Tensor | None = None) -> Value:
     low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     figure = Value(float(above.sum() / below.sum()), low, high, rows)
     if not all(map(math.isfinite, figure)):
-        raise NonFiniteError("a figure of a measure is not finite; check the model's weights and its dtype")
+        raise NonFiniteError.of("a figure of a measure is")
     return figure
