@@ -50,7 +50,7 @@ def make_room(output: Path) -> None:
             raise UsageError(f"--output {output} is a folder, expected a file to write")
         places = [output]
         if output.is_file() or not output.exists():  # not /dev/stdout, beside which nothing is written
-            places.append(output.resolve().parent)
+            places.append((output.resolve() if output.is_symlink() else output).parent)
             places[-1].mkdir(parents=True, exist_ok=True)
         if not all(os.access(place, os.W_OK) for place in places if place.exists()):
             raise UsageError(f"--output {output} cannot be written: permission denied; choose another place")

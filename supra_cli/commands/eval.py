@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,24 +74,26 @@ def run(
     """Score a model on tasks, its teacher beside it: chance-corrected recovery, perplexity, standard errors."""
     from supra_cli.core import checkpoint, evaluate, hub
 
-    _hush()
+    hush()
     start = time.monotonic()
     rows = _batch_size(batch_size)
     if output is not None:
-        _make_room(output)
+        console.make_room(output)
     source = hub.chosen(model)
     console.note(f"model: {source}")
     with _watch() as progress:
         progress("", "reading the tasks and their data", 0, 0)
-        wanted = names(tasks if tasks is not None else ["stdlib_cloze,stdlib_ppl"])
-        asked = [name for name in dict.fromkeys(wanted) if name in evaluate.measures]
-        others = [name for name in wanted if name not in evaluate.measures]
+        asked, others = names(tasks if tasks is not None else ["stdlib_cloze,stdlib_ppl"])
         tokens = _lengths(lengths)
         if others or not asked:
             ruler = {"tokenizer": str(hub.fetch(source)), "max_seq_lengths": list(tokens)} if tokens else None
             found = evaluate.find(others, include_path, metadata=ruler)
         else:
             found = evaluate.Tasks((), {}, {}, None)
+            examples = num_fewshot is not None
+            _check_heeded({"--num-fewshot": examples, "--apply-chat-template": chat, "--include-path": include_path})
+        if tokens:
+            evaluate.check_lengths(asked, found)
         student = _subject(source, device, dtype)
         reference = _teacher(student.path, teacher, device, dtype)
         length = max_length or evaluate.context_length(student, reference)
@@ -126,13 +127,15 @@ def run(
                 subjects, asked, material, fresh=fresh, progress=progress
             )
             document["seconds"] = round(time.monotonic() - start, 1)
-    if output is not None:
-        write_json(output, document)
-    if json:
-        console.document(document)
-    else:
-        scores.show(document, found.headline)
-    scores.warn(document, found.headline)
+    try:
+        if output is not None:
+            write_json(output, document)
+    finally:  # what was paid for is shown, where it cannot be written too
+        if json:
+            console.document(document)
+        else:
+            scores.show(document, found.headline)
+        scores.warn(document, found.headline)
 
 
 def _lengths(text: str | None) -> tuple[int, ...]:
@@ -144,9 +147,21 @@ def _lengths(text: str | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def names(options: Iterable[str]) -> list[str]:
-    """The task names of `-t a,b -t c`."""
-    return [name.strip() for option in options for name in option.split(",") if name.strip()]
+def names(options: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The names of `-t a,b -t c`: (those of measures, those of lm-eval's tasks)."""
+    from supra_cli.core.evaluate import measures
+
+    found = dict.fromkeys(name.strip() for option in options for name in option.split(",") if name.strip())
+    return [name for name in found if name in measures], [name for name in found if name not in measures]
+
+
+def _check_heeded(options: Mapping[str, object]) -> None:
+    """UsageError for an option that only lm-eval's tasks heed, where none is asked."""
+    from supra_cli.core.errors import UsageError
+
+    for option, given in options.items():
+        if given:
+            raise UsageError(f"{option} is for tasks of lm-eval, and measures alone are asked; leave it out")
 
 
 def _batch_size(text: str) -> int | None:
@@ -251,23 +266,8 @@ def _teacher(student: Path, wanted: str | None, device: str, dtype: str) -> Any:
         ) from error
 
 
-def _hush() -> None:
+def hush() -> None:
     """lm-eval and its libraries warn about what is meant to be; `--debug` lets them."""
     if not logging.getLogger("supra_cli").isEnabledFor(logging.DEBUG):
         for name in ("lm_eval", "huggingface_hub", "datasets", "transformers", "httpx"):
             logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _make_room(output: Path) -> None:
-    """Find out now, not after hours of scoring, that the file cannot be written."""
-    from supra_cli.core.errors import UsageError
-
-    try:
-        if output.is_dir():
-            raise UsageError(f"--output {output} is a folder, expected a file to write")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(output if output.exists() else output.parent, os.W_OK):
-            raise UsageError(f"--output {output} cannot be written: permission denied; choose another place")
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}"
-        raise UsageError(f"--output {output} cannot be written ({reason}); choose another place") from error

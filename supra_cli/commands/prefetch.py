@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from supra_cli.commands import console
-from supra_cli.commands.eval import names
+from supra_cli.commands.eval import hush, names
 
 
 def run(
@@ -23,12 +23,13 @@ def run(
     from supra_cli.core import evaluate, hub
     from supra_cli.core.errors import UsageError
 
-    wanted = names(tasks or ())
-    if not models and not wanted:
+    hush()
+    measures, wanted = names(tasks or ())
+    if not models and not measures and not wanted:
         raise UsageError("nothing to fetch: name models, or tasks with --tasks a,b")
     if include_path is not None and not wanted:
         raise UsageError("--include-path is where --tasks are looked for, and no task is named; give --tasks a,b")
-    fetched: dict[str, dict] = {"models": {}, "tasks": {}}
+    fetched: dict[str, Any] = {"models": {}, "tasks": {}, "measures": measures}
     for model in models or ():
         source = hub.resolve(model)
         console.note(f"model: {source}")
@@ -40,4 +41,5 @@ def run(
         console.document(fetched)
         return
     rows = [(name, path) for name, path in fetched["models"].items()]
-    console.table([*rows, *((name, f"{count} questions") for name, count in fetched["tasks"].items())])
+    rows += [(name, f"{count} questions") for name, count in fetched["tasks"].items()]
+    console.table([*rows, *((name, "a measure, which needs no download") for name in measures)])

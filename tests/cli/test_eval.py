@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -108,10 +109,13 @@ def test_a_report_shows_a_run_before_and_after_beside_its_teacher(models, tmp_pa
     spent = run / "last" / "supra.json"
     spent.write_text(json.dumps(json.loads(spent.read_text()) | {"tokens": 64, "seconds": 2.0}))
     scores = {}
+    measured = {}
     for name in ("last", "converted"):
-        code, out, err = supra(capsys, "eval", str(run / name), "--tasks", "stdlib_ppl", "--limit", "2", "--json")
+        asked = ["--tasks", "stdlib_ppl,repeats", "--limit", "2", "--lengths", "0"]
+        code, out, err = supra(capsys, "eval", str(run / name), *asked, "--json")
         assert code == 0, err
         scores[name] = json.loads(out)["results"]["stdlib_ppl"]["nats_per_token"]
+        measured[name] = json.loads(out)["measures"]["repeats"]["text, gap 0"]
     code, out, err = supra(capsys, "report", str(run), "--json")
     assert code == 0, err
     told = json.loads(out)
@@ -119,8 +123,16 @@ def test_a_report_shows_a_run_before_and_after_beside_its_teacher(models, tmp_pa
     assert nats["teacher"] == scores["last"]["teacher"]
     assert nats["before"] == scores["converted"]["student"]
     assert nats["after"] == scores["last"]["student"] != nats["before"]
+    assert (nats["questions"], nats["after_stderr"]) == (2, scores["last"]["stderr"])
+    assert {"word_perplexity", "byte_perplexity", "bits_per_byte"} < {line["metric"] for line in told["lines"]}
+    repeats = told["measures"]["repeats"]["text, gap 0"]
+    assert list(repeats) == ["teacher", "after", "before", "untrained window"]
+    assert repeats["after"] == measured["last"]["student"] != repeats["before"] == measured["converted"]["student"]
     assert (told["tokens"], told["seconds"]) == (64, 2.0)
-    assert "stdlib_ppl" in supra(capsys, "report", str(run))[1]
+    assert not told["notes"]
+    shown = supra(capsys, "report", str(run))[1]
+    assert re.search(r"stdlib_ppl +nats_per_token +0 +2 +[\d.]+ ± [\d.]+ ", shown)
+    assert re.search(r"repeats +text, gap 0 +2 +[\d.]+ \[", shown)
 
 
 def test_people_get_a_table(capsys):
@@ -170,6 +182,10 @@ def test_quiet_leaves_stderr_empty(capsys):
         (["--tasks", "stdlib_ppl", "-o", "runs"], 2, "folder"),
         (["--tasks", "stdlib_ppl", "-o", "base/config.json/x.json"], 2, "cannot be written (base/config.json: "),
         (["--tasks", "repeats", "--teacher", "learned", "--lengths", "99"], 2, "repeats has no row that fits"),
+        (["--tasks", "repeat"], 3, "did you mean 'repeats'"),
+        (["--tasks", "stdlib_ppl,agreement", "--lengths", "512"], 2, "--lengths is for positions, recall_pairs"),
+        (["--tasks", "repeats", "--num-fewshot", "0"], 2, "--num-fewshot is for tasks of lm-eval"),
+        (["--tasks", "repeats", "--include-path", "runs"], 2, "--include-path is for tasks of lm-eval"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_its_exit_code(capsys, arguments, code, words):
@@ -243,6 +259,9 @@ def test_prefetch_says_what_it_could_not_reach(capsys):
     code, out, _ = supra(capsys, "prefetch", "base", "--tasks", "stdlib_ppl,stdlib_cloze", "--json")
     assert code == 0
     assert json.loads(out)["tasks"]["stdlib_cloze"] == 400
+    code, out, err = supra(capsys, "prefetch", "--tasks", "repeats")
+    assert code == 0, err
+    assert "needs no download" in out
 
 
 @pytest.mark.parametrize("tasks", [["-t", "stdlib_cloze", "-t", "stdlib_ppl"], ["--tasks", "stdlib_cloze, stdlib_ppl"]])
@@ -296,6 +315,18 @@ def test_scores_of_a_model_in_the_hubs_cache_are_not_written_there(models, tmp_p
     assert code == 0, err
     assert not (snapshot / "eval").exists()
     assert list((tmp_path / "cache/eval").glob("*/stdlib_ppl.json"))
+
+
+def test_what_cannot_be_kept_is_shown_and_said_to_be_lost(tmp_path, capsys, monkeypatch):
+    """Where the cache's folder cannot be made."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SUPRA_CACHE", str(tmp_path / "file"))
+    code, out, err = supra(capsys, "eval", "base", "-t", "stdlib_ppl,repeats", "--lengths", "0", "--limit", "2")
+    assert code == 0, err
+    assert "stdlib_ppl" in out
+    assert "scores cannot be kept in" in err
+    assert "not all was kept" in err
+    assert "kept in " not in err.replace("cannot be kept in", "")
 
 
 def test_questions_are_asked_in_the_chat_template_and_scored_apart(models, capsys, tmp_path, monkeypatch):
@@ -381,7 +412,7 @@ def results(doc, answers):
 """
 
 
-def test_questions_of_each_length_are_asked_alike(tmp_path, capsys):
+def test_questions_of_each_length_are_asked_alike(tmp_path, capsys, monkeypatch, caplog):
     """As RULER's tasks make them: one length after the other, and −1 for a length of which there is none."""
     (tmp_path / "lengths.py").write_text(LENGTHS)
     (tmp_path / "lengths.yaml").write_text(
@@ -398,6 +429,10 @@ def test_questions_of_each_length_are_asked_alike(tmp_path, capsys):
     code, _, err = supra(capsys, "eval", "runs/student", *asked, "--lengths", "many")
     assert code == 2
     assert "512,1024" in told(err)
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "level", logging.NOTSET)
+    with caplog.at_level(logging.WARNING):
+        assert supra(capsys, "prefetch", *asked[:4])[0] == 0
+    assert "--metadata" not in caplog.text  # an option of lm-eval's command line
 
 
 def test_ruler_without_its_packages_names_the_extra(monkeypatch, capsys):
@@ -406,15 +441,26 @@ def test_ruler_without_its_packages_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     code, _, err = supra(capsys, "eval", "runs/student", "-t", "niah_single_1", "--lengths", "512")
     assert code == 1
-    assert "supra[ruler]" in told(err)
+    assert "pip install '.[ruler]'" in told(err)
+
+
+def alone(*arguments):
+    """In a process of its own, as nltk and lm-eval write to the streams that they found when they were imported."""
+    return subprocess.run([sys.executable, "-m", "supra_cli", *arguments], capture_output=True, text=True)
+
+
+def test_a_ruler_task_without_lengths_is_told_how_to_be_asked():
+    pytest.importorskip("wonderwords")
+    done = alone("prefetch", "-t", "niah_single_1")
+    assert done.returncode == 2
+    assert "--tasks niah_single_1 --lengths 512,1024" in told(done.stderr)
 
 
 def test_a_ruler_task_is_scored_at_the_length_that_is_asked():
-    """Where the packages of supra[ruler] are, and without a network."""
+    """Where the packages of the extra `ruler` are, and without a network."""
     pytest.importorskip("wonderwords")
     asked = ["-t", "niah_single_1", "--lengths", "512", "--limit", "2", "--teacher", "none", "--json"]
-    # In a process of its own, as nltk and lm-eval write to the streams that they found when they were imported.
-    done = subprocess.run([sys.executable, "-m", "supra_cli", "eval", "tiny", *asked], capture_output=True, text=True)
+    done = alone("eval", "tiny", *asked)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert list(document["results"]["niah_single_1"]) == ["512"]
