@@ -187,5 +187,5 @@ def _tell_once(
     if slower:
         _log.warning(
             "linear attention runs in PyTorch's operations, several times slower than the Triton kernels, which need "
-            "the package supra and a GPU of compute capability 8.0 or more"
+            "supra, from its repository, and a GPU of compute capability 8.0 or more"
         )

@@ -47,7 +47,8 @@ def check_installed() -> None:
     """UsageError unless transformers finds all that its server needs."""
     if not is_serve_available():
         raise UsageError(
-            "supra serve needs fastapi, uvicorn and openai, which are not all installed: pip install 'supra[serving]'"
+            "supra serve needs fastapi, uvicorn and openai, which are not all installed: "
+            "`pip install '.[serving]'` in a clone of supra brings them"
         )
 
 

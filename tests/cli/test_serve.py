@@ -212,4 +212,4 @@ def test_the_extra_is_named_where_it_is_missing(supra, base, monkeypatch):
     monkeypatch.setattr("supra_cli.core.serve.is_serve_available", lambda: False)
     result = supra("serve", base)
     assert result.code == 2
-    assert "pip install 'supra[serving]'" in result.error
+    assert "pip install '.[serving]'" in result.error
