@@ -51,6 +51,11 @@ class NonFiniteError(SupraError):
 
     lasting = True
 
+    @classmethod
+    def of(cls, what: str) -> NonFiniteError:
+        """What a model that computes no numbers comes to; `what` begins the sentence, its verb included."""
+        return cls(f"{what} not finite; check the model's weights and dtype")
+
 
 class Stopped(SupraError):
     """Stopped by a signal after everything was saved; `--resume` goes on."""

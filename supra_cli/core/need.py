@@ -63,9 +63,7 @@ def divergences(student: SupraForCausalLM, batches: Sequence[Batch]) -> dict[int
             sums[number] += float(run(batch, number, divergence))
     for number, total in sums.items():
         if not math.isfinite(total):
-            raise NonFiniteError(
-                f"the divergence of layer {number} is not finite; check the student's weights and its dtype"
-            )
+            raise NonFiniteError.of(f"the divergence of layer {number} is")
     tokens = sum(batch.targets for batch in batches)
     return {number: total / tokens for number, total in sums.items()}
 

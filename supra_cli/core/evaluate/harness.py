@@ -108,7 +108,7 @@ class Model(HFLM):
             return super()._model_generate(*args, **options)
 
     def _not_finite(self, what: str) -> NonFiniteError:
-        return NonFiniteError(f"task '{self.task}': {what} not finite; check the model's weights and dtype")
+        return NonFiniteError.of(f"task '{self.task}': {what}")
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

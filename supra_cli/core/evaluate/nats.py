@@ -63,7 +63,7 @@ def token_nats(
             if not torch.isfinite(nats[labels[rows].cpu() != IGNORED]).all():
                 row = start + int((~torch.isfinite(nats) & (labels[rows].cpu() != IGNORED)).any(dim=1).nonzero()[0, 0])
                 row = row if numbers is None else numbers[row]
-                raise NonFiniteError(f"the model's loss on row {row} is not finite; check its weights and its dtype")
+                raise NonFiniteError.of(f"the model's loss on row {row} is")
             result.append(nats)
     return torch.cat(result)
 

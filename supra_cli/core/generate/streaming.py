@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NOT_FINITE = "the model's logits are not finite; check the model's weights and dtype"
-
 
 class Piece(NamedTuple):
     """Some more of one completion."""
@@ -263,7 +261,7 @@ def _on_host(token: Tensor) -> list[int]:
     """What `choose` chose, which says in the same numbers where there was nothing to choose from."""
     chosen = token.tolist()
     if -1 in chosen:
-        raise NonFiniteError(_NOT_FINITE)
+        raise NonFiniteError.of("the model's logits are")
     return chosen
 
 
@@ -298,7 +296,7 @@ def _beams(
         look.remove()
         model.generation_config = own
     if not torch.stack(finite).all():
-        raise NonFiniteError(_NOT_FINITE)
+        raise NonFiniteError.of("the model's logits are")
     new = output.sequences[:, input_ids.shape[1] :]
     stats.decode_seconds = time.perf_counter() - began
     if (cache := caches.of(output)) is not None:
