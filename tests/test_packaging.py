@@ -58,6 +58,13 @@ def python(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+def test_no_text_sends_anyone_to_another_project_of_our_name():
+    """Which is what PyPI has under it: ours is installed from a clone."""
+    named = re.compile(r"\bsupra\[[a-z]+\]|install ['\"]?supra\b|package `?supra\b")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("supra_cli/**/*.py")):
+        assert not named.search(path.read_text(encoding="utf-8")), path
+
+
 def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from supra_cli.core.errors import SupraError, UsageError, first_line
-from supra_cli.core.files import cache_folder, read_json, sha256, sync, sync_tree
+from supra_cli.core.files import cache_folder, read_json, sha256, sync, sync_tree, write
 
 _LARGE = 64 * 2**20
 """Bytes of a file that takes a while to hash."""
@@ -211,9 +211,7 @@ def _kept(path: Path) -> Path:
 def _keep(found: str, kept: Path) -> None:
     with suppress(OSError):  # a cache that cannot be written costs time alone
         kept.parent.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_name(f".{kept.name}.{os.getpid()}")
-        beside.write_text(found, encoding="ascii")
-        beside.replace(kept)
+        write(kept, found)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

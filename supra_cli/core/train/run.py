@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_cli.core.errors import Stopped, SupraError, UsageError
-from supra_cli.core.files import dumps, read_json, sync, sync_tree
+from supra_cli.core.files import dumps, read_json, sync, sync_tree, write
 from supra_cli.core.parallel import ALONE, World
 
 MARKER = "COMPLETE"
@@ -219,9 +219,7 @@ class RunDirectory:
                 continue
             if isinstance(record, dict) and record.get("step", 0) <= step:
                 kept.append(line + "\n")
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(path)
+        write(path, "".join(kept))
 
     def log(self, record: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
