@@ -81,7 +81,7 @@ def check_model(path: Path, place: Callable[[], Place] | None = None) -> None:
 
     `place` is what to call it, and all of its files, where `path` is a copy of some.
     """
-    if not path.is_dir():
+    if place is None and not path.is_dir():
         raise NotFoundError(f"{path} is no directory here; give that of a model")
     place = place or functools.partial(Place.here, path)
     if (path / "adapter_config.json").is_file():
