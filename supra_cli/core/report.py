@@ -9,10 +9,9 @@ from typing import Any
 
 from supra_cli.core import checkpoint
 from supra_cli.core.errors import NotFoundError
+from supra_cli.core.evaluate.measures import OF_ONE_LENGTH
+from supra_cli.core.evaluate.measuring import Figures
 from supra_cli.core.files import read_json
-
-Figures = dict[str, dict[str, dict[str, dict[str, float]]]]
-"""{measure: {label: {"teacher", "before", "after" or a baseline: {value, low, high, n}}}}"""
 
 _BEFORE = "before training"
 
@@ -42,7 +41,9 @@ class Line:
 class Report:
     lines: list[Line]
     measures: Figures
+    """Of the roles "teacher", "before", "after" and the baselines."""
     letters: Figures
+    """Likewise of {task: {letter: ...}}."""
     tokens: int
     """Tokens of uptraining."""
     seconds: float
@@ -65,9 +66,10 @@ def read(run: Path) -> Report:
     if not after:
         raise NotFoundError(f"{run / 'last'} was not scored yet; run `supra eval {run / 'last'}` first")
     before = results(run / "converted" / "eval", run / "converted")
-    # Where the run began with a trained model, the baseline is what that one was before it.
-    is_new = not checkpoint.read_provenance(run / "converted").get("tokens")
     spent = checkpoint.read_provenance(run / "last")
+    # Where the run began with a trained model, the baseline is what that one was before it. The save says so itself:
+    # `converted` is then a link, and that model may be gone.
+    is_new = not spent.get("tokens_before")
     found = Report([], {}, {}, spent["tokens"], spent["seconds"], [])
     for task, result in sorted(after.items()):
         other = before.get(task, {})
@@ -82,8 +84,10 @@ def read(run: Path) -> Report:
         found.letters.update({task: letters} if letters else {})
         is_left_out = any(line.before is None for line in lines) or any("before" not in row for row in figures.values())
         if other and not is_same and is_left_out:
+            # Of these no option says the length, which is that of each model's own training.
+            unless = ", which differ where rows of training do" if task in OF_ONE_LENGTH else ""
             found.notes.append(
-                f"{task}: {run / 'converted'} was asked other questions, or in another way; "
+                f"{task}: {run / 'converted'} was asked other questions{unless}, or in another way; "
                 "score both with the same options"
             )
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from supra_cli.core import checkpoint, corpus, evaluate, recipe
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import NonFiniteError, UsageError
+from supra_cli.core.evaluate import measuring
 from supra_cli.core.evaluate.measures import Material, measures, ratio
 from supra_cli.core.lookup import lookup
 from supra_cli.core.mixers import mixers
@@ -152,6 +153,28 @@ def test_rows_are_the_same_again_and_ordinary_tokens(material):
     assert not torch.equal(one, material.distinct(50, 20, material.generator(4)))
     with pytest.raises(UsageError, match="vocabulary"):
         material.distinct(1, 10_000, material.generator(0))
+
+
+def test_a_question_is_of_what_a_measure_reads(material):
+    """So that a model before training, of no recipe, and one after it can be asked the same."""
+    longer, given = replace(material, train_length=999), replace(material, lengths=(7,))
+    alike = {
+        name: {
+            "train_length": measuring._questions(name, material, "t") == measuring._questions(name, longer, "t"),
+            "lengths": measuring._questions(name, material, "t") == measuring._questions(name, given, "t"),
+            "teacher": measuring._questions(name, material, "t") == measuring._questions(name, material, "u"),
+        }
+        for name in ("repeats", "recall_pairs", "positions", "agreement")
+    }
+    recall = {"train_length": True, "lengths": False, "teacher": True}
+    assert alike == {
+        "repeats": recall,
+        "recall_pairs": recall,
+        "positions": {**recall, "train_length": False},
+        "agreement": {"train_length": False, "lengths": True, "teacher": False},
+    }
+    both = (measuring._questions("positions", replace(each, lengths=(7,)), None) for each in (material, longer))
+    assert next(both) == next(both)
 
 
 def test_the_interval_is_that_of_a_mean():

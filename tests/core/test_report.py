@@ -67,7 +67,8 @@ def interval(value: float) -> dict:
 def test_all_that_was_scored_is_shown(run: Path, tokens: int) -> None:
     """Measures, letters, metrics without a recovery; before training by a baseline, where the run began untrained."""
     last, converted = run / "last", run / "converted"
-    (converted / "supra.json").write_text(json.dumps({"tokens": tokens}))
+    began = {"tokens": 500, "seconds": 7.5, "tokens_before": tokens}
+    (last / "supra.json").write_text(json.dumps(began))
     baseline = {"before training": {"score": 0.1, "stderr": 0.2}}
     beside = {"student": interval(0.5), "teacher": interval(0.1), "before training": interval(0.9)}
     niah = {"512": {"student": 0.5, "stderr": 0.1, "teacher": None, "recovery": None, "baselines": baseline}}
@@ -84,6 +85,17 @@ def test_all_that_was_scored_is_shown(run: Path, tokens: int) -> None:
     figures = {"teacher": interval(0.1), "after": interval(0.5), **before}
     assert (found.measures, found.letters) == ({"repeats": {"gap 0": figures}}, {"niah": {"A": figures}})
     assert [text.partition(":")[0] for text in found.notes] == (["repeats"] if tokens else [])
+
+
+def test_what_was_before_the_model_that_a_run_began_with_is_not_before_the_run(run: Path, tmp_path: Path) -> None:
+    """Though that model, to which `converted` is a link, is gone."""
+    last, converted = run / "last", run / "converted"
+    (last / "supra.json").write_text(json.dumps({"tokens": 500, "seconds": 7.5, "tokens_before": 64}))
+    converted.rename(tmp_path / "moved")
+    converted.symlink_to(tmp_path / "gone")
+    row = {"student": 0.5, "baselines": {"before training": {"score": 0.1, "stderr": 0.2}}}
+    note(run / "eval", "cloze", {"acc": row}, last)
+    assert report.read(run).lines[0].before is None
 
 
 def test_a_run_without_a_model_or_without_scores_is_a_sentence(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from supra_cli.core import checkpoint
 from supra_cli.core.environment import versions
 from supra_cli.core.errors import UsageError
 from supra_cli.core.evaluate import keys
-from supra_cli.core.evaluate.measures import NEED_TEACHER, OF_ONE_LENGTH, Material, measures
+from supra_cli.core.evaluate.measures import NEED_TEACHER, OF_NO_TRAINING, OF_ONE_LENGTH, Material, measures
 from supra_cli.core.evaluate.run import Progress, Subject, about, known, positions
 from supra_cli.core.evaluate.scoring import Settings
 from supra_cli.core.evaluate.store import Store
@@ -27,8 +27,8 @@ from supra_cli.core.recipe.keep import SOFTMAX
 
 log = logging.getLogger(__name__)
 
-Figures = dict[str, dict[str, dict[str, Any]]]
-"""{measure: {label: {role: {value, low, high, n}}}}"""
+Figures = dict[str, dict[str, dict[str, dict[str, float]]]]
+"""{measure: {label: {role: {value, low, high, n}}}}; roles are as in `supra eval`, or as in a report"""
 
 WINDOW = {"window": 64, "sinks": 4}
 """The window that needs no training, and so what every trained student has to beat."""
@@ -59,7 +59,7 @@ def baselines(student: Subject, base: Subject | None) -> dict[str, Subject]:
         seed = _recipe(provenance).get("seed", 0) if seed is None else seed
         kept = student.path.resolve().parent / "converted"
         in_a_run = student.path.resolve().name.startswith("step-") and kept.exists()
-        if in_a_run and not checkpoint.read_provenance(kept).get("tokens"):
+        if in_a_run and not provenance.get("tokens_before"):
             found["before training"] = _at(student, kept)
         elif base is not None:
             given = {"mixer": swap.mixer, "options": swap.options, "keep": keep, "seed": seed}
@@ -143,18 +143,18 @@ def measure(
     figures: Figures = {name: {} for name in names}
     told: dict[str, dict[str, Any]] = {}
     stores: dict[str, Store] = {}
-    rows = _key(material)
     taught = subjects.get("teacher")
-    of_teacher = known(taught, progress)[1] if taught and set(names) & set(NEED_TEACHER) else None
-    questions = {
-        name: {**rows, "measure": name} | ({"teacher": of_teacher} if name in NEED_TEACHER else {}) for name in names
-    }
+    compared = taught if set(names) & set(NEED_TEACHER) else None
+    reference, of_teacher, _ = known(compared, progress) if compared else (None, None, None)
+    questions = {name: _questions(name, material, reference) for name in names}
     teacher = None
     for role, subject in subjects.items():
         asked = [name for name in names if name not in NEED_TEACHER or (taught and role != "teacher")]
         weights, of_model, store = known(subject, progress)
         stores[role] = store
         key = {name: {**of_model, **questions[name]} for name in asked}
+        for name in set(asked) & set(NEED_TEACHER):
+            key[name]["teacher"] = of_teacher
         records = {} if fresh else {name: record for name in asked if (record := store.find(name, key[name]))}
         reused, model = list(records), None
         for name in asked:
@@ -186,8 +186,12 @@ def measure(
     return figures, told
 
 
-def _key(material: Material) -> dict[str, Any]:
-    return {
+def _questions(name: str, material: Material, teacher: str | None) -> dict[str, Any]:
+    """What the measure is asked of: of the material what it reads, and the hash of the weights that it compares with.
+    Two models that were asked so can stand in one row, whatever code and machine computed either.
+    """
+    asked = {
+        "measure": name,
         "format": keys.FORMAT,
         "rows": material.rows,
         "train_length": material.train_length,
@@ -197,7 +201,13 @@ def _key(material: Material) -> dict[str, Any]:
         "seed": material.seed,
         "text": keys.digest(dumps([material.begin.tolist(), material.text.tolist()])),
         "python": versions()["python"],
+        **({"teacher": teacher} if name in NEED_TEACHER else {}),
     }
+    if name in OF_NO_TRAINING or (name == "positions" and material.lengths):
+        del asked["train_length"]
+    if name in OF_ONE_LENGTH:
+        del asked["lengths"]
+    return asked
 
 
 def _recipe(provenance: Mapping[str, Any]) -> dict[str, Any]:

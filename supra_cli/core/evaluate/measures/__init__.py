@@ -112,6 +112,8 @@ measures: Registry[Measure] = Registry("measure", package=__name__, group="supra
 NEED_TEACHER = ("agreement",)
 OF_ONE_LENGTH = ("agreement",)
 """Those that do not heed `Material.lengths`."""
+OF_NO_TRAINING = ("recall_pairs", "repeats")
+"""Those that do not heed `Material.train_length`; `positions` does not where it is given lengths."""
 
 
 def ratio(above: Tensor, below: Tensor | None = None) -> Value:
