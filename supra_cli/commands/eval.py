@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,7 +73,7 @@ def run(
     """Score a model on tasks, its teacher beside it: chance-corrected recovery, perplexity, standard errors."""
     from supra_cli.core import checkpoint, evaluate, hub
 
-    hush()
+    evaluate.hush()
     start = time.monotonic()
     rows = _batch_size(batch_size)
     if output is not None:
@@ -83,15 +82,15 @@ def run(
     console.note(f"model: {source}")
     with _watch() as progress:
         progress("", "reading the tasks and their data", 0, 0)
-        asked, others = names(tasks if tasks is not None else ["stdlib_cloze,stdlib_ppl"])
+        asked, others = evaluate.split_names(tasks if tasks is not None else ["stdlib_cloze,stdlib_ppl"])
         tokens = _lengths(lengths)
         if others or not asked:
             ruler = {"tokenizer": str(hub.fetch(source)), "max_seq_lengths": list(tokens)} if tokens else None
             found = evaluate.find(others, include_path, metadata=ruler)
         else:
             found = evaluate.Tasks((), {}, {}, None)
-            examples = num_fewshot is not None
-            _check_heeded({"--num-fewshot": examples, "--apply-chat-template": chat, "--include-path": include_path})
+            given = {"--num-fewshot": num_fewshot is not None, "--apply-chat-template": chat}
+            _check_heeded({**given, "--include-path": include_path, "--baselines": with_baselines})
         if tokens:
             evaluate.check_lengths(asked, found)
         student = _subject(source, device, dtype)
@@ -145,14 +144,6 @@ def _lengths(text: str | None) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise UsageError(f"--lengths is '{text}', expected numbers of tokens, as in 512,1024")
     return tuple(dict.fromkeys(map(int, parts)))
-
-
-def names(options: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The names of `-t a,b -t c`: (those of measures, those of lm-eval's tasks)."""
-    from supra_cli.core.evaluate import measures
-
-    found = dict.fromkeys(name.strip() for option in options for name in option.split(",") if name.strip())
-    return [name for name in found if name in measures], [name for name in found if name not in measures]
 
 
 def _check_heeded(options: Mapping[str, object]) -> None:
@@ -264,10 +255,3 @@ def _teacher(student: Path, wanted: str | None, device: str, dtype: str) -> Any:
         raise NotFoundError(
             f"the student's teacher is not here: {error}; name another with --teacher, or --teacher none"
         ) from error
-
-
-def hush() -> None:
-    """lm-eval and its libraries warn about what is meant to be; `--debug` lets them."""
-    if not logging.getLogger("supra_cli").isEnabledFor(logging.DEBUG):
-        for name in ("lm_eval", "huggingface_hub", "datasets", "transformers", "httpx"):
-            logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from supra_cli.commands import console
-from supra_cli.commands.eval import hush, names
 
 
 def run(
@@ -23,8 +22,8 @@ def run(
     from supra_cli.core import evaluate, hub
     from supra_cli.core.errors import UsageError
 
-    hush()
-    measures, wanted = names(tasks or ())
+    evaluate.hush()
+    measures, wanted = evaluate.split_names(tasks or ())
     if not models and not measures and not wanted:
         raise UsageError("nothing to fetch: name models, or tasks with --tasks a,b")
     if include_path is not None and not wanted:

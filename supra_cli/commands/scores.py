@@ -29,7 +29,8 @@ def show(document: Mapping[str, Any], tasks: Iterable[str]) -> None:
     rows = f"{settings['batch_size']} rows a pass" + (" (auto)" if settings["batch_size_auto"] else "")
     begin = "a" if any(document["tasks"][task]["bos"] for task in tasks) else "no"
     asked = f", {settings['max_length']} tokens of context, {begin} begin token" if document["results"] else ""
-    places = [subject["records"] for subject in (student, document.get("subjects", {}).get("student")) if subject]
+    beside = [*document.get("baselines", {}).values(), *document.get("subjects", {}).values()]
+    places = [subject["records"] for subject in (student, document["teacher"], *beside) if subject]
     kept = "not all was kept" if None in places else f"kept in {places[0]}"
     console.note(f"{rows}{asked}, {student['dtype']} on {student['device']}, {took}; {kept}")
 

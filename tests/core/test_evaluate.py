@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from supra_cli.core import checkpoint, corpus, evaluate, files
 from supra_cli.core.data import tokenizer as bpe
 from supra_cli.core.errors import NonFiniteError, NotFoundError, SupraError, UsageError
-from supra_cli.core.evaluate import batch, keys, run, store, tasks
+from supra_cli.core.evaluate import batch, keys, run, store, tasks, telling
 from supra_cli.core.evaluate import nats as module
 from supra_cli.core.evaluate.comparison import compare
 from supra_cli.core.modeling import SupraConfig, SupraForCausalLM
@@ -489,6 +489,9 @@ def test_what_cannot_be_kept_is_said_once_and_leaves_nothing(tmp_path, monkeypat
     for task in ("t", "u"):
         kept.add(task, {"k": 2}, {"metrics": {}})
     assert kept.place is None
+    again = store.Store(tmp_path)  # as measures have one and tasks another
+    again.add("t", {"k": 2}, {"metrics": {}})
+    assert again.place is None
     assert caplog.text.count("cannot be kept") == 1
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("t.json", before)]
 
@@ -909,22 +912,51 @@ DRAWN = """
 import random
 import numpy
 from datasets import Dataset
-def make(**_):
-    return {"test": Dataset.from_list([{"q": str(random.random()), "a": str(numpy.random.rand())}])}
+random.random()
+OWN = random.Random(1)
+def make(own=False, **_):
+    draw = OWN.random if own else random.random
+    return {"test": Dataset.from_list([{"q": str(draw()), "a": str(numpy.random.rand())}])}
 """
 
 
-def test_documents_that_are_drawn_are_the_same_each_time_and_disturb_no_other_draw(tmp_path):
-    """As RULER's are, from the generators that all share."""
-    (tmp_path / "drawn.py").write_text(DRAWN)
-    (tmp_path / "drawn.yaml").write_text(
-        "task: drawn\ncustom_dataset: !function drawn.make\ntest_split: test\noutput_type: generate_until\n"
+@pytest.mark.parametrize(("module", "own"), [("drawn", "false"), ("lm_eval/tasks/ruler/cwe_utils", "true")])
+def test_documents_that_are_drawn_are_the_same_each_time_and_disturb_no_other_draw(tmp_path, module, own):
+    """As RULER's are: from the generators that all share, whatever an import draws; of ruler_cwe from its module's."""
+    file = tmp_path / f"{module}.py"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(DRAWN)
+    file.with_name("drawn.yaml").write_text(
+        f"task: drawn\ncustom_dataset: !function {file.stem}.make\nmetadata:\n  own: {own}\n"
+        "test_split: test\noutput_type: generate_until\n"
         "doc_to_text: q\ndoc_to_target: a\nmetric_list:\n  - metric: exact_match\n"
     )
     before = random.getstate(), np.random.get_state()[1].tolist()
     seen = {json.dumps(evaluate.find(["drawn"], tmp_path).leaves["drawn"].eval_docs[0]) for _ in range(2)}
     assert len(seen) == 1
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+def test_data_that_a_ruler_task_fetches_is_not_to_be_prefetched(tmp_path, monkeypatch):
+    requests = pytest.importorskip("requests")
+    request = requests.Request("GET", "https://far.example/data.json").prepare()
+    pool = requests.exceptions.ConnectionError("HTTPSConnectionPool(host='far.example')", request=request)
+    way_out = r"reachable \(far\.example does not answer\); .*run `supra eval MODEL --tasks niah --lengths 512,1024`"
+    with pytest.raises(NotFoundError, match=way_out), telling.told("niah", None, of_ruler=True):
+        raise pool
+    with pytest.raises(NotFoundError, match="`supra prefetch --tasks mine`"), telling.told("mine", None, ("mine",)):
+        raise pool
+    folder = tmp_path / "lm_eval/tasks/ruler"
+    folder.mkdir(parents=True)
+    for name in ("niah", "mine"):
+        kind = {"tag": ["long"]} if name == "niah" else {}
+        place = folder if name == "niah" else tmp_path
+        (place / f"{name}.yaml").write_text(json.dumps({"task": name, "dataset_path": "far/away", **kind}))
+    monkeypatch.setattr(tasks.connection, "reach", lambda: "cannot be reached")
+    with pytest.raises(NotFoundError, match="`supra prefetch --tasks mine`"):
+        evaluate.find(["mine", "niah", "long"], tmp_path)
+    with pytest.raises(NotFoundError, match="run `supra eval MODEL --tasks long --lengths"):
+        evaluate.find(["long"], tmp_path)
 
 
 def test_a_changed_generation_config_is_scored_again(pair, words, tmp_path):

@@ -7,7 +7,7 @@ from supra_cli.core.evaluate.measuring import baselines, check_lengths, material
 from supra_cli.core.evaluate.nats import Perplexity, mean, next_tokens, perplexity, token_nats
 from supra_cli.core.evaluate.run import Subject, context_length, evaluate
 from supra_cli.core.evaluate.scoring import Settings, language_model, score
-from supra_cli.core.evaluate.tasks import Tasks, bundled, find
+from supra_cli.core.evaluate.tasks import Tasks, bundled, find, hush, split_names
 
 __all__ = [
     "Material",
@@ -22,6 +22,7 @@ __all__ = [
     "context_length",
     "evaluate",
     "find",
+    "hush",
     "language_model",
     "material",
     "mean",
@@ -31,5 +32,6 @@ __all__ = [
     "perplexity",
     "rows_that_fit",
     "score",
+    "split_names",
     "token_nats",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,13 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self._path(task), dumps(content))
         except OSError as error:
-            if not self._refused:
-                log.warning("scores cannot be kept in %s (%s) and will be taken again", self.folder, error.strerror)
+            _tell_once(self.folder, error.strerror)
             self._refused = True
+
+
+@cache
+def _tell_once(folder: Path, reason: str) -> None:
+    log.warning("scores cannot be kept in %s (%s) and will be taken again", folder, reason)
 
 
 def _hash(key: dict[str, Any]) -> str:

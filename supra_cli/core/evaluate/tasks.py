@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from supra_cli.core.errors import NotFoundError, SupraError, UsageError, near_mi
 from supra_cli.core.evaluate import checks, telling
 from supra_cli.core.evaluate.keys import definition
 from supra_cli.core.evaluate.measures import measures
+
+_DRAWS_ITSELF = "lm_eval.tasks.ruler.cwe_utils"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,19 @@ class Tasks:
 def bundled() -> Path:
     """The folder of the offline tasks; usable as lm-eval's own `--include_path`."""
     return Path(__file__).parents[2] / "assets" / "tasks"
+
+
+def split_names(options: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The names of `-t a,b -t c`: (those of measures, those of lm-eval's tasks)."""
+    found = dict.fromkeys(name.strip() for option in options for name in option.split(",") if name.strip())
+    return [name for name in found if name in measures], [name for name in found if name not in measures]
+
+
+def hush() -> None:
+    """lm-eval and its libraries warn about what is meant to be; `--debug` lets them."""
+    if not logging.getLogger("supra_cli").isEnabledFor(logging.DEBUG):
+        for name in ("lm_eval", "huggingface_hub", "datasets", "transformers", "httpx"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def find(names: Sequence[str], include: Path | None = None, *, metadata: dict | None = None) -> Tasks:
@@ -198,11 +215,23 @@ def _load(manager, name: str, asked: Sequence[str]) -> dict:
         _check_data(name, entry)
     local = entry.yaml_path is not None and entry.yaml_path.parent == bundled()
     reading = nullcontext() if local else _without_waiting()
-    nowhere = io.StringIO()
+    nowhere, of_ruler = io.StringIO(), _is_of_ruler(manager, name)
     # RULER prints, and its nltk tells stderr where there is no network, which those that fetch nothing do not need.
-    quiet = redirect_stderr(nowhere) if entry.yaml_path and entry.yaml_path.parent.name == "ruler" else nullcontext()
-    with telling.told(name, entry.yaml_path, tuple(asked)), reading, redirect_stdout(nowhere), quiet, _seeded():
+    quiet = redirect_stderr(nowhere) if of_ruler else nullcontext()
+    fetched = tuple(other for other in asked if not _is_of_ruler(manager, other))
+    told = telling.told(name, entry.yaml_path, fetched, of_ruler=of_ruler)
+    with told, reading, redirect_stdout(nowhere), quiet, _seeded():
         return manager.load([name])
+
+
+def _is_of_ruler(manager, name: str) -> bool:
+    """Whether lm-eval's RULER defines `name`, or all that a tag of this name stands for."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return False
+    if entry.yaml_path is None:
+        return bool(entry.tags) and all(_is_of_ruler(manager, member) for member in entry.tags)
+    return entry.yaml_path.parent.parts[-3:] == ("lm_eval", "tasks", "ruler")
 
 
 def is_of_lengths(task) -> bool:
@@ -253,18 +282,32 @@ def _file(manager, name: str) -> Path | None:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """The seeds that lm-eval's command line sets before it loads tasks: RULER draws its questions from them, and they
-    are to be the same when they are asked again. Nothing of it is left to the caller.
+    """The seeds that lm-eval's command line sets, there once before it loads all tasks, here before each makes data:
+    RULER draws its questions from them, and they are to be the same when they are asked again, whatever is asked or
+    imported before them. Nothing of it is left to the caller.
     """
     import numpy as np
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    before, others_before = random.getstate(), np.random.get_state()
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
+    before, others_before, download = random.getstate(), np.random.get_state(), ConfigurableTask.download
+
+    def seed() -> None:
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+
+    def seeded(task, *given, **named):
+        seed()  # again, as a package that its Python imports may draw the first time
+        return download(task, *given, **named)
+
+    # ruler_cwe draws from a generator that its module makes when it is imported, too.
+    sys.modules.pop(_DRAWS_ITSELF, None)
+    seed()
+    ConfigurableTask.download = seeded
     try:
         yield
     finally:
+        ConfigurableTask.download = download
         random.setstate(before)
         np.random.set_state(others_before)
 

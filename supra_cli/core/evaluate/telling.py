@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from supra_cli.core.errors import NotAuthorisedError, NotFoundError, SupraError, UsageError, first_line, near_miss
 
@@ -35,11 +37,14 @@ _FIELDS = {
 
 
 @contextmanager
-def told(name: str, path: Path | None, others: tuple[str, ...] = (), *, model: Any = None) -> Iterator[None]:
+def told(
+    name: str, path: Path | None, others: tuple[str, ...] = (), *, of_ruler: bool = False, model: Any = None
+) -> Iterator[None]:
     """What lm-eval, the data's library or the task's own Python raises, as a SupraError.
 
-    NotAuthorisedError and NotFoundError for data; errors from inside the forward pass of `model`, a `harness.Model`,
-    are not the task's and go through.
+    `others` are the names to prefetch with it. A task `of_ruler` makes its prompts as it is loaded, from data that it
+    then fetches itself, so there is nothing to prefetch. NotAuthorisedError and NotFoundError for data; errors from
+    inside the forward pass of `model`, a `harness.Model`, are not the task's and go through.
     """
     import datasets.exceptions
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
@@ -57,14 +62,16 @@ def told(name: str, path: Path | None, others: tuple[str, ...] = (), *, model: A
                 f"the data of task '{name}' is gated: accept its terms on the hub, then run `hf auth login` or set "
                 "HF_TOKEN"
             ) from error
+        asking = f"`supra eval MODEL --tasks {name} --lengths 512,1024`"
         offline = (ConnectionError, TimeoutError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError)
-        if isinstance(error, offline):
+        if isinstance(error, offline + _of_requests()):
+            way_out = f"run `supra prefetch --tasks {','.join(others or (name,))}`"
+            way_out = f"it is fetched as the prompts are made: run {asking}" if of_ruler else way_out
+            where_to = "on a connected machine" + ("" if of_ruler else " with the same Hugging Face cache")
             raise NotFoundError(
-                f"the data of task '{name}' is neither on this machine nor reachable ({first_line(error)}); "
-                f"run `supra prefetch --tasks {','.join(others or (name,))}` on a connected machine with the same "
-                "Hugging Face cache"
+                f"the data of task '{name}' is neither on this machine nor reachable ({_unreached(error)}); "
+                f"{way_out} {where_to}"
             ) from error
-        of_ruler = path is not None and path.parent.name == "ruler"
         if isinstance(error, ImportError) and of_ruler:
             raise SupraError(
                 f"task '{name}' is of RULER, whose packages are not installed; `pip install '.[ruler]'` in a clone of "
@@ -73,7 +80,7 @@ def told(name: str, path: Path | None, others: tuple[str, ...] = (), *, model: A
         if isinstance(error, AssertionError) and of_ruler and "tokenizer" in str(error):
             raise UsageError(
                 f"task '{name}' makes its prompts for a model's tokenizer, of the lengths that are asked for: "
-                f"`supra eval MODEL --tasks {name} --lengths 512,1024`"
+                f"{asking}, with nothing to prefetch"
             ) from error
         if isinstance(error, ImportError) and _python_line(error) is None:
             raise SupraError(
@@ -81,6 +88,19 @@ def told(name: str, path: Path | None, others: tuple[str, ...] = (), *, model: A
             ) from error
         kind = NotFoundError if isinstance(error, FileNotFoundError) else SupraError
         raise kind(f"{where(name, path)}: {_sentence(error)}") from error
+
+
+def _of_requests() -> tuple[type[Exception], ...]:
+    """What `requests` raises where nobody answers: no ConnectionError of Python's. Who raises it has imported it."""
+    requests = sys.modules.get("requests")
+    return () if requests is None else (requests.exceptions.ConnectionError, requests.exceptions.Timeout)
+
+
+def _unreached(error: Exception) -> str:
+    """The host that did not answer, in place of the pool of connections that requests tells of; else what was said."""
+    asked = getattr(error, "request", None) if isinstance(error, _of_requests()) else None
+    host = urlsplit(asked.url).hostname if asked is not None else None
+    return f"{host} does not answer" if host else first_line(error)
 
 
 def where(name: str, path: Path | None) -> str:
