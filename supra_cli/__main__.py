@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -261,13 +261,16 @@ def _verdict(error: Exception, arguments: list[str]) -> tuple[str, int]:
 def _refusal(error: OSError) -> str:
     """What the operating system refused and where; no option moves supra's cache, so there its variable is named."""
     why = _REFUSALS[error.errno]
-    if not isinstance(error.filename, str):
+    if not isinstance(error.filename, str | bytes):
         return why
-    refused, cache = Path(error.filename).absolute(), cache_folder().absolute()
-    is_missing_parent = cache.is_relative_to(refused) and not refused.exists()
-    if refused.is_relative_to(cache) or is_missing_parent:
+    name, cache = os.fsdecode(error.filename), ""
+    with suppress(RuntimeError):  # a user without a home
+        cache = os.path.realpath(cache_folder())
+    refused = os.path.realpath(name)
+    is_missing_parent = Path(cache).is_relative_to(refused) and not os.path.exists(refused)
+    if cache and (Path(refused).is_relative_to(cache) or is_missing_parent):
         why = f"{why.partition(';')[0]}; set SUPRA_CACHE to a folder where you may write and there is room"
-    return f"{error.filename}: {why}"
+    return f"{name}: {why}"
 
 
 def _usage(error: typer.TyperException) -> str:

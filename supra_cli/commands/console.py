@@ -48,11 +48,11 @@ def make_room(output: Path) -> None:
     try:
         if output.is_dir():
             raise UsageError(f"--output {output} is a folder, expected a file to write")
-        places = [output]
-        if output.is_file() or not output.exists():  # not /dev/stdout, beside which nothing is written
-            places.append((output.resolve() if output.is_symlink() else output).parent)
-            places[-1].mkdir(parents=True, exist_ok=True)
-        if not all(os.access(place, os.W_OK) for place in places if place.exists()):
+        place = output
+        if not output.exists():
+            place = (output.resolve() if output.is_symlink() else output).parent
+            place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
             raise UsageError(f"--output {output} cannot be written: permission denied; choose another place")
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}"

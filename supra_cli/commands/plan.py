@@ -204,9 +204,11 @@ def model_rows(plan: ModelPlan) -> list[tuple[str, str]]:
 
 def model_document(plan: ModelPlan) -> dict[str, Any]:
     """A model's size for --json."""
+    document = asdict(plan)
+    if not document.pop("layers_known"):
+        document["layers"] = None
     return {
-        **asdict(plan),
-        "layers": plan.layers if plan.ranked else None,
+        **document,
         "break_even_tokens": plan.break_even_tokens,
         "cache_bytes": {str(tokens): plan.cache_bytes(tokens) for tokens in _CONTEXTS},
         "base_cache_bytes": {str(tokens): plan.base_cache_bytes(tokens) for tokens in _CONTEXTS},
@@ -219,5 +221,5 @@ def _kinds(plan: ModelPlan) -> str:
     if len(counts) == 1:
         return plan.layers[0]
     numbers = ", ".join(str(index) for index, kind in enumerate(plan.layers) if kind == "softmax")
-    which = f"softmax: {numbers}" if plan.ranked else "chosen by need at conversion"
+    which = f"softmax: {numbers}" if plan.layers_known else "chosen by need at conversion"
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) + f" ({which})"

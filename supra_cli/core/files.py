@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,22 +46,36 @@ def write_json(path: Path, value: Any) -> None:
 def write(path: Path, text: str) -> None:
     """Write `text`; the file there is the old one or the new one at any moment, and nothing else stays.
 
-    A link is written where it leads, and what is no file, as /dev/stdout may be, as it stands.
+    A link is written where it leads, and in place what cannot be replaced: no file, one of the system's own, such as
+    /dev/stdout, one that is mounted by itself, or one in a folder that may not be written.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and (not path.is_file() or _is_the_systems(path)):
         path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        sync(beside)  # where a disk of a network is full, this may be the first to say so
-        beside.replace(path)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            if path.exists():
+                shutil.copymode(path, beside)
+            sync(beside)  # where a disk of a network is full, this may be the first to say so
+            beside.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EACCES, errno.EPERM) or not path.exists():
+                raise
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def _is_the_systems(path: Path) -> bool:
+    """Whether it stands for what a process has open, which would be lost with the file that is replaced."""
+    folder = path.parent.resolve()
+    return folder == Path("/dev") or folder.is_relative_to("/proc")
 
 
 def check_whole(path: Path) -> None:

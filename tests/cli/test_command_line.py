@@ -158,7 +158,12 @@ def test_every_kind_of_failure_has_its_exit_code_and_a_sentence(supra, failing, 
 
 def test_ctrl_c_in_a_running_verb_is_told_once():
     command = [sys.executable, "-m", "supra_cli", "generate", "tiny", "-p", "class Reader:", "--max-new-tokens", "2000"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def heeded() -> None:  # what starts the tests in the background lets them ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeded, **pipes) as running:
         running.stdout.read(1)
         running.send_signal(signal.SIGINT)
         _, told = running.communicate(timeout=60)

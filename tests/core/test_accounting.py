@@ -144,6 +144,18 @@ def test_a_teacher_is_shared_out_in_the_computing_dtype():
     assert [stage.memory(gpus).teacher for gpus in (1, 4)] == [2 * parameters, 2 * parameters // 4]
 
 
+def test_a_stage_that_has_no_one_to_learn_from_is_refused_as_it_is_when_it_runs():
+    with pytest.raises(UsageError, match="stage 'distill' learns from a teacher and this model has no base"):
+        first({**FINETUNE, "kind": "distill"})
+
+
+def test_no_part_of_a_small_step_is_less_than_nothing():
+    raw = {"base": "tiny", "mixer": {"name": "supra"}, "data": {"seq_len": 64, "sources": [{"path": "python-stdlib"}]}}
+    raw["stages"] = [{"kind": "distill", "tokens": 64, "batch_tokens": 64}]
+    stage = accounting.plan(recipes.validate(raw, lookup=lookup), torch.bfloat16).stages[0]
+    assert min(vars(stage.memory()).values()) >= 0
+
+
 def test_each_gpu_has_its_part_of_the_rows_and_the_last_one_s_are_filled_up():
     """24 rows are 24, 12, 6 and 2 for 16; in micro-batches of 8 rows, and smaller ones need less memory."""
     stage = first({**FINETUNE, "batch_tokens": 24 * 64, "micro_batch_tokens": 8 * 64})

@@ -128,14 +128,48 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(there: bool, tmp_pa
     assert contents(tmp_path) == ({"scores.json": OLD} if there else {})
 
 
-def test_a_file_is_written_where_its_link_leads_and_what_is_no_file_as_it_stands(tmp_path: Path) -> None:
+def test_a_file_is_written_where_its_link_leads(tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
     for _ in range(2):
         files.write_json(tmp_path / "link.json", [])
     assert (tmp_path / "link.json").is_symlink()
-    assert (tmp_path / "there.json").read_text() == "[]\n"
-    files.write_json(Path(os.devnull), [])
-    assert not Path(os.devnull).is_file()
+    assert contents(tmp_path) == {"link.json": "[]\n", "there.json": "[]\n"}
+
+
+def test_what_a_process_has_open_is_not_replaced(tmp_path: Path) -> None:
+    """As `-o /dev/stdout` is, into a pipe or a file."""
+    reading, writing = os.pipe()
+    files.write_json(Path(f"/dev/fd/{writing}"), [])
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert pipe.read() == "[]\n"
+    with open(tmp_path / "shown", "w") as shown:
+        files.write_json(Path(f"/dev/fd/{shown.fileno()}"), [])
+        assert os.fstat(shown.fileno()).st_ino == (tmp_path / "shown").stat().st_ino
+    assert contents(tmp_path) == {"shown": "[]\n"}
+
+
+def test_a_file_keeps_its_mode_and_any_name_can_be_written(tmp_path: Path) -> None:
+    file = tmp_path / ("x" * 255)
+    file.write_text("old")
+    file.chmod(0o600)
+    files.write_json(file, [])
+    assert (file.stat().st_mode & 0o777, file.read_text()) == (0o600, "[]\n")
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EACCES])
+def test_a_file_that_cannot_be_replaced_is_written_in_place(code: int, tmp_path: Path, monkeypatch) -> None:
+    """One that is mounted by itself, or whose folder may not be written."""
+
+    def refused(self: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "replace", refused)
+    (tmp_path / "scores.json").write_text("old")
+    files.write_json(tmp_path / "scores.json", [])
+    assert contents(tmp_path) == {"scores.json": "[]\n"}
+    with pytest.raises(OSError, match=r"new\.json"):
+        files.write_json(tmp_path / "new.json", [])
 
 
 def ended() -> int:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from supra_cli.core.lookup import lookup
 from supra_cli.core.mixers import parse_options
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import layer_kinds
-from supra_cli.core.recipe.options import read
+from supra_cli.core.recipe.options import describe, read
 
 RAW: dict[str, Any] = {
     "base": "tiny",
@@ -374,3 +374,20 @@ def test_a_keep_that_means_nothing_is_refused_before_a_model_is_known(keep: str)
     assert "keep: keep is" in complaint(changed("keep", keep))
     with pytest.raises(UsageError, match="expected none, all, auto:N or"):
         layer_kinds(6, "supra", keep)
+
+
+def test_options_are_described_whatever_a_package_names_types_by():
+    @dataclass(frozen=True)
+    class Options:
+        plain: int = 1
+        """How many."""
+        made: list = field(default_factory=lambda: [2])
+        unseen: ForTypeCheckersAlone = 3  # noqa: F821
+
+    described = describe(Options)
+    assert {name: (option["type"], option["default"]) for name, option in described.items()} == {
+        "plain": ("int", 1),
+        "made": ("list", [2]),
+        "unseen": ("ForTypeCheckersAlone", 3),
+    }
+    assert described["plain"]["help"] == "How many."

@@ -40,7 +40,7 @@ class ModelPlan:
     base_windows: tuple[int | None, ...]
     dropped: tuple[str, ...]
     """What of the base's attention the swapped layers do without, in words."""
-    ranked: bool = True
+    layers_known: bool = True
     """Whether it is known which layers are softmax; until `keep = auto:N` has chosen them, the last of `layers` are."""
 
     def cache_bytes(self, tokens: int) -> int:

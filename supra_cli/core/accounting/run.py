@@ -16,9 +16,9 @@ from supra_cli.core.accounting.model import ModelPlan, measure
 from supra_cli.core.accounting.step import Figures, figures
 from supra_cli.core.modeling import SupraConfig
 from supra_cli.core.recipe.keep import automatic
-from supra_cli.core.train.build import prepare, stage_of
+from supra_cli.core.train.build import prepare, stage_of, teacher_name
 from supra_cli.core.train.optimizer import moment_bytes
-from supra_cli.core.train.origin import converted
+from supra_cli.core.train.origin import student_of
 from supra_cli.core.train.sharding import rounded, staying_whole
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Memory:
     copies: int
     """The fp32 weights' copies in the computing dtype that autocast makes."""
     gradients: int
+    """In fp32; where most is alive before there are any, they come to lie where some of the activations did."""
     optimizer: int
     """AdamW's two moments, in fp32 or 8 bits."""
     teacher: int
@@ -155,19 +156,21 @@ class StagePlan:
         passing = share * one.passing
         logits = 4 * (5 if teacher else 3) * min(one.piece, one.logits * share)
         begun = share * (one.outside + (one.inputs if spec.activation_checkpointing else one.blocks))
-        begun += max(passing, logits) + copies + (gradients if rows > micro_rows else 0)
+        begun += max(passing, logits)
         last_copies = min(copies, item * (student.rest + student.wide))
-        ended = share * one.block + passing + last_copies + gradients
-        if begun + gathered < ended + last_gathered:
-            begun, copies, gathered = ended, last_copies, last_gathered
+        ended = share * one.block + passing
+        earlier = gradients if rows > micro_rows else 0  # of the passes before
+        if begun + copies + earlier + gathered < ended + last_copies + gradients + last_gathered:
+            begun, copies, earlier, gathered = ended, last_copies, gradients, last_gathered
+        shown = earlier or min(gradients, int(begun))
         return Memory(
             weights=weights,
             copies=copies,
-            gradients=gradients,
+            gradients=shown,
             optimizer=moments,
             teacher=item * teacher.total // gpus if teacher else 0,
             gathered=gathered,
-            activations=int(begun) - copies - gradients,
+            activations=int(begun) + earlier - shown,
             host=host,
         )
 
@@ -221,15 +224,15 @@ def plan(
     base = recipe.base if model is None else checkpoint.read_provenance(model).get("base")
     size, stages = measure(config, getattr(torch, recipe.checkpoint.dtype)), []
     if model is None and automatic(recipe.keep):
-        size = replace(size, ranked=False)
+        size = replace(size, layers_known=False)
     student = checkpoint.skeleton(config, torch.float32)
     for spec in recipe.stages:
         stage, configs = stage_of(spec), [student.config]
         moving = [parameter for _, parameter in prepare(student, stage, spec)]
         held_rounded = sum(parameter.numel() for parameter in rounded(student).intersection(moving))
         sizes = tuple(parameter.numel() for parameter in moving)
-        if stage.teacher == "separate" and (name := spec.teacher or base) is not None:
-            configs.append(checkpoint.outline(hub.resolve(name)))
+        if stage.teacher == "separate":
+            configs.append(checkpoint.outline(hub.resolve(teacher_name(spec, base))))
         taught = checkpoint.skeleton(configs[1], dtype) if configs[1:] else None
         teacher = taught and Numbers.of(taught)
         found = Figures(*extrapolated(partial(figures, recipe, spec, dtype, device), configs))
@@ -244,7 +247,7 @@ def student_config(recipe: recipes.Recipe, model: Path | None = None) -> SupraCo
     mixer, option or `keep`, and for a `model` that is not the recipe's.
     """
     if model is not None:
-        return converted(model, recipe)
+        return student_of(model, recipe)
     if recipe.base is not None:
         base = checkpoint.outline(hub.resolve(recipe.base))
     else:

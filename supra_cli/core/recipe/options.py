@@ -52,16 +52,29 @@ def describe(kind: type) -> dict[str, dict[str, Any]]:
     """Name → {"type", "choices", "default", "help"} of each option of the dataclass `kind`; the help is the text that
     stands under the field in its source, empty where there is none.
     """
-    hints, told = get_type_hints(kind), _texts(kind)
+    hints, told = _hints(kind), _texts(kind)
     return {
         field.name: {
-            "type": str(field.type),
-            "choices": get_args(hint) if get_origin(hint := hints[field.name]) is Literal else None,
-            "default": None if field.default is dataclasses.MISSING else field.default,
+            "type": field.type.__name__ if isinstance(field.type, type) else str(field.type),
+            "choices": get_args(hint) if get_origin(hint := hints.get(field.name)) is Literal else None,
+            "default": _default(field),
             "help": told.get(field.name, ""),
         }
         for field in dataclasses.fields(kind)
     }
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(kind)
+    except NameError:  # a package may import what its hints name for type checkers alone
+        return {}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _texts(kind: type) -> dict[str, str]:

@@ -124,9 +124,7 @@ def teacher_of(stage: Stage, spec: recipe.Stage, config: SupraConfig, base: str 
         if spec.teacher is not None:
             raise UsageError(f"stage '{spec.kind}' takes no teacher of its own; leave out teacher = '{spec.teacher}'")
         return None
-    name = spec.teacher or base
-    if name is None:
-        raise UsageError(f"stage '{spec.kind}' learns from a teacher and this model has no base; name one as 'teacher'")
+    name = teacher_name(spec, base)
     folder = hub.open(name)
     vocabulary = checkpoint.read_config(folder).vocab_size
     if vocabulary != config.vocab_size:
@@ -135,6 +133,13 @@ def teacher_of(stage: Stage, spec: recipe.Stage, config: SupraConfig, base: str 
             "logits can only be compared over one vocabulary"
         )
     return folder
+
+
+def teacher_name(spec: recipe.Stage, base: str | None) -> str:
+    """Of a stage that learns from a second model; UsageError where there is none."""
+    if (name := spec.teacher or base) is None:
+        raise UsageError(f"stage '{spec.kind}' learns from a teacher and this model has no base; name one as 'teacher'")
+    return name
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, teacher: Path) -> None:

@@ -58,7 +58,7 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
         return _own_shape(recipe)
     source = hub.resolve(recipe.base) if model is None else None
     folder = hub.fetch(source) if model is None else model
-    config = checkpoint.read_config(folder) if model is None else converted(folder, recipe)
+    config = checkpoint.read_config(folder) if model is None else student_of(folder, recipe)
     _apart(run, [str(folder), checkpoint.read_provenance(folder).get("base")])
     if model is not None:
         weights, base = folder, checkpoint.read_provenance(folder).get("base")
@@ -71,8 +71,10 @@ def look(recipe: Recipe, run: RunDirectory, model: Path | None) -> Start:
     return Start(config, checkpoint.load_tokenizer(folder), _beside(folder), weights, base)
 
 
-def converted(model: Path, recipe: Recipe) -> SupraConfig:
-    """The config of a student that is given in place of the base; UsageError for one that is not the recipe's."""
+def student_of(model: Path, recipe: Recipe) -> SupraConfig:
+    """The config of a student that is given in place of the base; NotFoundError where there is none, UsageError for one
+    that is not the recipe's.
+    """
     _is_there(model)
     config = checkpoint.read_config(model)
     checkpoint.check(config, model)
