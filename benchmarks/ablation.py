@@ -53,7 +53,7 @@ from supra_cli.core.evaluate.measures import Material  # noqa: E402
 from supra_cli.core.recipe import Data  # noqa: E402
 from supra_cli.core.recipe.keep import SOFTMAX  # noqa: E402
 
-TOKENS, REDUCED = 900_000, 90_000
+TOKENS, REDUCED = 900_000, 60_000
 """5 % of the 18M that the teacher was trained on, and what a trial of the script takes."""
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
 ALIKE = {"name": "gated_delta", "key_width": 3.75}

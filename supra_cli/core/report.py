@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_cli.core import checkpoint
-from supra_cli.core.errors import NotFoundError
+from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.evaluate.measures import OF_ONE_LENGTH
 from supra_cli.core.evaluate.measuring import Figures
 from supra_cli.core.files import read_json
@@ -67,6 +67,8 @@ def read(run: Path) -> Report:
         raise NotFoundError(f"{run / 'last'} was not scored yet; run `supra eval {run / 'last'}` first")
     before = results(run / "converted" / "eval", run / "converted")
     spent = checkpoint.read_provenance(run / "last")
+    if not {"tokens", "seconds"} <= set(spent):
+        raise SupraError(f"{provenance} does not tell of the model beside it what its training took; restore that file")
     # Where the run began with a trained model, the baseline is what that one was before it. The save says so itself:
     # `converted` is then a link, and that model may be gone.
     is_new = not spent.get("tokens_before")

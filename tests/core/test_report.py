@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from supra_cli.core import checkpoint, report
-from supra_cli.core.errors import NotFoundError
+from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.evaluate.store import Store
 
 
@@ -104,4 +104,10 @@ def test_a_run_without_a_model_or_without_scores_is_a_sentence(run: Path, tmp_pa
     for path in (run / "eval").iterdir():
         path.unlink()
     with pytest.raises(NotFoundError, match="supra eval"):
+        report.read(run)
+
+
+def test_a_record_that_is_of_another_model_is_a_sentence(run: Path) -> None:
+    (run / "last" / "supra.json").write_text(json.dumps({"files": {}, "config": "another"}))
+    with pytest.raises(SupraError, match=r"last/supra\.json does not tell .* restore that file"):
         report.read(run)
