@@ -466,7 +466,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(supra, base, tmp_path, monkey
     def refusing(write: Callable, place: int) -> Callable:
         def checked(*arguments, **named):
             path = Path(os.fsdecode(arguments[place]))
-            named_so = path.name == file or path.name.startswith(f".{file}.")  # beside it, where it is put in place once whole
+            named_so = path.name == file or path.name.startswith(f".{file}.")  # beside it
             if (path.parent.suffix == ".tmp" and named_so) or (file == "directory" and path.suffix == ".tmp"):
                 raise OSError(code, os.strerror(code), str(path))
             return write(*arguments, **named)
