@@ -10,10 +10,8 @@ from typing import Any
 from supra_cli.core import checkpoint
 from supra_cli.core.errors import NotFoundError, SupraError
 from supra_cli.core.evaluate.measures import OF_ONE_LENGTH
-from supra_cli.core.evaluate.measuring import Figures
+from supra_cli.core.evaluate.measuring import BEFORE, Figures
 from supra_cli.core.files import read_json
-
-_BEFORE = "before training"
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _lines(task: str, result: dict[str, Any], before: dict[str, Any], is_new: bo
     lines, metrics = [], result.get("metrics", {})
     for metric, row in metrics.items():
         was = before.get("metrics", {}).get(metric, {})
-        baseline = row.get("baselines", {}).get(_BEFORE, {}) if is_new else {}
+        baseline = row.get("baselines", {}).get(BEFORE, {}) if is_new else {}
         line = Line(
             task,
             metric,
@@ -146,7 +144,7 @@ def _beside(after: dict[str, dict], before: dict[str, dict], is_new: bool) -> di
     for label, row in after.items():
         others = dict(row)
         figures = {"teacher": others.pop("teacher", None), "after": others.pop("student", None)}
-        baseline = others.pop(_BEFORE, None) if is_new else None
+        baseline = others.pop(BEFORE, None) if is_new else None
         figures["before"] = before.get(label, {}).get("student", baseline)
         found[label] = {role: figure for role, figure in {**figures, **others}.items() if figure is not None}
     return found

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 Figures = dict[str, dict[str, dict[str, dict[str, float]]]]
 """{measure: {label: {role: {value, low, high, n}}}}; roles are as in `supra eval`, or as in a report"""
 
+BEFORE = "before training"
+"""The baseline that the student was; the other is the untrained window."""
+
 WINDOW = {"window": 64, "sinks": 4}
 """The window that needs no training, and so what every trained student has to beat."""
 
@@ -60,10 +63,10 @@ def baselines(student: Subject, base: Subject | None) -> dict[str, Subject]:
         kept = student.path.resolve().parent / "converted"
         in_a_run = student.path.resolve().name.startswith("step-") and kept.exists()
         if in_a_run and not provenance.get("tokens_before"):
-            found["before training"] = _at(student, kept)
+            found[BEFORE] = _at(student, kept)
         elif base is not None:
             given = {"mixer": swap.mixer, "options": swap.options, "keep": keep, "seed": seed}
-            found["before training"] = _made(base, "before training", **given)
+            found[BEFORE] = _made(base, BEFORE, **given)
     for branch in mixers.get(swap.mixer).branches:
         found[f"{branch} only"] = _only(student, branch)
     return found
@@ -142,7 +145,7 @@ def measure(
     """
     figures: Figures = {name: {} for name in names}
     told: dict[str, dict[str, Any]] = {}
-    stores: dict[str, Store] = {}
+    own: Store | None = None
     taught = subjects.get("teacher")
     compared = taught if set(names) & set(NEED_TEACHER) else None
     reference, of_teacher, _ = known(compared, progress) if compared else (None, None, None)
@@ -151,7 +154,7 @@ def measure(
     for role, subject in subjects.items():
         asked = [name for name in names if name not in NEED_TEACHER or (taught and role != "teacher")]
         weights, of_model, store = known(subject, progress)
-        stores[role] = store
+        own = store if role == "student" else own
         key = {name: {**of_model, **questions[name]} for name in asked}
         for name in set(asked) & set(NEED_TEACHER):
             key[name]["teacher"] = of_teacher
@@ -178,11 +181,11 @@ def measure(
             for label, value in records[name]["values"].items():
                 figures[name].setdefault(label, {})[role] = value
         told[role] = about(subject, weights, store, reused)
-    if store := stores.get("student"):
+    if own is not None:
         for name in names:
             what = {"figures": figures[name], "questions": keys.digest(dumps(questions[name], sort_keys=True))}
-            store.note(name, told["student"]["weights"], {**what, "subjects": told})
-        told["student"]["records"] = store.place
+            own.note(name, told["student"]["weights"], {**what, "subjects": told})
+        told["student"]["records"] = own.place
     return figures, told
 
 
@@ -230,7 +233,7 @@ def _at(student: Subject, path: Path) -> Subject:
         model = checkpoint.load(path, device=student.device, dtype=getattr(torch, student.dtype))
         return model, checkpoint.load_tokenizer(path)
 
-    return replace(student, name="before training", path=path, load=load)
+    return replace(student, name=BEFORE, path=path, load=load)
 
 
 def _only(student: Subject, branch: str) -> Subject:

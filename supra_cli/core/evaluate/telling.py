@@ -65,12 +65,13 @@ def told(
         asking = f"`supra eval MODEL --tasks {name} --lengths 512,1024`"
         offline = (ConnectionError, TimeoutError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError)
         if isinstance(error, offline + _of_requests()):
-            way_out = f"run `supra prefetch --tasks {','.join(others or (name,))}`"
-            way_out = f"it is fetched as the prompts are made: run {asking}" if of_ruler else way_out
-            where_to = "on a connected machine" + ("" if of_ruler else " with the same Hugging Face cache")
+            if of_ruler:
+                way_out = f"it is fetched as the prompts are made: run {asking} on a connected machine"
+            else:
+                prefetch = f"`supra prefetch --tasks {','.join(others or (name,))}`"
+                way_out = f"run {prefetch} on a connected machine with the same Hugging Face cache"
             raise NotFoundError(
-                f"the data of task '{name}' is neither on this machine nor reachable ({_unreached(error)}); "
-                f"{way_out} {where_to}"
+                f"the data of task '{name}' is neither on this machine nor reachable ({_unreached(error)}); {way_out}"
             ) from error
         if isinstance(error, ImportError) and of_ruler:
             raise SupraError(
