@@ -29,26 +29,31 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """S ← exp(g_t) S,   S ← S + β_t k_t (v_t - S^T k_t)^T,   o_t = scale · S^T q_t.
 
-    q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with G dividing H; query head h reads kv head h // (H/G). g is a log decay
-    ≤ 0: None, [B,T,H], or [B,T,H,K] for one a channel (row of S). β [B,T,H] is in (0,1), or in (0,2) for eigenvalues
-    of the transition down to -1; keys are to be of length 1 (β |k|² < 2), or S may grow without bound.
-    state [B,H,K,V], segment and documents as in `linear_attention`.
+    q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]; state [B,N,K,V] or None for zeros, with N states, which β tells, G dividing N
+    and N dividing H. State n is written by kv head n // (N/G), and query head h reads state h // (H/N): with N = H each
+    has its own, with N = G those of a kv head read one. g is a log decay ≤ 0: None, [B,T,N], or [B,T,N,K] for one a
+    channel (row of S). β [B,T,N] is in (0,1), or in (0,2) for eigenvalues of the transition down to -1; keys are to be
+    of length 1 (β |k|² < 2), or S may grow without bound. segment and documents as in `linear_attention`.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, fp32 (float64 for float64 inputs).
     Without gradients the step form overwrites `state` and returns it. Raises ValueError for shapes that do not fit and
     for an unknown form.
     """
-    check_shapes(q, k, v, state, segment, documents)
-    if g is not None and g.shape != q.shape[:3] and g.shape != q.shape:
-        raise ValueError(f"g is None, {list(q.shape[:3])} or {list(q.shape)}, got {tuple(g.shape)}")
-    if beta.shape != q.shape[:3]:
-        raise ValueError(f"beta is {list(q.shape[:3])}, got {tuple(beta.shape)}")
+    states = beta.shape[-1]
+    check_shapes(q, k, v, state, segment, documents, states=states)
+    (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
+    rows = batch, length, states
+    if beta.shape != rows or states % kv_heads or heads % states:
+        raise ValueError(
+            f"beta is [{batch}, {length}, N], N a multiple of {kv_heads} dividing {heads}, got {tuple(beta.shape)}"
+        )
+    if g is not None and g.shape != rows and g.shape != (*rows, q.shape[3]):
+        raise ValueError(f"g is None, {list(rows)} or {[*rows, q.shape[3]]}, got {tuple(g.shape)}")
     if form is None:
         form = "step" if q.shape[1] <= (STEP_LENGTH if segment is None else 1) else "chunk"
     if form not in DELTA_FORMS:
         raise ValueError(f"form is one of {', '.join(DELTA_FORMS)}, got '{form}'")
-    group = q.shape[2] // k.shape[2]
-    if group > 1:
-        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    if states > kv_heads:
+        k, v = (x.repeat_interleave(states // kv_heads, 2) for x in (k, v))
     with without_autocast(q.device.type):
         if form == "naive":
             return _naive(q, k, v, g, beta, scale, state, segment)
@@ -67,9 +72,10 @@ def delta_rule(
 def _naive(q, k, v, g, beta, scale, state, segment):
     """The specification, backward by autograd; float64 in, float64 out."""
     dtype = compute_dtype(q, k, v)
-    decay = None if g is None else g.to(dtype).exp().view(*q.shape[:3], -1)
+    decay = None if g is None else g.to(dtype).exp().view(*beta.shape, -1)
     q, k, values, beta = (x.to(dtype) for x in (q, k, v, beta))
-    S = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
+    q = _by_state(q, beta)
+    S = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
     document = torch.full((len(q),), -1, device=q.device)  # of the row's last real token so far; -1: none yet
     outputs = []
     for t in range(q.shape[1]):
@@ -84,8 +90,8 @@ def _naive(q, k, v, g, beta, scale, state, segment):
             after = torch.where((here >= 0)[:, None, None, None], after, S)
             document = torch.where(here >= 0, here, document)
         S = after
-        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
-    return torch.stack(outputs, dim=1).to(v.dtype), S
+        outputs.append(scale * torch.einsum("bhrk,bhkv->bhrv", q[:, t], S))
+    return torch.stack(outputs, dim=1).flatten(2, 3).to(v.dtype), S
 
 
 def _step(q, k, v, g, beta, scale, state, documents):
@@ -94,15 +100,15 @@ def _step(q, k, v, g, beta, scale, state, documents):
     layout = None if documents is None else decoded(documents)
     real = None if layout is None else layout.real
     if g is not None:
-        g = log_decay(g.view(*q.shape[:3], -1), None if real is None else real.unsqueeze(-1), dtype)
+        g = log_decay(g.view(*beta.shape, -1), None if real is None else real.unsqueeze(-1), dtype)
     decay = None if g is None else g.exp()
     if layout is not None:
         kept = (layout.continues | ~real).to(dtype)[:, :, None, None]
         kept[:, 0] = 1
-        decay = kept.expand(*q.shape[:3], 1) if decay is None else decay * kept
+        decay = kept.expand(*beta.shape, 1) if decay is None else decay * kept
         k = k * real[:, :, None, None]
-    q, k, values, beta = q.to(dtype) * scale, k.to(dtype), v.to(dtype), beta.to(dtype)
-    S = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
+    q, k, values, beta = _by_state(q.to(dtype) * scale, beta), k.to(dtype), v.to(dtype), beta.to(dtype)
+    S = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1]) if state is None else state.to(dtype)
     inputs = [x for x in (q, k, values, beta, decay, S) if x is not None]
     in_place = not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
     S = writable(S) if in_place else S
@@ -114,5 +120,10 @@ def _step(q, k, v, g, beta, scale, state, documents):
         wrong = values[:, t].unsqueeze(-2) - key.mT @ S
         key = key * beta[:, t, :, None, None]
         S = S.addcmul_(key, wrong) if in_place else S + key * wrong
-        outputs.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2))
-    return torch.stack(outputs, dim=1).to(v.dtype), S
+        outputs.append(q[:, t] @ S)
+    return torch.stack(outputs, dim=1).flatten(2, 3).to(v.dtype), S
+
+
+def _by_state(q: Tensor, beta: Tensor) -> Tensor:
+    """q [B,T,H,K] -> [B,T,N,H/N,K]: what reads each of the N states of β [B,T,N]."""
+    return q.unflatten(2, (beta.shape[2], -1))

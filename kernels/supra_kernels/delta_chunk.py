@@ -11,7 +11,8 @@ Backward, dS' being the gradient of S':
     dβ_i = dY_i·R_i + Σ_j dA_ij (A_ij without its β_i)
 and dq, dk through the products above. A log decay stands in e^c at q_i or k_i and in e^-c at k_j, so its gradient is
     dc = q∘dq + k∘dk_row - k∘dk_column,    dg_t = Σ_{i≥t} dc_i .
-Every exponent is a sum of log decays over a stretch of tokens, so ≤ 0: nothing overflows.
+Every exponent is a sum of log decays over a stretch of tokens, so ≤ 0: nothing overflows. Where r query heads read one
+state, their rows Q, dQ, O and dO [rC,·] lie one head after the other, all else is of the state.
 
 Source: Yang et al. 2024, arXiv:2412.06464, section 3.2 (a decay per head); arXiv:2510.26692 (per channel). Tokens are
 worked through in blocks of a few chunks; the forward pass keeps the state at each block's start, the backward pass
@@ -64,6 +65,13 @@ class _Decay(NamedTuple):
         """`through`, for every chunk, batch and head of k."""
         return self.through.expand(*k.shape[:3], -1, -1)
 
+    def of_readers(self, readers: int) -> _Decay:
+        """At the rows of so many query heads, one after the other."""
+        if readers == 1:
+            return self
+        within = torch.cat([self.within] * readers, dim=3)
+        return self._replace(within=within, from_start=torch.cat([self.from_start] * readers, dim=3))
+
     def scores(self, x: Tensor, k: Tensor) -> Tensor:
         """x_i·(within_ij k_j), [m,b,h,C,C]."""
         if not self.channels:
@@ -86,6 +94,7 @@ class _Plan:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, documents: Tensor | None):
         self.dtype = compute_dtype(q, k, v)
+        self.readers = q.shape[2] // k.shape[2]
         self.layout = None if documents is None else decoded(documents)
         self.channels = g is not None and g.dim() == 4
         if g is not None:
@@ -97,6 +106,14 @@ class _Plan:
     def load(self, block, x: Tensor) -> Tensor:
         """[B,T,H,·] -> [M,B,H,C,·] of the block in the compute dtype."""
         return block.window(x).to(self.dtype).contiguous()
+
+    def rows(self, block, x: Tensor) -> Tensor:
+        """[B,T,H,·] -> [M,B,N,rC,·]: of the r query heads of a state one after the other."""
+        return self.load(block, x).unflatten(2, (-1, self.readers)).flatten(3, 4)
+
+    def heads(self, rows: Tensor) -> Tensor:
+        """[M,B,N,rC,·] -> [M,B,H,C,·]."""
+        return rows.unflatten(3, (self.readers, -1)).flatten(2, 3)
 
     def decay(self, block, device: torch.device) -> _Decay:
         if self.channels:
@@ -132,6 +149,8 @@ def _added(parts: Iterable[Tensor]) -> Tensor:
 class _Chunks(NamedTuple):
     """What both directions need of a block."""
 
+    read: _Decay
+    """At the rows of q."""
     scores: Tensor
     """A without its β."""
     lower: Tensor
@@ -144,13 +163,14 @@ class _Chunks(NamedTuple):
     W: Tensor
     """(I + A)^-1 β (K ∘ e^c)."""
     states: Tensor
-    """Before each chunk, and after the last: [M+1,B,H,K,V]."""
+    """Before each chunk, and after the last: [M+1,B,N,K,V]."""
     values: Tensor
     """V'."""
 
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: _Decay, start: Tensor) -> _Chunks:
-    """q, k, v [M,B,H,C,·], beta [M,B,H,C,1]."""
+    """q [M,B,N,rC,K], k, v [M,B,N,C,·], beta [M,B,N,C,1]."""
+    read = decay.of_readers(q.shape[3] // k.shape[3])
     scores, from_start, to_end = decay.scores(k, k).tril_(-1), k * decay.from_start, (k * decay.to_end).mT
     lower = inverse(scores * beta)
     W, values = lower @ (from_start * beta), lower @ (v * beta)
@@ -160,7 +180,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: _Decay, start:
     for m, (W_, value, end, kept) in enumerate(zip(*each, strict=True)):
         torch.baddbmm(value, W_, S[m], alpha=-1, out=value)
         torch.baddbmm(S[m] * kept, end, value, out=S[m + 1])
-    return _Chunks(scores, lower, decay.scores(q, k), from_start, to_end, W, states, values)
+    return _Chunks(read, scores, lower, read.scores(q, k), from_start, to_end, W, states, values)
 
 
 def _by_chunk(x: Tensor) -> tuple[Tensor, ...]:
@@ -185,21 +205,23 @@ def forward(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> o, the final state, and with `keep` the state at each block's start [blocks,B,H,K,V], for `backward`."""
+    """q [B,T,H,K], all else of N states, k [B,T,N,K] and v [B,T,N,V] too -> o, the final state, and with `keep` the
+    state at each block's start [blocks,B,N,K,V], for `backward`.
+    """
     plan = _Plan(q, k, v, g, documents)
-    batch, length, heads, key_dim = q.shape
-    shape = (batch, heads, key_dim, v.shape[-1])
+    batch, length, heads, _ = q.shape
+    shape = (batch, *k.shape[2:], v.shape[-1])
     S = q.new_zeros(shape, dtype=plan.dtype) if state is None else state.to(plan.dtype)
     o = v.new_empty(batch, length, heads, v.shape[-1])
     starts = q.new_empty((len(plan.blocks) if keep else 0, *shape), dtype=plan.dtype)
     for i, block in enumerate(plan.blocks):
         if keep:
             starts[i] = S
-        q_, k_, v_, beta_ = (plan.load(block, x) for x in (q, k, v, beta.unsqueeze(-1)))
-        decay = plan.decay(block, q.device)
-        chunks = _chunks(q_, k_, v_, beta_, decay, S)
-        part = (q_ * decay.from_start) @ chunks.states[:-1] + chunks.P @ chunks.values
-        block.window(o).copy_(part * scale)
+        q_ = plan.rows(block, q)
+        k_, v_, beta_ = (plan.load(block, x) for x in (k, v, beta.unsqueeze(-1)))
+        chunks = _chunks(q_, k_, v_, beta_, plan.decay(block, q.device), S)
+        part = (q_ * chunks.read.from_start) @ chunks.states[:-1] + chunks.P @ chunks.values
+        block.window(o).copy_(plan.heads(part * scale))
         S = chunks.states[-1]
     return o, S.clone(), starts
 
@@ -225,9 +247,11 @@ def backward(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta.unsqueeze(-1))]
     dg = torch.empty_like(plan.g if g is None or plan.channels else plan.g.unsqueeze(-1)) if decays else None
     for block, start in zip(reversed(plan.blocks), reversed(starts.unbind()), strict=True):
-        inputs = (plan.load(block, x) for x in (q, k, v, beta.unsqueeze(-1), do))
-        *parts, d_decay, dS = _backward_block(*inputs, plan.decay(block, q.device), start, dS, scale, decays)
-        for whole, part in zip(grads, parts, strict=True):
+        q_, do_ = plan.rows(block, q), plan.rows(block, do)
+        inputs = (plan.load(block, x) for x in (k, v, beta.unsqueeze(-1)))
+        decay = plan.decay(block, q.device)
+        dq, *parts, d_decay, dS = _backward_block(q_, *inputs, do_, decay, start, dS, scale, decays)
+        for whole, part in zip(grads, (plan.heads(dq), *parts), strict=True):
             block.window(whole).copy_(part)
         if decays:
             block.window(dg).copy_(d_decay)
@@ -253,10 +277,10 @@ def _backward_block(
 ) -> tuple[Tensor | None, ...]:
     """Letters as in the module's formulas -> dq, dk, dv, dβ, dg or None, dS of the block's start."""
     chunks = _chunks(q, k, v, beta, decay, start)
-    before, values = chunks.states[:-1], chunks.values
+    read, before, values = chunks.read, chunks.states[:-1], chunks.values
     do = do * scale
     d_values = chunks.P.mT @ do
-    from_output = (q * decay.from_start).mT @ do
+    from_output = (q * read.from_start).mT @ do
     d_states = torch.empty_like(chunks.states)
     d_states[-1] = d_end
     dS = _by_chunk(d_states)
@@ -267,14 +291,14 @@ def _backward_block(
 
     dY = chunks.lower.mT @ d_values
     dA = (dY @ values.mT).neg_().tril_(-1)
-    dP = (do @ values.mT).tril_()
+    dP = do @ values.mT  # above the diagonal what `gradients` weighs with 0
     dv = dY * beta
     d_beta = (dY * (v - chunks.from_start @ before)).sum(-1, keepdim=True)
     d_beta += (dA * chunks.scores).sum(-1, keepdim=True)
 
-    dq, k_column = decay.gradients(dP, q, k)
+    dq, k_column = read.gradients(dP, q, k)
     k_row, k_other = decay.gradients(dA * beta, k, k)
-    q_start = (do @ before.mT).mul_(decay.from_start)
+    q_start = (do @ before.mT).mul_(read.from_start)
     k_start = (dv @ before.mT).mul_(decay.from_start).neg_()
     k_end = (values @ d_states[1:].mT).mul_(decay.to_end)
     dq += q_start
@@ -282,7 +306,8 @@ def _backward_block(
     k_column += k_other
     dg = None
     if decays:
-        each = q * dq + k * (k_row - k_column)
+        of_queries = (q * dq).unflatten(3, (-1, k.shape[3])).sum(3)
+        each = of_queries + k * (k_row - k_column)
         carried = decay.through * (before * d_states[1:])
         earlier = k * k_end
         if not decay.channels:
@@ -309,8 +334,8 @@ library.impl("delta_chunk_backward", backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake(f"{NAMESPACE}::delta_chunk", lib=library)
 def _(q, k, v, g, beta, state, documents, scale, keep):
-    batch, length, heads, key_dim = q.shape
-    S = q.new_empty(batch, heads, key_dim, v.shape[-1], dtype=compute_dtype(q, k, v))
+    batch, length, heads, _ = q.shape
+    S = q.new_empty(batch, *k.shape[2:], v.shape[-1], dtype=compute_dtype(q, k, v))
     size, most = block_sizes(q, v, g is not None and g.dim() == 4)
     blocks = (length // size + most - 1) // most + (length % size + size - 1) // size
     return v.new_empty(batch, length, heads, v.shape[-1]), S, S.new_empty(blocks if keep else 0, *S.shape)
@@ -332,7 +357,8 @@ def _setup(ctx, inputs, output):
 
 def _gradients(ctx, do, dS, _):
     q, k, v, g, beta, state, documents, starts = ctx.saved_tensors
-    do, decays = torch.zeros_like(v) if do is None else do, ctx.needs_input_grad[3]
+    do = v.new_zeros(*q.shape[:3], v.shape[-1]) if do is None else do
+    decays = ctx.needs_input_grad[3]
     given = (do, dS, q, k, v, g, beta, documents, starts, ctx.scale, decays)
     dq, dk, dv, dg, d_beta, d_state = OPERATORS.delta_chunk_backward(*given)
     d_state = None if state is None else d_state.to(state.dtype)

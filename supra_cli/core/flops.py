@@ -37,9 +37,9 @@ def _operator_step(q: Shape, k: Shape, v: Shape, *_, **__) -> int:
 
 
 def _delta(backward: bool, *shapes: Shape | None, **_) -> int:
-    (batch, tokens, heads, K), V, g = shapes[2 * backward], shapes[2 + 2 * backward][-1], shapes[3 + 2 * backward]
+    q, (batch, tokens, states, K), (*_, V), g = shapes[2 * backward : 4 + 2 * backward]
     chunk = ops.delta_chunk_tokens(g is not None and len(g) == 4)
-    return delta_flops(batch * tokens * heads, K, V, chunk)[backward]
+    return delta_flops(batch * tokens * states, q[2] // states, K, V, chunk)[backward]
 
 
 _aten, _own = torch.ops.aten, torch.ops.supra
@@ -80,12 +80,15 @@ def operator_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int
     return 2 * rows * forward, 2 * rows * backward
 
 
-def delta_flops(rows: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int, int]:
-    """The same of the delta rule; its triangular systems are no matrix products and not counted.
+def delta_flops(rows: int, readers: int, key_dim: int, v_dim: int, chunk: int) -> tuple[int, int]:
+    """The same of the delta rule over `rows` = B · T · N, N states with so many query heads each; its triangular
+    systems are no matrix products and not counted.
 
-    Forward: k k^T, q k^T, the inverse's product with v and k, the scores' with what is written, and three with the
-    state. Backward: what of it is needed again, and the gradient of each.
+    Forward: k k^T, the inverse's product with v and k, and two with the state; for each reader q k^T, the scores'
+    product with what is written, and q S. Backward: what of it is needed again, and the gradient of each.
     """
-    forward = chunk * (3 * key_dim + 2 * v_dim) + 3 * key_dim * v_dim
-    backward = chunk * (7 * key_dim + 5 * v_dim) + 9 * key_dim * v_dim
+    forward = chunk * (2 * key_dim + v_dim) + 2 * key_dim * v_dim
+    forward += readers * (chunk * (key_dim + v_dim) + key_dim * v_dim)
+    backward = chunk * (4 * key_dim + 3 * v_dim) + 7 * key_dim * v_dim
+    backward += readers * (chunk * (3 * key_dim + 2 * v_dim) + 2 * key_dim * v_dim)
     return 2 * rows * forward, 2 * rows * backward

@@ -121,8 +121,8 @@ def delta_rule(
     """S ← exp(g_t) S,  S ← S + β_t k_t (v_t - Sᵀ k_t)ᵀ,  o_t = scale · Sᵀ q_t,  with S = 0 where a document starts and
     S kept over padding.
 
-    q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with G dividing H; g a log decay ≤ 0, None, [B,T,H] or, one a channel,
-    [B,T,H,K]; β [B,T,H] in (0,2); state [B,H,K,V] or None for zeros. Keys are to be of length 1.
+    q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]; g a log decay ≤ 0, None, [B,T,N] or, one a channel, [B,T,N,K]; β [B,T,N] in
+    (0,2); state [B,N,K,V] or None for zeros: N states, G dividing N and N dividing H. Keys are to be of length 1.
     Returns o [B,T,H,V] in v's dtype and the state after each row's last real token, in fp32.
     It runs in PyTorch's operations on every device: SUPRA_KERNEL = naive is heeded, triton stands for those.
     """

@@ -271,7 +271,9 @@ STEPS_OF_EACH_KIND = [
     ("mamba2", "float32", "joined", {"kind": "transfer"}),
     ("gated_delta", "bfloat16", "separate", {"kind": "finetune"}),
     ("kda", "float32", "joined", {"kind": "transfer"}),
+    ("gated_delta, one state a kv head", "float32", "joined", {"kind": "finetune"}),
 ]
+SHARED = {"name": "gated_delta", "state_per": "kv_head", "key_width": 6}
 
 
 @pytest.mark.parametrize(("mixer", "dtype", "documents", "stage"), STEPS_OF_EACH_KIND)
@@ -279,7 +281,7 @@ def test_the_planned_peak_is_what_the_allocator_hands_out_for_a_real_step(mixer,
     raw = {
         "base": "tiny",
         "keep": "every:3",
-        "mixer": {"name": mixer},
+        "mixer": SHARED if "," in mixer else {"name": mixer},
         "data": {"seq_len": 256, "documents": documents, "sources": [{"path": "python-stdlib"}]},
         "stages": [{"tokens": 1024, "batch_tokens": 1024, **stage}],
     }

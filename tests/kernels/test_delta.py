@@ -12,21 +12,22 @@ from supra_kernels import delta_rule
 DIGITS = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
-def inputs(decay, batch=2, length=150, heads=4, kv_heads=2, key_dim=8, v_dim=6):
-    """[q, k, v, g, beta, state]; every seventh decay is hard, β reaches over 1."""
+def inputs(decay, batch=2, length=150, heads=4, kv_heads=2, key_dim=8, v_dim=6, states=None):
+    """[q, k, v, g, beta, state], of a state a head or of `states`; every seventh decay is hard, β reaches over 1."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=rng)
 
-    rows = (batch, length, heads)
+    states = states or heads
+    rows = (batch, length, states)
     g = {"none": None, "head": -torch.rand(rows, generator=rng), "channel": -torch.rand(*rows, key_dim, generator=rng)}
     if g[decay] is not None:
         g[decay][:, ::7] = -88
     k = torch.nn.functional.normalize(normal(batch, length, kv_heads, key_dim), dim=-1)
     beta = 2 * torch.rand(rows, generator=rng)
-    state = normal(batch, heads, key_dim, v_dim)
-    return [normal(*rows, key_dim), k, normal(batch, length, kv_heads, v_dim), g[decay], beta, state]
+    state = normal(batch, states, key_dim, v_dim)
+    return [normal(batch, length, heads, key_dim), k, normal(batch, length, kv_heads, v_dim), g[decay], beta, state]
 
 
 def differentiate(form, values, dtype, segment=None):
@@ -44,9 +45,12 @@ def differentiate(form, values, dtype, segment=None):
 @pytest.mark.parametrize("dtype", DIGITS, ids=str)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
-def test_every_form_is_the_recurrence(decay, documents, dtype):
-    """Against float64, over three chunks and a rest, with documents of one token and padding anywhere."""
-    values = inputs(decay)
+@pytest.mark.parametrize("shape", [(4, 2, 4), (6, 1, 2), (4, 2, 2)], ids=str)
+def test_every_form_is_the_recurrence(shape, decay, documents, dtype):
+    """Against float64, over three chunks and a rest, with documents of one token and padding anywhere; as many query
+    heads, kv heads and states as the operator takes."""
+    heads, kv_heads, states = shape
+    values = inputs(decay, heads=heads, kv_heads=kv_heads, states=states)
     segment = packed(2, 150, padding=0.2) if documents else None
     want = differentiate("naive", values, torch.float64, segment)
     for form in ("chunk", "step"):
@@ -61,6 +65,16 @@ def test_what_autograd_says_of_the_chunk_form_is_its_slope(decay):
     if values[3] is not None:
         values[3] = (values[3].detach() / 100).requires_grad_()
     torch.autograd.gradcheck(lambda *x: delta_rule(*x[:5], scale=0.5, state=x[5], form="chunk"), values, fast_mode=True)
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_heads_that_read_one_state_are_heads_whose_states_are_alike(decay):
+    q, k, v, g, beta, state = (None if x is None else x.double() for x in inputs(decay, heads=6, states=2))
+    shared, S = delta_rule(q, k, v, g, beta, state=state, form="chunk")
+    g, beta = (None if x is None else x.repeat_interleave(3, 2) for x in (g, beta))
+    apart, each = delta_rule(q, k, v, g, beta, state=state.repeat_interleave(3, 1), form="naive")
+    torch.testing.assert_close(shared, apart)
+    torch.testing.assert_close(S.repeat_interleave(3, 1), each)
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
@@ -102,17 +116,24 @@ def test_a_value_written_whole_is_what_its_key_reads():
     torch.testing.assert_close(o, v, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("decay", "documents"), product(("head", "channel"), (False, True)))
-def test_the_operator_keeps_its_word_to_torch_compile(decay, documents):
+@pytest.mark.parametrize(("decay", "documents", "states"), product(("head", "channel"), (False, True), (4, 2)))
+def test_the_operator_keeps_its_word_to_torch_compile(decay, documents, states):
     """Shapes, dtypes and gradients of the fake tensors, by torch's own check."""
-    given = [x.requires_grad_() for x in inputs(decay, kv_heads=4)]
+    given = [x.requires_grad_() for x in inputs(decay, kv_heads=states, states=states)]
     packing = torch.tensor([[1, 1, *[3] * 148]] * 2, dtype=torch.int32) if documents else None
     torch.library.opcheck(torch.ops.supra.delta_chunk, (*given, packing, 0.5, True))
 
 
 def test_what_does_not_fit_is_said():
     q, k, v, g, beta, state = inputs("head")
-    for wrong in ((q, k, v, g[..., :2], beta, state), (q, k, v, g, beta[:1], state), (q, k[:, :3], v, g, beta, state)):
+    three = beta[..., :3]
+    for wrong in (
+        (q, k, v, g[..., :2], beta, state),
+        (q, k, v, g, beta[:1], state),
+        (q, k[:, :3], v, g, beta, state),
+        (q, k, v, g[..., :3], three, state[:, :3]),
+        (q, k, v, g[..., :2], beta[..., :2], state),
+    ):
         with pytest.raises(ValueError, match="got"):
             delta_rule(*wrong[:5], state=wrong[5])
     with pytest.raises(ValueError, match="form is one of naive, chunk, step, got 'fast'"):

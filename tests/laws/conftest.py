@@ -20,6 +20,7 @@ from pairs import BASE, NARROW
 from tiny import tiny_model
 
 from supra_cli.core.archs import archs
+from supra_cli.core.errors import UsageError
 from supra_cli.core.mixers import mixers
 from supra_cli.core.modeling import SupraForCausalLM
 from supra_cli.core.recipe.keep import SOFTMAX
@@ -32,14 +33,25 @@ KEEPS = ("none", "1")
 
 
 def variants(mixer: str) -> Iterator[dict[str, Any]]:
-    """Options other than the default ones: each other choice of a Literal or bool alone, then what the mixer names."""
+    """Options other than the default ones: each other choice of a Literal or bool that the mixer takes alone, then what
+    it names.
+    """
     options = mixers.get(mixer).Options
     hints = get_type_hints(options)
     for field in fields(options):
         hint = hints[field.name]
         choices = get_args(hint) if get_origin(hint) is Literal else (False, True) if hint is bool else ()
-        yield from ({field.name: choice} for choice in choices if choice != field.default)
+        others = ({field.name: choice} for choice in choices if choice != field.default)
+        yield from (choice for choice in others if _taken(options, choice))
     yield from map(dict, mixers.get(mixer).variants)
+
+
+def _taken(options: type, given: dict[str, Any]) -> bool:
+    try:
+        options(**given)
+    except UsageError:
+        return False
+    return True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -31,7 +31,7 @@ _MOST = 1 << 10
 
 class DeltaState(NamedTuple):
     S: Tensor
-    """[B, H, K', V] fp32."""
+    """[B, N, K', V] fp32, of N states."""
     q: Tensor
     """The last short_conv - 1 tokens' q [B,·,H,K] as they were before the convolution, fp32; k and v likewise."""
     k: Tensor
@@ -50,7 +50,7 @@ class GatedDelta(MatrixMixer):
     """S ← e^{g_t} S,   S ← S + β_t k'_t (v_t - Sᵀ k'_t)ᵀ,   o_t = s_h · Sᵀ q'_t
 
     x' = act(E_h x̃) / |act(E_h x̃)| of q and k, with maps of their own, β_t = σ(w_β·x_t + b_β), or twice that with
-    `negative_eigenvalues`, and g_t = -exp(A_h) softplus(w_g·x_t + b_g), one number a query head. E starts as the
+    `negative_eigenvalues`, and g_t = -exp(A_h) softplus(w_g·x_t + b_g), one number a state. E starts as the
     identity and, below it, key_width - 1 random orthogonal maps that q and k share (the last of them cut off where
     key_width is no whole number); w starts at 0, so that β = σ(0) and the decays of the heads lie between 0.999 and 0.9
     a token; the gain s_h starts at 1 and is fitted. As |k'| = 1, a value that was written with β = 1 is what its own
@@ -70,6 +70,9 @@ class GatedDelta(MatrixMixer):
         key_width: float | tuple[float, ...] = 1
         """Rows of the state, in multiples of the base's head width, in all layers alike or for each: they bound how
         many keys can be told apart."""
+        state_per: Literal["head", "kv_head"] = "head"
+        """Under grouped queries: a state, a decay and a β for each query head, or for each kv head, whose query heads
+        read one state. That state has as many rows in a part of the bytes, or that many times as many in the same."""
         activation: Literal["silu", "none"] = "silu"
         """Of the mapped q and k, before they are brought to length 1."""
         rotary: bool = False
@@ -110,9 +113,9 @@ class GatedDelta(MatrixMixer):
             )
         self.phi_q = HeadMap(spec.heads, spec.head_dim, self.state_shape()[0])
         self.phi_k = HeadMap(spec.kv_heads, spec.head_dim, self.state_shape()[0])
-        self.write = nn.Linear(spec.model_dim, spec.heads)
+        self.write = nn.Linear(spec.model_dim, self.states)
         self.decay = self.decay_map()
-        self.A_log = nn.Parameter(torch.empty(spec.heads))
+        self.A_log = nn.Parameter(torch.empty(self.states))
         self.gate = nn.Linear(spec.model_dim, spec.heads * spec.v_dim, bias=False) if options.output_gate else None
         self.gain = nn.Parameter(torch.empty(spec.heads, 1))
         shapes = ((spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim), (spec.kv_heads, spec.v_dim))
@@ -120,8 +123,12 @@ class GatedDelta(MatrixMixer):
         self.convolutions = nn.ModuleList(convolved)
 
     def decay_map(self) -> nn.Module:
-        """x [B,T,D] -> a number a head, or a channel of a head, before the softplus; its last bias sets the start."""
-        return nn.Linear(self.spec.model_dim, self.spec.heads)
+        """x [B,T,D] -> a number a state, or a row of a state, before the softplus; its last bias sets the start."""
+        return nn.Linear(self.spec.model_dim, self.states)
+
+    @property
+    def states(self) -> int:
+        return self.spec.kv_heads if self.options.state_per == "kv_head" else self.spec.heads
 
     def state_shape(self) -> tuple[int, int]:
         return int(self.options.key_width * self.spec.head_dim), self.spec.v_dim
@@ -141,7 +148,7 @@ class GatedDelta(MatrixMixer):
         self.phi_q.weight.copy_(self.phi_k.weight.repeat_interleave(group, 0))
         for zero in (self.phi_q.bias, self.phi_k.bias, self.write.weight, self.write.bias):
             nn.init.zeros_(zero)
-        self._begin_with(torch.logspace(-3, -1, self.spec.heads, dtype=torch.float64))
+        self._begin_with(torch.logspace(-3, -1, self.states, dtype=torch.float64))
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
         nn.init.ones_(self.gain)
@@ -149,12 +156,12 @@ class GatedDelta(MatrixMixer):
             conv.reset_parameters()
 
     def _begin_with(self, rates: Tensor) -> None:
-        """Begin with g = -rates [H], whatever x is."""
+        """Begin with g = -rates [N], whatever x is."""
         last = self.decay if isinstance(self.decay, nn.Linear) else self.decay[-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(self.A_log)
         # The inverse of the softplus.
-        last.bias.copy_(rates.double().expm1().log().repeat_interleave(last.out_features // self.spec.heads))
+        last.bias.copy_(rates.double().expm1().log().repeat_interleave(last.out_features // self.states))
 
     def forward(
         self,
@@ -188,8 +195,8 @@ class GatedDelta(MatrixMixer):
         return nn.functional.normalize(nn.functional.silu(x) if self.options.activation == "silu" else x, dim=-1)
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        """[B,T,H], or [B,T,H,·] with a number a channel."""
-        rate = nn.functional.softplus(in_fp32(self.decay, x)).unflatten(-1, (self.spec.heads, -1))
+        """[B,T,N], or [B,T,N,·] with a number a row."""
+        rate = nn.functional.softplus(in_fp32(self.decay, x)).unflatten(-1, (self.states, -1))
         g = -wide(self.A_log).exp().unsqueeze(-1) * rate
         return g.squeeze(-1)
 
@@ -200,7 +207,8 @@ class GatedDelta(MatrixMixer):
     def fit(self, moments: Tensor) -> None:
         fit_gain(self.gain, moments[:2])
         if self.options.calibrate:
-            distance, concentration, tokens = moments[2:]
+            # Of the query heads that read a state, all together.
+            distance, concentration, tokens = moments[2:].unflatten(1, (self.states, -1)).sum(2)
             self._begin_with((math.log(2) * tokens / distance).clamp(1e-3, 5))
             nn.init.zeros_(self.write.weight)
             beta = 0.3 + 0.4 * concentration / tokens

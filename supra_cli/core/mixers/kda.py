@@ -21,7 +21,7 @@ class KDA(GatedDelta):
     def decay_map(self) -> nn.Module:
         spec = self.spec
         down = nn.Linear(spec.model_dim, spec.v_dim, bias=False)
-        return nn.Sequential(down, nn.Linear(spec.v_dim, spec.heads * self.state_shape()[0]))
+        return nn.Sequential(down, nn.Linear(spec.v_dim, self.states * self.state_shape()[0]))
 
     def reset_parameters(self) -> None:
         self.decay[0].reset_parameters()

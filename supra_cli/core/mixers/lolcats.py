@@ -87,7 +87,7 @@ class Corrected(nn.Module):
 
     def __init__(self, spec: HeadSpec, options: Lolcats.Options):
         super().__init__()
-        self.delta = GatedDelta(spec, GatedDelta.Options(key_width=options.key_width))
+        self.delta = GatedDelta(spec, GatedDelta.Options(key_width=options.key_width, state_per=options.state_per))
         self.mix = nn.Linear(spec.model_dim, spec.heads)
         self.mass = nn.Parameter(torch.empty(spec.heads))
 
@@ -115,7 +115,7 @@ class Lolcats(Window):
     t2r           a_ij = φ(q_i)·φ(k_j),   φ(x)_h = ReLU(W_h x_h + b_h)
     gated         a_ij = (Π_t γ_t) φ(q_i)·φ(k_j) over the tokens t ≤ i since k_j left the window, φ Hedgehog's,
                   γ_t = σ(w_h·x_t + b_h)
-    gated_delta   o_P is what the mixer `gated_delta` answers, with `key_width` and a short convolution
+    gated_delta   o_P is what the mixer `gated_delta` answers, with `key_width`, `state_per` and a short convolution
 
     The first three are one attention with the window, under one denominator:
 
@@ -145,6 +145,8 @@ class Lolcats(Window):
         key_width: float | tuple[float, ...] = 1
         """Of branch gated_delta: rows of its state, in multiples of the base's head width, alike in all layers or for
         each."""
+        state_per: Literal["head", "kv_head"] = "head"
+        """Of branch gated_delta: as that mixer's own option."""
         window_dropout: float = 0.0
         """Part of the rows of attention transfer whose window is silent at tokens that it does not see all before: so
         many where the stage begins, falling evenly to none where it ends. In later stages, where a silent window would
@@ -155,15 +157,16 @@ class Lolcats(Window):
             if not 0 <= self.window_dropout <= 1:
                 raise UsageError(f"mixer.window_dropout is {self.window_dropout}, expected a number from 0 to 1")
             check_width(self.key_width)
-            if self.key_width != 1 and self.branch != "gated_delta":
-                raise UsageError(f"mixer.key_width is of branch 'gated_delta', and mixer.branch is '{self.branch}'")
+            for key, default in (("key_width", 1), ("state_per", "head")):
+                if self.branch != "gated_delta" and getattr(self, key) != default:
+                    raise UsageError(f"mixer.{key} is of branch 'gated_delta', and mixer.branch is '{self.branch}'")
 
     branches = ("window", "recurrence")
     variants = (
         {"window": 5, "sinks": 2},
         {"window": 3, "sinks": 0, "branch": "t2r"},
         {"window": 1, "sinks": 1, "branch": "gated"},
-        {"window": 4, "sinks": 1, "branch": "gated_delta", "key_width": 2},
+        {"window": 4, "sinks": 1, "branch": "gated_delta", "key_width": 2, "state_per": "kv_head"},
     )
 
     def __init__(self, spec: HeadSpec, options: Options):

@@ -27,18 +27,23 @@ def capped(scores: Tensor, cap: float | None) -> Tensor:
 
 class MatrixState(NamedTuple):
     S: Tensor
-    """[B, H, K, V] fp32."""
+    """[B, N, K, V] fp32, of N states: one a head, or fewer."""
 
 
 class MatrixMixer(Mixer):
     """A mixer whose state is one matrix a head: S_t = γ_t S_{t-1} + k_t v_tᵀ."""
+
+    @property
+    def states(self) -> int:
+        """Matrices of a layer."""
+        return self.spec.heads
 
     def state_shape(self) -> tuple[int, int]:
         """K and V of the state."""
         return self.spec.head_dim, self.spec.v_dim
 
     def init_state(self, batch: int, device: torch.device | str) -> MatrixState:
-        shape = (batch, self.spec.heads, *self.state_shape())
+        shape = (batch, self.states, *self.state_shape())
         return MatrixState(torch.zeros(shape, dtype=torch.float32, device=device))
 
     def reset_parameters(self) -> None:
