@@ -59,12 +59,16 @@ TOKENS, REDUCED = 900_000, 60_000
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
 ALIKE = {"name": "gated_delta", "key_width": 3.75}
 """With what its convolutions keep, a state just below four times SUPRA's."""
-BEST = ALIKE | {"key_width": [1, 3, 1, 12, 4.5, 1]}
+BY_NEED = ALIKE | {"key_width": [1, 3, 1, 12, 4.5, 1]}
 """As many, where layers need them: after 225,280 tokens of attention transfer with rows alike, one layer alone costs
 0.005, 0.045, 0.013, 0.132, 0.060 and 0.011 nats (`supra convert STUDENT --keep auto:1 --dry-run`)."""
+SHARED = {"state_per": "kv_head"}
+BEST = BY_NEED | SHARED | {"key_width": [2, 6, 2, 24, 9, 2]}
+"""The same bytes: the teacher's query heads share a kv head in pairs."""
 BOTH_ALIKE = WINDOW | {"name": "lolcats", "branch": "gated_delta", "key_width": 1.6875}
 """The same state, of a window and a recurrent branch."""
-BOTH = BOTH_ALIKE | {"window": [16, 64, 16, 64, 64, 16], "key_width": [1, 2, 1, 7.75, 2, 1]}
+BOTH_BY_NEED = BOTH_ALIKE | {"window": [16, 64, 16, 64, 64, 16], "key_width": [1, 2, 1, 7.75, 2, 1]}
+BOTH = BOTH_ALIKE | SHARED | {"window": [16, 64, 16, 16, 64, 16], "key_width": [1, 4, 1, 21.5, 4, 1]}
 SILENCED = {"window_dropout": 0.9}
 HYBRID = BOTH_ALIKE | SILENCED | {"key_width": [2, 8, 4, 1, 10, 4]}
 """Beside layer 3 with softmax, which the ranking finds with rows alike too. Its cache grows, so what is asked of a
@@ -105,9 +109,12 @@ FIT = TRANSFER | {"batch_tokens": 16_384, "tokens": 16_384, "mixer_lr": 0.0}
 BESIDE_A_WINDOW = {"lr": 1e-4, "mixer_lr": 3e-3}
 """Less for the base, which a window leaves nearer to its teacher."""
 LESS = BESIDE_A_WINDOW | {"lr": 2e-4}
+FASTER = {"lr": 4e-4, "mixer_lr": 5e-3}
+"""With few rows that repeat."""
 
 ROWS = {
     "gated_delta": Row(BEST, seeds=3),
+    "gated_delta, a state a head": Row(BY_NEED, seeds=3),
     "gated_delta, layers alike": Row(ALIKE, seeds=3),
     "gated_delta, keys as wide as heads": Row(ALIKE | {"key_width": 1}, seeds=3),
     "gated_delta, no convolution": Row(ALIKE | {"short_conv": 0}),
@@ -140,9 +147,14 @@ ROWS = {
     "window and hedgehog, more repeats": Row(
         WINDOW | {"name": "lolcats"} | SILENCED, seq_len=512, stage=BESIDE_A_WINDOW
     ),
-    "window and delta rule": Row(BOTH | SILENCED, seq_len=512, stage=LESS, weights=(10, 1, 1), seeds=3),
-    "window and delta rule, more repeats": Row(BOTH | SILENCED, seq_len=512, stage=BESIDE_A_WINDOW),
-    "window and delta rule, more repeats, no window dropout": Row(BOTH, seq_len=512, stage=BESIDE_A_WINDOW),
+    "window and delta rule": Row(
+        BOTH | SILENCED, seq_len=512, transfer=0.15, stage=FASTER, weights=(16, 1, 1), seeds=3
+    ),
+    "window and delta rule, a state a head": Row(
+        BOTH_BY_NEED | SILENCED, seq_len=512, stage=LESS, weights=(10, 1, 1), seeds=3
+    ),
+    "window and delta rule, more repeats": Row(BOTH_BY_NEED | SILENCED, seq_len=512, stage=BESIDE_A_WINDOW),
+    "window and delta rule, more repeats, no window dropout": Row(BOTH_BY_NEED, seq_len=512, stage=BESIDE_A_WINDOW),
     "window and delta rule, more repeats, windows alike": Row(
         BOTH_ALIKE | SILENCED | {"key_width": [1, 1, 1, 5.125, 1, 1]}, seq_len=512, stage=BESIDE_A_WINDOW
     ),
