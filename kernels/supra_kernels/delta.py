@@ -38,22 +38,14 @@ def delta_rule(
     Without gradients the step form overwrites `state` and returns it. Raises ValueError for shapes that do not fit and
     for an unknown form.
     """
-    states = beta.shape[-1]
-    check_shapes(q, k, v, state, segment, documents, states=states)
-    (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
-    rows = batch, length, states
-    if beta.shape != rows or states % kv_heads or heads % states:
-        raise ValueError(
-            f"beta is [{batch}, {length}, N], N a multiple of {kv_heads} dividing {heads}, got {tuple(beta.shape)}"
-        )
-    if g is not None and g.shape != rows and g.shape != (*rows, q.shape[3]):
-        raise ValueError(f"g is None, {list(rows)} or {[*rows, q.shape[3]]}, got {tuple(g.shape)}")
+    check_shapes(q, k, v, None, segment, documents)
+    states = _states(q, k, v, g, beta, state)
     if form is None:
         form = "step" if q.shape[1] <= (STEP_LENGTH if segment is None else 1) else "chunk"
     if form not in DELTA_FORMS:
         raise ValueError(f"form is one of {', '.join(DELTA_FORMS)}, got '{form}'")
-    if states > kv_heads:
-        k, v = (x.repeat_interleave(states // kv_heads, 2) for x in (k, v))
+    if states > k.shape[2]:
+        k, v = (x.repeat_interleave(states // k.shape[2], 2) for x in (k, v))
     with without_autocast(q.device.type):
         if form == "naive":
             return _naive(q, k, v, g, beta, scale, state, segment)
@@ -67,6 +59,22 @@ def delta_rule(
         grows = [x for x in (q, k, v, g, beta, state) if x is not None and x.requires_grad]
         keep = torch.is_grad_enabled() and bool(grows)
         return OPERATORS.delta_chunk(q, k, v, g, beta, state, documents, scale, keep)[:2]
+
+
+def _states(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor | None) -> int:
+    """N, by β; ValueError for a β, g or state that does not fit q, k and v."""
+    (batch, length, heads, key_dim), kv_heads = q.shape, k.shape[2]
+    states = beta.shape[-1] if beta.dim() else 0
+    rows = batch, length, states
+    if beta.shape != rows or not states or states % kv_heads or heads % states:
+        raise ValueError(
+            f"beta is [{batch}, {length}, N], N a multiple of {kv_heads} dividing {heads}, got {tuple(beta.shape)}"
+        )
+    if g is not None and g.shape != rows and g.shape != (*rows, key_dim):
+        raise ValueError(f"g is None, {list(rows)} or {[*rows, key_dim]}, got {tuple(g.shape)}")
+    if state is not None and state.shape != (batch, states, key_dim, v.shape[-1]):
+        raise ValueError(f"state is {[batch, states, key_dim, v.shape[-1]]}, got {tuple(state.shape)}")
+    return states
 
 
 def _naive(q, k, v, g, beta, scale, state, segment):

@@ -11,8 +11,9 @@ Backward, dS' being the gradient of S':
     dβ_i = dY_i·R_i + Σ_j dA_ij (A_ij without its β_i)
 and dq, dk through the products above. A log decay stands in e^c at q_i or k_i and in e^-c at k_j, so its gradient is
     dc = q∘dq + k∘dk_row - k∘dk_column,    dg_t = Σ_{i≥t} dc_i .
-Every exponent is a sum of log decays over a stretch of tokens, so ≤ 0: nothing overflows. Where r query heads read one
-state, their rows Q, dQ, O and dO [rC,·] lie one head after the other, all else is of the state.
+Every exponent is a sum of log decays over a stretch of tokens, so ≤ 0: nothing overflows.
+Where r query heads read one state, Q, O, P and their gradients have rC rows, one head's after another's; what stands at
+token i in c, A and e^c is for each of these heads, and q∘dq is summed over them in dc.
 
 Source: Yang et al. 2024, arXiv:2412.06464, section 3.2 (a decay per head); arXiv:2510.26692 (per channel). Tokens are
 worked through in blocks of a few chunks; the forward pass keeps the state at each block's start, the backward pass
@@ -50,6 +51,7 @@ class _Decay(NamedTuple):
 
     within [m,b,h,C,C] or [m,b,h,C,C,K]: of token j at token i ≥ j. from_start, to_end [m,b,h,C,w]: of the incoming
     state at token i, of token j in the outgoing state. through [m,b,h,w,1]: of the incoming state in the outgoing one.
+    Below, x has rC rows, those of k and w more heads that read the same state.
     """
 
     within: Tensor
@@ -65,28 +67,41 @@ class _Decay(NamedTuple):
         """`through`, for every chunk, batch and head of k."""
         return self.through.expand(*k.shape[:3], -1, -1)
 
-    def of_readers(self, readers: int) -> _Decay:
-        """At the rows of so many query heads, one after the other."""
-        if readers == 1:
-            return self
-        within = torch.cat([self.within] * readers, dim=3)
-        return self._replace(within=within, from_start=torch.cat([self.from_start] * readers, dim=3))
+    def arriving(self, x: Tensor) -> Tensor:
+        """x ∘ from_start."""
+        return _each_head(x, self.from_start)
 
     def scores(self, x: Tensor, k: Tensor) -> Tensor:
-        """x_i·(within_ij k_j), [m,b,h,C,C]."""
+        """x_i·(within_ij k_j), [m,b,h,rC,C]."""
         if not self.channels:
-            return (x @ k.mT).mul_(self.within)
-        return ((self.within * k.unsqueeze(-3)) @ x.unsqueeze(-1)).squeeze(-1)
+            return _each_head(x @ k.mT, self.within, in_place=True)
+        return _by_head(_by_token(x, k) @ (self.within * k.unsqueeze(-3)).mT)
 
     def gradients(self, d: Tensor, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Of x and k, from d [m,b,h,C,C], that of the scores."""
+        """Of x and k, from d [m,b,h,rC,C], that of the scores."""
         if not self.channels:
-            d = d * self.within
+            d = _each_head(d, self.within)
             return d @ k, d.mT @ x
-        # x comes to a row's products as a vector, k by columns: no second tensor of [C,C,K] lives at a time.
-        dx = (d.unsqueeze(-2) @ (self.within * k.unsqueeze(-3))).squeeze(-2)
-        weighted = (self.within * x.unsqueeze(-2)).transpose(-3, -2)
-        return dx, (d.mT.unsqueeze(-2) @ weighted).squeeze(-2)
+        d, x = _by_token(d, k), _by_token(x, k)
+        # No second tensor of [C,C,K] beside `within` lives at a time.
+        dx = _by_head(d @ (self.within * k.unsqueeze(-3)))
+        return dx, (d.mT @ x).mul_(self.within).sum(-3)
+
+
+def _each_head(x: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:
+    """weights [..,C,·] ∘ the rows of each head in x [..,rC,·]."""
+    heads, weights = x.unflatten(-2, (-1, weights.shape[-2])), weights.unsqueeze(-3)
+    return (heads.mul_(weights) if in_place else heads * weights).flatten(-3, -2)
+
+
+def _by_token(x: Tensor, k: Tensor) -> Tensor:
+    """[..,rC,·] -> [..,C,r,·], with the C tokens of k."""
+    return x.unflatten(-2, (-1, k.shape[-2])).transpose(-3, -2)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """[..,C,r,·] -> [..,rC,·]."""
+    return x.transpose(-3, -2).flatten(-3, -2)
 
 
 class _Plan:
@@ -149,8 +164,6 @@ def _added(parts: Iterable[Tensor]) -> Tensor:
 class _Chunks(NamedTuple):
     """What both directions need of a block."""
 
-    read: _Decay
-    """At the rows of q."""
     scores: Tensor
     """A without its β."""
     lower: Tensor
@@ -170,7 +183,6 @@ class _Chunks(NamedTuple):
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: _Decay, start: Tensor) -> _Chunks:
     """q [M,B,N,rC,K], k, v [M,B,N,C,·], beta [M,B,N,C,1]."""
-    read = decay.of_readers(q.shape[3] // k.shape[3])
     scores, from_start, to_end = decay.scores(k, k).tril_(-1), k * decay.from_start, (k * decay.to_end).mT
     lower = inverse(scores * beta)
     W, values = lower @ (from_start * beta), lower @ (v * beta)
@@ -180,11 +192,11 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: _Decay, start:
     for m, (W_, value, end, kept) in enumerate(zip(*each, strict=True)):
         torch.baddbmm(value, W_, S[m], alpha=-1, out=value)
         torch.baddbmm(S[m] * kept, end, value, out=S[m + 1])
-    return _Chunks(read, scores, lower, read.scores(q, k), from_start, to_end, W, states, values)
+    return _Chunks(scores, lower, decay.scores(q, k), from_start, to_end, W, states, values)
 
 
 def _by_chunk(x: Tensor) -> tuple[Tensor, ...]:
-    """[M,B,H,·,·] -> M views [B·H,·,·]: a product of these is one call, and adds to what is there."""
+    """[M,B,N,·,·] -> M views [B·N,·,·]: a product of these is one call, and adds to what is there."""
     return x.flatten(1, 2).unbind()
 
 
@@ -219,8 +231,9 @@ def forward(
             starts[i] = S
         q_ = plan.rows(block, q)
         k_, v_, beta_ = (plan.load(block, x) for x in (k, v, beta.unsqueeze(-1)))
-        chunks = _chunks(q_, k_, v_, beta_, plan.decay(block, q.device), S)
-        part = (q_ * chunks.read.from_start) @ chunks.states[:-1] + chunks.P @ chunks.values
+        decay = plan.decay(block, q.device)
+        chunks = _chunks(q_, k_, v_, beta_, decay, S)
+        part = decay.arriving(q_) @ chunks.states[:-1] + chunks.P @ chunks.values
         block.window(o).copy_(plan.heads(part * scale))
         S = chunks.states[-1]
     return o, S.clone(), starts
@@ -247,10 +260,11 @@ def backward(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta.unsqueeze(-1))]
     dg = torch.empty_like(plan.g if g is None or plan.channels else plan.g.unsqueeze(-1)) if decays else None
     for block, start in zip(reversed(plan.blocks), reversed(starts.unbind()), strict=True):
-        q_, do_ = plan.rows(block, q), plan.rows(block, do)
-        inputs = (plan.load(block, x) for x in (k, v, beta.unsqueeze(-1)))
-        decay = plan.decay(block, q.device)
-        dq, *parts, d_decay, dS = _backward_block(q_, *inputs, do_, decay, start, dS, scale, decays)
+        # Handed over and not kept: they are gone when the next block's are made.
+        given = (plan.load(block, x) for x in (k, v, beta.unsqueeze(-1)))
+        dq, *parts, d_decay, dS = _backward_block(
+            plan.rows(block, q), *given, plan.rows(block, do), plan.decay(block, q.device), start, dS, scale, decays
+        )
         for whole, part in zip(grads, (plan.heads(dq), *parts), strict=True):
             block.window(whole).copy_(part)
         if decays:
@@ -277,10 +291,10 @@ def _backward_block(
 ) -> tuple[Tensor | None, ...]:
     """Letters as in the module's formulas -> dq, dk, dv, dβ, dg or None, dS of the block's start."""
     chunks = _chunks(q, k, v, beta, decay, start)
-    read, before, values = chunks.read, chunks.states[:-1], chunks.values
+    before, values = chunks.states[:-1], chunks.values
     do = do * scale
     d_values = chunks.P.mT @ do
-    from_output = (q * read.from_start).mT @ do
+    from_output = decay.arriving(q).mT @ do
     d_states = torch.empty_like(chunks.states)
     d_states[-1] = d_end
     dS = _by_chunk(d_states)
@@ -291,14 +305,14 @@ def _backward_block(
 
     dY = chunks.lower.mT @ d_values
     dA = (dY @ values.mT).neg_().tril_(-1)
-    dP = do @ values.mT  # above the diagonal what `gradients` weighs with 0
+    dP = do @ values.mT  # above the diagonal `gradients` multiplies it by 0
     dv = dY * beta
     d_beta = (dY * (v - chunks.from_start @ before)).sum(-1, keepdim=True)
     d_beta += (dA * chunks.scores).sum(-1, keepdim=True)
 
-    dq, k_column = read.gradients(dP, q, k)
+    dq, k_column = decay.gradients(dP, q, k)
     k_row, k_other = decay.gradients(dA * beta, k, k)
-    q_start = (do @ before.mT).mul_(read.from_start)
+    q_start = decay.arriving(do @ before.mT)
     k_start = (dv @ before.mT).mul_(decay.from_start).neg_()
     k_end = (values @ d_states[1:].mT).mul_(decay.to_end)
     dq += q_start

@@ -134,11 +134,8 @@ def check_shapes(
     segment: Tensor | None,
     documents: Tensor | None,
     sums: bool = False,
-    states: int | None = None,
 ) -> None:
-    """ValueError for what of these does not fit; with `sums` the state has one column more. It has H matrices, or
-    `states`.
-    """
+    """ValueError for what of these does not fit; with `sums` the state has one column more."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v are [B, T, heads, dim], got {[tuple(x.shape) for x in (q, k, v)]}")
     batch, length, heads, key_dim = q.shape
@@ -150,9 +147,8 @@ def check_shapes(
             f"q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] with H a multiple of G, got {[tuple(x.shape) for x in (q, k, v)]}"
         )
     state_dim = v_dim + int(sums)
-    matrices = heads if states is None else states
-    if state is not None and state.shape != (batch, matrices, key_dim, state_dim):
-        raise ValueError(f"state is [{batch}, {matrices}, {key_dim}, {state_dim}], got {tuple(state.shape)}")
+    if state is not None and state.shape != (batch, heads, key_dim, state_dim):
+        raise ValueError(f"state is [{batch}, {heads}, {key_dim}, {state_dim}], got {tuple(state.shape)}")
     if segment is not None and segment.shape != (batch, length):
         raise ValueError(f"segment is [{batch}, {length}], got {tuple(segment.shape)}")
     if documents is None:

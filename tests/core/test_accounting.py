@@ -271,17 +271,18 @@ STEPS_OF_EACH_KIND = [
     ("mamba2", "float32", "joined", {"kind": "transfer"}),
     ("gated_delta", "bfloat16", "separate", {"kind": "finetune"}),
     ("kda", "float32", "joined", {"kind": "transfer"}),
-    ("gated_delta, one state a kv head", "float32", "joined", {"kind": "finetune"}),
+    ("gated_delta", "float32", "joined", {"kind": "finetune"}, {"state_per": "kv_head", "key_width": 6}),
+    ("kda", "float32", "separate", {"kind": "finetune"}, {"state_per": "kv_head", "key_width": 2}),
 ]
-SHARED = {"name": "gated_delta", "state_per": "kv_head", "key_width": 6}
 
 
-@pytest.mark.parametrize(("mixer", "dtype", "documents", "stage"), STEPS_OF_EACH_KIND)
-def test_the_planned_peak_is_what_the_allocator_hands_out_for_a_real_step(mixer, dtype, documents, stage):
+@pytest.mark.parametrize("case", STEPS_OF_EACH_KIND, ids=lambda case: f"{case[0]}-{len(case)}")
+def test_the_planned_peak_is_what_the_allocator_hands_out_for_a_real_step(case):
+    mixer, dtype, documents, stage, *options = case
     raw = {
         "base": "tiny",
         "keep": "every:3",
-        "mixer": SHARED if "," in mixer else {"name": mixer},
+        "mixer": {"name": mixer} | dict(*options),
         "data": {"seq_len": 256, "documents": documents, "sources": [{"path": "python-stdlib"}]},
         "stages": [{"tokens": 1024, "batch_tokens": 1024, **stage}],
     }

@@ -397,6 +397,40 @@ def test_calibration_sets_decay_and_strength_by_where_the_teacher_looks(name, mo
 
 
 @torch.no_grad()
+def test_calibration_of_a_shared_state_asks_all_heads_that_read_it():
+    mixer = moved(build("gated_delta", calibrate=True, state_per="kv_head"))
+    q, k, v, x = inputs()
+    distance, concentration = torch.tensor([1.0, 3.0, 10.0, 30.0]), torch.tensor([1.0, 0.5, 0.25, 0.0])
+    moments = torch.stack((distance, concentration, torch.ones(4))) * 100
+    taught = torch.randn(2, T, 4, V, dtype=torch.float64)
+    mixer.fit(mixer.moments(mixer(q, k, v, x, rope, None, None)[0], taught, lambda: moments))
+    want = -math.log(2) / torch.tensor([2.0, 20.0]).double()
+    assert_close(mixer._log_decay(x), want.expand(2, T, 2))
+    assert_close(mixer.write(x).sigmoid(), torch.tensor([0.6, 0.35]).double().expand(2, T, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gated_delta", "kda"])
+def test_heads_that_read_one_state_are_heads_whose_states_are_alike(name):
+    shared, apart = moved(build(name, key_width=2, state_per="kv_head")), build(name, key_width=2)
+    weights = shared.state_dict()
+    for key, own in apart.state_dict().items():
+        if weights[key].shape != own.shape:
+            each = weights[key].unflatten(0, (2, -1)).repeat_interleave(2, 0)
+            weights[key] = each.flatten(0, 1)
+    apart.load_state_dict(weights)
+    given = (*inputs(), rope, None, None)
+    (o, state), (want, states) = shared(*given), apart(*given)
+    assert_close(o, want, **CLOSE)
+    assert_close(state.S.repeat_interleave(2, 1), states.S, **CLOSE)
+
+
+def test_a_state_per_kv_head_is_of_the_delta_rule_alone():
+    with pytest.raises(UsageError, match=r"mixer\.state_per is of branch 'gated_delta', and mixer.branch is 't2r'"):
+        parse_options("lolcats", {"branch": "t2r", "state_per": "kv_head"})
+
+
+@torch.no_grad()
 def test_lolcats_with_the_delta_rule_is_a_window_and_a_gated_delta_mixed_by_a_gate():
     mixer = moved(build("lolcats", window=5, sinks=2, branch="gated_delta", key_width=2))
     window, delta = build("window", window=5, sinks=2), build("gated_delta", key_width=2)

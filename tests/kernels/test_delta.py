@@ -59,9 +59,10 @@ def test_every_form_is_the_recurrence(shape, decay, documents, dtype):
             assert (x.double() - y).norm() <= DIGITS[dtype] * y.norm(), form
 
 
+@pytest.mark.parametrize("states", [2, 1])
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
-def test_what_autograd_says_of_the_chunk_form_is_its_slope(decay):
-    values = [None if x is None else x.double().requires_grad_() for x in inputs(decay, 1, 21, 2, 1, 3, 2)]
+def test_what_autograd_says_of_the_chunk_form_is_its_slope(decay, states):
+    values = [None if x is None else x.double().requires_grad_() for x in inputs(decay, 1, 21, 2, 1, 3, 2, states)]
     if values[3] is not None:
         values[3] = (values[3].detach() / 100).requires_grad_()
     torch.autograd.gradcheck(lambda *x: delta_rule(*x[:5], scale=0.5, state=x[5], form="chunk"), values, fast_mode=True)
@@ -78,8 +79,21 @@ def test_heads_that_read_one_state_are_heads_whose_states_are_alike(decay):
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
-def test_a_prompt_and_then_steps_are_one_pass(decay):
-    *values, state = (None if x is None else x.double() for x in inputs(decay))
+def test_a_loss_on_the_state_alone_is_differentiated(decay):
+    """The output has no gradient then, and is of more heads than the state."""
+    grads = []
+    for form in ("naive", "chunk"):
+        given = [None if x is None else x.double().requires_grad_() for x in inputs(decay, heads=6, states=2)]
+        _, S = delta_rule(*given[:5], state=given[5], form=form)
+        _, *of = torch.autograd.grad(S.square().sum(), [x for x in given if x is not None], allow_unused=True)
+        grads.append(of)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("states", [4, 2])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_a_prompt_and_then_steps_are_one_pass(decay, states):
+    *values, state = (None if x is None else x.double() for x in inputs(decay, states=states))
     whole, end = delta_rule(*values, state=state, form="chunk")
     o, S = delta_rule(*(None if x is None else x[:, :131] for x in values), state=state)
     parts = [o]
@@ -126,15 +140,18 @@ def test_the_operator_keeps_its_word_to_torch_compile(decay, documents, states):
 
 def test_what_does_not_fit_is_said():
     q, k, v, g, beta, state = inputs("head")
-    three = beta[..., :3]
-    for wrong in (
-        (q, k, v, g[..., :2], beta, state),
-        (q, k, v, g, beta[:1], state),
-        (q, k[:, :3], v, g, beta, state),
-        (q, k, v, g[..., :3], three, state[:, :3]),
-        (q, k, v, g[..., :2], beta[..., :2], state),
+    three, none = beta[..., :3], beta[..., :0]
+    for what, wrong in (
+        ("g is", (q, k, v, g[..., :2], beta, state)),
+        ("beta is", (q, k, v, g, beta[:1], state)),
+        ("beta is", (q, k, v, None, beta[0, 0, 0], None)),
+        ("beta is", (q, k, v, None, none, None)),
+        ("beta is", (q, k, v, g[..., :3], three, state[:, :3])),
+        ("beta is", (q, k, v, g[..., :1], beta[..., :1], state[:, :1])),
+        ("q .* with H a multiple of G", (q, k[:, :3], v, g, beta, state)),
+        ("state is", (q, k, v, g[..., :2], beta[..., :2], state)),
     ):
-        with pytest.raises(ValueError, match="got"):
+        with pytest.raises(ValueError, match=f"^{what}.* got"):
             delta_rule(*wrong[:5], state=wrong[5])
     with pytest.raises(ValueError, match="form is one of naive, chunk, step, got 'fast'"):
         delta_rule(q, k, v, g, beta, form="fast")

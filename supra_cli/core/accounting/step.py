@@ -110,7 +110,8 @@ ALL_EXPERTS_FUNCTIONS.register(_PLANNED_EXPERTS, _experts)
 
 def _inside(backward: object, args: Sequence[Any], dtype: torch.dtype) -> int:
     """Bytes that an operator's backward pass needs inside: on a GPU the state at the start of each chunk, else the fp32
-    buffers of a block, of which 8 are as wide as a key and, with a decay per channel, 4 as wide as a chunk of keys.
+    buffers of a block: of each head 3 as wide as a key, and of each state 5, or with a decay per channel 3 more as wide
+    as a chunk of keys.
     """
     (batch, tokens, heads, K), V, g = args[2].shape, args[4].shape[-1], args[5]
     if backward is _TRITON:
@@ -118,8 +119,9 @@ def _inside(backward: object, args: Sequence[Any], dtype: torch.dtype) -> int:
     channels = backward is _DELTA and g is not None and g.dim() == 4
     chunk = ops.delta_chunk_tokens(channels) if backward is _DELTA else ops.chunk_tokens("cpu", K, V)
     block = -(-tokens // max(1, args[8 if backward is _DELTA else 7].shape[0]))
-    across = 4 * chunk * K if channels else 2 * chunk
-    return 4 * batch * heads * block * (8 * K + 3 * V + across + 2 * K * V // chunk)
+    states = args[3].shape[2] if backward is _DELTA else heads
+    of_head, of_state = 3 * K + V + chunk, 5 * K + 2 * V + (3 * chunk * K if channels else chunk) + 2 * K * V // chunk
+    return 4 * batch * block * (heads * of_head + states * of_state)
 
 
 class _Watch(TorchDispatchMode):

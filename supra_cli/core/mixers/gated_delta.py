@@ -50,11 +50,11 @@ class GatedDelta(MatrixMixer):
     """S ← e^{g_t} S,   S ← S + β_t k'_t (v_t - Sᵀ k'_t)ᵀ,   o_t = s_h · Sᵀ q'_t
 
     x' = act(E_h x̃) / |act(E_h x̃)| of q and k, with maps of their own, β_t = σ(w_β·x_t + b_β), or twice that with
-    `negative_eigenvalues`, and g_t = -exp(A_h) softplus(w_g·x_t + b_g), one number a state. E starts as the
+    `negative_eigenvalues`, and g_t = -exp(A_n) softplus(w_g·x_t + b_g), one number a state n. E starts as the
     identity and, below it, key_width - 1 random orthogonal maps that q and k share (the last of them cut off where
-    key_width is no whole number); w starts at 0, so that β = σ(0) and the decays of the heads lie between 0.999 and 0.9
-    a token; the gain s_h starts at 1 and is fitted. As |k'| = 1, a value that was written with β = 1 is what its own
-    key reads: q' is not scaled by K^-1/2, which s_h would have to undo. v has no activation.
+    key_width is no whole number); w starts at 0, so that β = σ(0) and the decays of the states lie between 0.999 and
+    0.9 a token; the gain s_h starts at 1 and is fitted. As |k'| = 1, a value that was written with β = 1 is what its
+    own key reads: q' is not scaled by K^-1/2, which s_h would have to undo. v has no activation.
 
     x̃ = x + Σ_i w_i ⊙ x_{t-i} of q, k and v, ṽ in place of v above: `ShortConv`, whose w starts at 0, so that it changes
     nothing at first. By it a head can see the token before, which softmax heads do by position and which finding a
@@ -72,7 +72,7 @@ class GatedDelta(MatrixMixer):
         many keys can be told apart."""
         state_per: Literal["head", "kv_head"] = "head"
         """Under grouped queries: a state, a decay and a β for each query head, or for each kv head, whose query heads
-        read one state. That state has as many rows in a part of the bytes, or that many times as many in the same."""
+        read one state. With r of these, the same rows take 1/r of the bytes, and r times the rows take the same."""
         activation: Literal["silu", "none"] = "silu"
         """Of the mapped q and k, before they are brought to length 1."""
         rotary: bool = False
@@ -84,7 +84,7 @@ class GatedDelta(MatrixMixer):
         calibrate: bool = False
         """Begin attention transfer with decays that halve the state over a head's mean distance of attention, but by
         e^-0.001 to e^-5 a token, and with β = 0.3 + 0.4 c, where c = Σ_j p_ij² is how concentrated that attention is
-        (arXiv:2606.16429)."""
+        (arXiv:2606.16429); of a shared state by the means of its heads."""
         norm: Literal["none", "rms"] = "none"
         """rms: each head divided by its root mean square, before the gain."""
         output_gate: bool = False

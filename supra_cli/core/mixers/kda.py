@@ -12,7 +12,7 @@ from supra_cli.core.mixers.gated_delta import GatedDelta
 class KDA(GatedDelta):
     """S ← diag(e^{g_t}) S,   S ← S + β_t k'_t (v_t - Sᵀ k'_t)ᵀ,   o_t = s_h · Sᵀ q'_t
 
-    g_t = -exp(A_h) softplus(W₂ W₁ x_t + b), a number a row of S, W₂ W₁ of rank V. The rest, start included, is
+    g_t = -exp(A_n) softplus(W₂ W₁ x_t + b), a number a row of S, W₂ W₁ of rank V. The rest, start included, is
     `gated_delta`'s: W₂ starts at 0.
 
     Source: Kimi Linear, arXiv:2510.26692, section 3.

@@ -31,7 +31,7 @@ class MatrixState(NamedTuple):
 
 
 class MatrixMixer(Mixer):
-    """A mixer whose state is one matrix a head: S_t = γ_t S_{t-1} + k_t v_tᵀ."""
+    """A mixer whose state is matrices, one a head if it says nothing else: S_t = γ_t S_{t-1} + k_t v_tᵀ."""
 
     @property
     def states(self) -> int:
