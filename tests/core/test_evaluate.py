@@ -11,8 +11,10 @@ import os
 import random
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -493,7 +495,37 @@ def test_what_cannot_be_kept_is_said_once_and_leaves_nothing(tmp_path, monkeypat
     again.add("t", {"k": 2}, {"metrics": {}})
     assert again.place is None
     assert caplog.text.count("cannot be kept") == 1
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("t.json", before)]
+    assert [(path.name, path.read_text()) for path in tmp_path.glob("[!.]*")] == [("t.json", before)]
+
+
+def test_who_scores_at_the_same_time_keeps_what_each_found(tmp_path):
+    """Every step of a run puts its scores into the same file."""
+
+    def keep(step):
+        for n in range(25):
+            store.Store(tmp_path).add("t", {"step": step, "n": n}, {"metrics": {}})
+
+    with ThreadPoolExecutor(4) as pool:  # a lock belongs to what opened it, not to the process
+        list(pool.map(keep, range(4)))
+    kept = store.Store(tmp_path)
+    assert all(kept.find("t", {"step": step, "n": n}) for step in range(4) for n in range(25))
+
+
+def test_scores_that_may_not_be_read_are_taken_again_and_left_alone(tmp_path, monkeypatch, caplog):
+    def refused(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(logging.getLogger("supra_cli"), "propagate", True)
+    store.Store(tmp_path).add("t", {"k": 1}, {"metrics": {}})
+    before = (tmp_path / "t.json").read_bytes()
+    with monkeypatch.context() as denied:
+        denied.setattr(Path, "read_text", refused)
+        kept = store.Store(tmp_path)
+        assert kept.find("t", {"k": 1}) is None
+        kept.add("t", {"k": 2}, {"metrics": {}})
+        assert kept.place is None
+    assert (tmp_path / "t.json").read_bytes() == before
+    assert "Permission denied" in caplog.text
 
 
 # ------------------------------------------------------------------ as lm-eval scores

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from supra_cli.core.files import cache_folder, dumps, write
 
@@ -46,17 +48,18 @@ class Store:
         return None if self._refused else str(self.folder)
 
     def find(self, task: str, key: dict[str, Any]) -> dict[str, Any] | None:
-        return self._read(task)["records"].get(_hash(key))
+        try:
+            return self._read(task)["records"].get(_hash(key))
+        except OSError as error:
+            self._refuse(error)
+            return None
 
     def add(self, task: str, key: dict[str, Any], record: dict[str, Any]) -> None:
-        content = self._read(task)
-        content["records"][_hash(key)] = {"key": key, **record}
-        self._write(task, content)
+        self._change(task, "records", _hash(key), {"key": key, **record})
 
     def note(self, task: str, weights: str, results: dict[str, Any]) -> None:
         """Put the newest comparison of the model with these weights on top of the task's file."""
-        content = self._read(task)
-        self._write(task, {**content, "results": {**content["results"], weights: results}})
+        self._change(task, "results", weights, results)
 
     def _path(self, task: str) -> Path:
         return self.folder / f"{task.replace('/', '_')}.json"
@@ -76,14 +79,29 @@ class Store:
         by_weights = isinstance(results, dict) and "metrics" not in results  # of an earlier format: one for all models
         return {**content, "results": results if by_weights else {}}
 
-    def _write(self, task: str, content: dict[str, Any]) -> None:
-        """A score that cannot be kept is still a score: said, once a folder, and not raised."""
+    def _change(self, task: str, part: str, name: str, value: dict[str, Any]) -> None:
+        """Put a record or result into the task's file while no other process does: steps of a run may be scored at the
+        same time. A score that cannot be kept is still a score: said, once a folder, and not raised.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(self._path(task), dumps(content))
+            with (self.folder / ".lock").open("a") as lock:
+                _wait_for(lock)
+                content = self._read(task)
+                content[part][name] = value
+                write(self._path(task), dumps(content))
         except OSError as error:
-            _tell_once(self.folder, error.strerror)
-            self._refused = True
+            self._refuse(error)
+
+    def _refuse(self, error: OSError) -> None:
+        _tell_once(self.folder, error.strerror)
+        self._refused = True
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Until the process that has it is done; at once where the file system takes no locks."""
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 @cache
