@@ -26,6 +26,7 @@ SHORT = (
     "supra, transfer and distillation",
     "hedgehog",
     "gated_delta, layers alike",
+    "gated_delta, a state a head",
     "gated_delta",
     "window and delta rule",
     "window, one softmax layer",
