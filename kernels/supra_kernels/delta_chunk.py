@@ -47,7 +47,7 @@ def block_sizes(q: Tensor, v: Tensor, channels: bool) -> tuple[int, int]:
 
 
 class _Decay(NamedTuple):
-    """Leading dimensions [m,b,h] are chunk, batch and head, each whole or 1; w is 1, or K with a decay per channel.
+    """Leading dimensions [m,b,h] are chunk, batch and state, each whole or 1; w is 1, or K with a decay per channel.
 
     within [m,b,h,C,C] or [m,b,h,C,C,K]: of token j at token i ≥ j. from_start, to_end [m,b,h,C,w]: of the incoming
     state at token i, of token j in the outgoing state. through [m,b,h,w,1]: of the incoming state in the outgoing one.
@@ -64,7 +64,7 @@ class _Decay(NamedTuple):
         return self.within.dim() == 6
 
     def kept(self, k: Tensor) -> Tensor:
-        """`through`, for every chunk, batch and head of k."""
+        """`through`, for every chunk, batch and state of k."""
         return self.through.expand(*k.shape[:3], -1, -1)
 
     def arriving(self, x: Tensor) -> Tensor:
