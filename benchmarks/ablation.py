@@ -6,9 +6,8 @@
 A row is a mixer, what it is trained by and on; `targets` says what is asked of the best. Each (row, seed) is a process,
 and what it found is written to benchmarks/results/ablation.json as soon as it is there: started again, the script goes
 on with what is missing, a run that was cut off where it was. At the end it draws docs/ablation.svg, where there is
-matplotlib. `--reduced` is for trying: the rows that matter, once and on a fifteenth of the tokens; on two cores
-that also ran some tests all seven took 9 minutes and 20 seconds. It writes below runs/, as any other number of tokens
-does.
+matplotlib. `--reduced` is for trying: the rows that matter, once and on a fifteenth of the tokens; all seven took
+8 minutes and 35 seconds on two cores. It writes below runs/, as any other number of tokens does.
 """
 
 from __future__ import annotations
