@@ -9,7 +9,7 @@ import logging
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from supra_cli.core.files import cache_folder, dumps, write
 
@@ -86,7 +86,8 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / ".lock").open("a") as lock:
-                _wait_for(lock)
+                with suppress(OSError):  # where the file system takes no locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 content = self._read(task)
                 content[part][name] = value
                 write(self._path(task), dumps(content))
@@ -96,12 +97,6 @@ class Store:
     def _refuse(self, error: OSError) -> None:
         _tell_once(self.folder, error.strerror)
         self._refused = True
-
-
-def _wait_for(lock: IO[str]) -> None:
-    """Until the process that has it is done; at once where the file system takes no locks."""
-    with suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 @cache
